@@ -1,0 +1,53 @@
+"""The command `gptpipe`: what people do with a trained model, outside the pipeline."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptpipe import __version__
+from gptpipe.stage import run
+
+
+def main() -> None:
+    run(lambda: _dispatch(sys.argv[1:]))
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="gptpipe", description="Train a GPT from scratch with `dvc repro`; then:")
+    parser.add_argument("--version", action="version", version=f"gptpipe {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.add_argument("prompt", help="text to continue")
+    generate.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many tokens")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token, always")
+    generate.add_argument("--top-k", type=int, default=50, help="draw from the k most probable tokens; 0 for all")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that make up this probability")
+    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    generate.set_defaults(command=_generate)
+    options = parser.parse_args(arguments)
+    options.command(options)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from gptpipe.evaluation.continuations import continue_text  # late: importing torch takes seconds, --help must not
+    from gptpipe.files import verify
+    from gptpipe.model.device import best_device
+    from gptpipe.model.generate import Sampling
+    from gptpipe.model.layout import load_model
+    from gptpipe.tokens.tokenizer import Tokenizer
+
+    sampling = Sampling(
+        temperature=options.temperature, top_k=options.top_k or None, top_p=options.top_p, seed=options.seed
+    )
+    verify(options.model)
+    model, tokenizer = load_model(options.model).to(best_device()), Tokenizer.load(options.model)
+    print(options.prompt, end="", flush=True)
+    for piece in continue_text(model, tokenizer, options.prompt, options.max_new_tokens, sampling):
+        print(piece, end="", flush=True)
+    print()

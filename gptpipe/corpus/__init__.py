@@ -1,0 +1,1 @@
+"""Text in, clean documents out. Knows neither tokens nor torch."""

@@ -1,0 +1,60 @@
+"""Stage collect as one function: sources in, clean and distinct documents out, everything left out counted."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptpipe.config import CollectParams
+from gptpipe.console import Progress
+from gptpipe.corpus.cleaning import Rejected, clean, cut
+from gptpipe.corpus.dedup import ExactDedup
+from gptpipe.corpus.document import Document
+from gptpipe.corpus.shards import write_shards
+from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.errors import InputError
+from gptpipe.files import new_folder
+
+
+def collect(params: CollectParams, target: Path) -> dict[str, int]:
+    """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason.
+
+    Raises InputError where a source cannot be read or nothing is left.
+    """
+    counts: Counter[str] = Counter({"documents_in": 0, "documents": 0, "bytes": 0})
+    made_from = {name: digest for source in params.sources for name, digest in fingerprint(source).items()}
+    with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
+        write_shards(progress.track(_documents(params, counts)), folder.path)
+        folder.counts = dict(counts)
+        if not counts["documents"]:
+            raise InputError(f"collect: no document left of {counts['documents_in']} ({_in_words(counts)}); add text")
+    return dict(counts)
+
+
+def _documents(params: CollectParams, counts: Counter[str]) -> Iterator[Document]:
+    """Kept documents of all sources; notes in `counts` what comes in, stays and goes."""
+    exact = ExactDedup() if params.dedup == "exact" else None
+    names = [source.kind for source in params.sources]
+    for position, source in enumerate(params.sources):
+        name = source.kind if names.count(source.kind) == 1 else f"{source.kind}-{position}"
+        for raw in read(source, params):
+            pieces = [raw] if isinstance(raw, Rejected) else cut(raw, params.max_document_bytes) or [raw]
+            counts["cut"] += len(pieces) - 1
+            for piece in pieces:
+                counts["documents_in"] += 1
+                try:
+                    if isinstance(piece, Rejected):
+                        raise piece
+                    document = Document(name, clean(piece, params))
+                    if exact and not exact.is_new(document.id):
+                        raise Rejected("duplicate")
+                except Rejected as rejected:
+                    counts[f"rejected_{rejected.reason}"] += 1
+                    continue
+                counts["documents"] += 1
+                counts["bytes"] += len(document.text.encode())
+                yield document
+
+
+def _in_words(counts: Counter[str]) -> str:
+    reasons = {name.removeprefix("rejected_"): n for name, n in sorted(counts.items()) if name.startswith("rejected_")}
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "the sources are empty"

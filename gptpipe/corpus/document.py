@@ -1,0 +1,17 @@
+"""The unit that flows through collect: one text and where it came from."""
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text as a source gives it, or as cleaning leaves it."""
+
+    source: str  # the source's kind, and its position where a kind is used twice
+    text: str
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the text's UTF-8 bytes, as hex digits: the same text has the same id on every machine."""
+        return hashlib.sha256(self.text.encode()).hexdigest()

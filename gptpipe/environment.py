@@ -1,0 +1,49 @@
+"""What the surroundings say: settings that change no result, all read here."""
+
+import os
+from pathlib import Path
+
+from gptpipe.errors import ConfigError
+
+
+def project_root() -> Path:
+    """The main checkout, where the tracking store and checkpoints live.
+
+    DVC runs `--temp` and `--queue` experiments in a copy that it removes afterwards, and names the main
+    checkout in DVC_ROOT. Elsewhere it is the nearest parent that holds a `.dvc` folder.
+    """
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root)
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+
+def n_workers() -> int:
+    """GPTPIPE_WORKERS, or the number of cores that this process may use."""
+    text = os.environ.get("GPTPIPE_WORKERS")
+    if text is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"GPTPIPE_WORKERS is {text!r}; set it to a whole number of processes, 1 or more")
+    return int(text)
+
+
+def allow_inexact() -> bool:
+    """GPTPIPE_ALLOW_INEXACT=1: resume a training although it cannot be bit-exact in this environment."""
+    return os.environ.get("GPTPIPE_ALLOW_INEXACT") == "1"
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite store at the project's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+
+
+def experiment_name() -> str:
+    """MLFLOW_EXPERIMENT_NAME, or `gptpipe`."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "gptpipe"
+
+
+def dvc_experiment() -> dict[str, str]:
+    """What DVC says about the experiment that it runs: its name and the revision it starts from."""
+    names = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
+    return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}

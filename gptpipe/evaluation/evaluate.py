@@ -1,0 +1,87 @@
+"""Stage evaluate as one function: model and split in, figures and pages out."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gptpipe.config import EvaluateParams
+from gptpipe.console import Progress
+from gptpipe.errors import IntegrityError
+from gptpipe.evaluation.continuations import continue_documents, continue_text, overlap_scores
+from gptpipe.evaluation.metrics import figures, figures_by_source
+from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_per_byte
+from gptpipe.evaluation.report import full_card, samples_page
+from gptpipe.evaluation.scoring import score
+from gptpipe.files import Manifest, verify, write_bytes, write_json
+from gptpipe.model.device import best_device
+from gptpipe.model.generate import Sampling
+from gptpipe.model.layout import load_model
+from gptpipe.tokens.splits import Side
+from gptpipe.tokens.streams import Stream, open_stream
+from gptpipe.tokens.tokenizer import Tokenizer
+
+_HELD_OUT: tuple[Side, ...] = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found, for the record."""
+
+    results: dict[str, Any]  # as in reports/eval.json
+    card: str
+    samples: str
+    lineage: Manifest  # of the split
+
+    def metrics(self) -> dict[str, float]:
+        """The figures by the names that the tracking store gets, such as `test/bits_per_byte`."""
+        flat = {f"{side}/{name}": float(value) for side in _HELD_OUT for name, value in self.results.get(side, {}).items()}
+        flat |= {f"continuations/{name}": float(value) for name, value in self.results["continuations"].items()}
+        for side, references in self.results["reference_bits_per_byte"].items():
+            flat |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
+        return flat
+
+
+def evaluate_model(model_folder: Path, split_folder: Path, reports: Path, params: EvaluateParams, seed: int) -> Evaluation:
+    """Score a model on what was held out, sample from it, and write the reports. Raises IntegrityError."""
+    made, lineage = verify(model_folder), verify(split_folder)
+    if made.made_from.get("split") != lineage.digest:
+        raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
+    model, tokenizer = load_model(model_folder).to(best_device()), Tokenizer.load(model_folder)
+    streams = {side: open_stream(split_folder, side) for side in ("train", *_HELD_OUT)}
+    held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
+    results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
+    positions, sources = [], []
+    with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
+        for side, stream in held_out.items():
+            scores = score(model, stream, advance=progress.advance)
+            results[side] = figures(scores, stream.documents)
+            results["by_source"][side] = figures_by_source(scores, stream.documents)
+            loss_by_position = scores.nats_by_position / scores.n_by_position.clip(min=1)
+            positions += [{"split": side, "position": i, "loss": loss} for i, loss in enumerate(loss_by_position)]
+            sources += [{"split": side, "source": source, **found} for source, found in results["by_source"][side].items()]
+            results["reference_bits_per_byte"][side] = {
+                "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
+                "xz": xz_bits_per_byte(streams["train"], stream, tokenizer),
+            }
+    last = streams["test"] if "test" in held_out else streams["val"]
+    continuations = continue_documents(model, tokenizer, last, params.continuation_documents, params.continuation_tokens)
+    results["continuations"] = overlap_scores(continuations)
+    results["test_digest"] = documents_digest(streams["test"])
+    sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
+    samples = {p: "".join(continue_text(model, tokenizer, p, params.max_new_tokens, sampling)) for p in params.prompts}
+    card = full_card((model_folder / "README.md").read_text(encoding="utf-8"), results)
+    page = samples_page(samples, continuations)
+    write_json(reports / "eval.json", results)
+    write_bytes(reports / "eval.positions.csv", pd.DataFrame(positions).to_csv(index=False).encode())
+    write_bytes(reports / "eval.sources.csv", pd.DataFrame(sources).to_csv(index=False).encode())
+    write_bytes(reports / "samples.md", page.encode())
+    write_bytes(reports / "model_card.md", card.encode())
+    return Evaluation(results, card, page, lineage)
+
+
+def documents_digest(stream: Stream) -> str:
+    """SHA-256 of the sorted document ids: names a test set whatever it is tokenized with."""
+    return hashlib.sha256("\n".join(sorted(stream.documents["id"])).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""From sums of nats to the figures that people compare, each with its standard error."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from gptpipe.evaluation.scoring import Scores
+
+Figures = dict[str, float]
+
+
+def figures(scores: Scores, documents: pd.DataFrame) -> Figures:
+    """Loss, perplexity, bits per byte and token accuracy of a stream, or of some of its documents.
+
+    `loss` is nats per token, `bits_per_byte` the sum of nats / ln 2 / the documents' UTF-8 bytes. Standard errors
+    treat documents as the independent units, for tokens of one text are not.
+    """
+    nats, n_tokens = scores.nats, scores.n_tokens
+    n_bytes = documents["n_bytes"].to_numpy(dtype=np.float64)
+    loss, loss_error = ratio(nats, n_tokens)
+    bits, bits_error = ratio(nats / math.log(2), n_bytes)
+    accuracy, accuracy_error = ratio(scores.correct, n_tokens)
+    return {
+        "loss": loss,
+        "loss_standard_error": loss_error,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity_standard_error": math.exp(min(loss, 700.0)) * loss_error,
+        "bits_per_byte": bits,
+        "bits_per_byte_standard_error": bits_error,
+        "token_accuracy": accuracy,
+        "token_accuracy_standard_error": accuracy_error,
+        "n_tokens": int(n_tokens.sum()),
+        "n_bytes": int(n_bytes.sum()),
+        "n_documents": len(documents),
+    }
+
+
+def figures_by_source(scores: Scores, documents: pd.DataFrame) -> dict[str, Figures]:
+    """The same figures for the documents of each source."""
+    by_source: dict[str, Figures] = {}
+    for source in sorted(documents["source"].unique()):
+        chosen = (documents["source"] == source).to_numpy()
+        part = Scores(
+            scores.nats[chosen],
+            scores.correct[chosen],
+            scores.n_tokens[chosen],
+            scores.nats_by_position,
+            scores.n_by_position,
+        )
+        by_source[str(source)] = figures(part, documents[chosen])
+    return by_source
+
+
+def ratio(numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """sum(numerators) / sum(denominators), and its standard error over units.
+
+    The error is the linearised one of a ratio of means (Cochran, Sampling Techniques, 1977, section 6.4); with a
+    single unit it is not known and given as 0.
+    """
+    total = denominators.sum()
+    if total == 0:
+        return 0.0, 0.0
+    value = numerators.sum() / total
+    n = len(numerators)
+    if n < 2:
+        return float(value), 0.0
+    residuals = numerators - value * denominators
+    return float(value), float(math.sqrt(n / (n - 1) * (residuals**2).sum()) / total)

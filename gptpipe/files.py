@@ -1,0 +1,184 @@
+"""Durable files: every byte that the project writes to disk goes through here.
+
+A file appears under its final name only when it is complete and on disk (temporary name in the same folder, flush,
+fsync, rename, fsync of the folder). A folder appears the same way, with `manifest.json` as its last file: schema
+version, the SHA-256 and size of every file, counts, and the digests of all that it was made from.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gptpipe.errors import IntegrityError, ResourceError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+class FileEntry(BaseModel):
+    """One file of a folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    n_bytes: int
+
+
+class Manifest(BaseModel):
+    """What a folder holds and what it was made from. Holds no time and no path, so equal content gives equal bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int
+    made_from: dict[str, str]  # every ancestor, back to the sources: name -> digest
+    counts: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    def to_bytes(self) -> bytes:
+        return to_json(self.model_dump())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's bytes; it names the folder's whole content."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def lineage(self, name: str) -> dict[str, str]:
+        """`made_from` of what is made from this folder, whose name is `name`."""
+        return {**self.made_from, name: self.digest}
+
+
+def to_json(value: Any) -> bytes:
+    """The one JSON form used on disk: sorted keys, two spaces, no NaN, a line feed at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a ResourceError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ResourceError(f"{path}: cannot write: {reason}; free space or mend the permissions, then rerun") from error
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears whole under `path`, or not at all. Raises ResourceError."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with new_file(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, to_json(value))
+
+
+class NewFolder:
+    """A folder under construction: write files into `path`, note `counts`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: dict[str, Any] = {}
+
+
+@contextmanager
+def new_folder(target: Path, made_from: dict[str, str]) -> Iterator[NewFolder]:
+    """Build a folder that appears whole under `target`, manifest included, in place of what was there.
+
+    `made_from` maps the name of each ancestor to its digest. Raises ResourceError.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with disk_errors(target):
+        _remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            folder = NewFolder(partial)
+            yield folder
+            files = {name: FileEntry(sha256=sha256_of(partial / name), n_bytes=(partial / name).stat().st_size)
+                     for name in _files_below(partial)}  # fmt: skip
+            manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
+            write_bytes(partial / MANIFEST, manifest.to_bytes())
+            for below in sorted(p for p in partial.rglob("*") if p.is_dir()):
+                _sync_folder(below)
+            _remove(target)
+            partial.replace(target)
+            _sync_folder(target.parent)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder, its files not looked at. Raises IntegrityError."""
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{path}: not there; make the folder again with `dvc repro`") from error
+    except ValidationError as error:
+        raise IntegrityError(f"{path}: not a manifest; make the folder again with `dvc repro -f`") from error
+    if manifest.schema_version != SCHEMA:
+        raise IntegrityError(f"{path}: schema {manifest.schema_version}, this version reads {SCHEMA}; run `dvc repro`")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a folder, every file checked against it (one full read). Raises IntegrityError."""
+    manifest = read_manifest(folder)
+    present = set(_files_below(folder))
+    for name in sorted(present.symmetric_difference(manifest.files)):
+        state = "is not in the manifest" if name in present else "is missing"
+        raise IntegrityError(f"{folder / name}: {state}; make the folder again with `dvc repro -f`")
+    for name, entry in sorted(manifest.files.items()):
+        path = folder / name
+        if path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256:
+            raise IntegrityError(f"{path}: differs from its manifest; make the folder again with `dvc repro -f`")
+    return manifest
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Relative names of all files but the folder's own manifest, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, not only the files' content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

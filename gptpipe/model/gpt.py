@@ -1,0 +1,203 @@
+"""A decoder-only transformer: GPT-2, Llama and Qwen3 as one network with switches.
+
+| switch          | gpt2                   | llama          | qwen3                        |
+|-----------------|------------------------|----------------|------------------------------|
+| positions       | learned                | rotary         | rotary                       |
+| norm            | LayerNorm              | RMSNorm        | RMSNorm, also on q and k     |
+| feed-forward    | GELU                   | SwiGLU         | SwiGLU                       |
+| biases          | yes                    | no             | no                           |
+| keys and values | one head per query     | grouped        | grouped                      |
+
+Shapes: B batch, T tokens, D n_embd, N n_head, K n_kv_head, H head width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gptpipe.config import ModelParams
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, K, context_length, H) per layer; `length` are used."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+
+def rotary_tables(n_positions: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary position embeddings, (T, H) each (Su et al., 2021, arXiv:2104.09864, eq. 34)."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)  # (H/2,)
+    angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequencies).repeat(1, 2)  # (T, H)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + H/2]) by its angle; x (B, N, T, H), tables (T, H)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al., 2023, arXiv:2305.13245)."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_width = params.n_head, params.n_kv_head, params.head_width
+        self.dropout = params.dropout
+        bias = params.architecture == "gpt2"
+        kv_width = params.n_kv_head * params.head_width
+        self.q_proj = nn.Linear(params.n_embd, params.n_embd, bias=bias)
+        self.k_proj = nn.Linear(params.n_embd, kv_width, bias=bias)
+        self.v_proj = nn.Linear(params.n_embd, kv_width, bias=bias)
+        self.o_proj = nn.Linear(params.n_embd, params.n_embd, bias=bias)
+        self.normalises_qk = params.architecture == "qwen3"
+        if self.normalises_qk:
+            self.q_norm = nn.RMSNorm(params.head_width, eps=params.norm_eps)
+            self.k_norm = nn.RMSNorm(params.head_width, eps=params.norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, D = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_width)  # (B, T, N, H)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_width)  # (B, T, K, H)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_width)
+        if self.normalises_qk:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, N or K, T, H)
+        if rotary is not None:
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        mask = None
+        if cache is not None:
+            k, v, mask = _extend(cache, layer, k, v)
+        if self.n_kv_head < self.n_head:
+            group = self.n_head // self.n_kv_head
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, N, T, H)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = y.transpose(1, 2).reshape(B, T, D)
+        return F.dropout(self.o_proj(y), self.dropout, self.training)
+
+
+def _extend(cache: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Append keys and values of T new tokens; returns all of them and the (T, length + T) mask that keeps it causal."""
+    T, end = k.shape[2], cache.length + k.shape[2]
+    cache.keys[layer][:, :, cache.length : end] = k
+    cache.values[layer][:, :, cache.length : end] = v
+    mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(cache.length)
+    return cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], mask
+
+
+class FeedForward(nn.Module):
+    """GELU (GPT-2's tanh form), or SwiGLU (Shazeer, 2020, arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.gated = params.architecture != "gpt2"
+        self.dropout = params.dropout
+        if self.gated:
+            self.gate_proj = nn.Linear(params.n_embd, params.n_inner, bias=False)
+        self.up_proj = nn.Linear(params.n_embd, params.n_inner, bias=not self.gated)
+        self.down_proj = nn.Linear(params.n_inner, params.n_embd, bias=not self.gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.gate_proj(x)) * self.up_proj(x) if self.gated else F.gelu(self.up_proj(x), approximate="tanh")
+        return F.dropout(self.down_proj(h), self.dropout, self.training)
+
+
+def _norm(params: ModelParams) -> nn.Module:
+    if params.architecture == "gpt2":
+        return nn.LayerNorm(params.n_embd, eps=params.norm_eps)
+    return nn.RMSNorm(params.n_embd, eps=params.norm_eps)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = _norm(params), Attention(params)
+        self.feed_forward_norm, self.feed_forward = _norm(params), FeedForward(params)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) in, logits (B, T, V) out. Draws its initial weights from torch's global generator."""
+
+    def __init__(self, params: ModelParams, vocab_size: int) -> None:
+        super().__init__()
+        self.params, self.vocab_size = params, vocab_size
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(vocab_size, params.n_embd)
+        if params.architecture == "gpt2":
+            self.position_embedding = nn.Embedding(params.context_length, params.n_embd)
+        else:
+            cos, sin = rotary_tables(params.context_length, params.head_width, params.rope_theta)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        self.blocks = nn.ModuleList(Block(params) for _ in range(params.n_layer))
+        self.final_norm = _norm(params)
+        self.head = nn.Linear(params.n_embd, vocab_size, bias=False)
+        if params.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's normal weights; residual outputs smaller with depth (Radford et al., 2019, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.params.n_layer if is_residual_output else 1))
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, D) of tokens (B, T). With a cache, tokens continue what it holds."""
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        x = self.embedding(tokens)  # (B, T, D)
+        rotary = None
+        if self.params.architecture == "gpt2":
+            x = x + self.position_embedding.weight[start:end]
+            x = F.dropout(x, self.params.dropout, self.training)
+        else:
+            rotary = (self.get_buffer("rotary_cos")[start:end], self.get_buffer("rotary_sin")[start:end])
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length = end
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V): position t scores the token at t + 1."""
+        logits: Tensor = self.head(self.hidden(tokens, cache))
+        return logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32."""
+        logits = self(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `context_length` tokens."""
+        shape = (batch_size, self.params.n_kv_head, self.params.context_length, self.params.head_width)
+        like = self.embedding.weight
+        return KVCache([like.new_zeros(shape) for _ in self.blocks], [like.new_zeros(shape) for _ in self.blocks])
+
+    def n_parameters(self) -> int:
+        """Trained numbers, tied weights once."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,259 @@
+"""The folder layout that the Hugging Face ecosystem reads: config.json, generation_config.json, model.safetensors."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
+from torch import Tensor
+
+from gptpipe.config import ModelParams
+from gptpipe.errors import ConfigError, InputError, IntegrityError
+from gptpipe.files import write_bytes, write_json
+from gptpipe.model.gpt import GPT
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+# Our parameter names -> theirs; the first pattern that matches rewrites the name.
+_LLAMA_NAMES = [
+    (r"^embedding\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^final_norm\.", "model.norm."),
+    (r"^blocks\.(\d+)\.attention_norm\.", r"model.layers.\1.input_layernorm."),
+    (r"^blocks\.(\d+)\.feed_forward_norm\.", r"model.layers.\1.post_attention_layernorm."),
+    (r"^blocks\.(\d+)\.attention\.", r"model.layers.\1.self_attn."),
+    (r"^blocks\.(\d+)\.feed_forward\.", r"model.layers.\1.mlp."),
+]
+_GPT2_NAMES = [
+    (r"^embedding\.", "transformer.wte."),
+    (r"^position_embedding\.", "transformer.wpe."),
+    (r"^head\.", "lm_head."),
+    (r"^final_norm\.", "transformer.ln_f."),
+    (r"^blocks\.(\d+)\.attention_norm\.", r"transformer.h.\1.ln_1."),
+    (r"^blocks\.(\d+)\.feed_forward_norm\.", r"transformer.h.\1.ln_2."),
+    (r"^blocks\.(\d+)\.attention\.o_proj\.", r"transformer.h.\1.attn.c_proj."),
+    (r"^blocks\.(\d+)\.feed_forward\.up_proj\.", r"transformer.h.\1.mlp.c_fc."),
+    (r"^blocks\.(\d+)\.feed_forward\.down_proj\.", r"transformer.h.\1.mlp.c_proj."),
+]
+_MODEL_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def save_model(folder: Path, params: ModelParams, vocab_size: int, end_of_text: int, weights: dict[str, Tensor]) -> None:
+    """Write the network's files into a folder; `weights` are its parameters by name."""
+    theirs = {name: value.detach().cpu().contiguous() for name, value in _to_their_names(weights, params).items()}
+    write_bytes(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, to_config(params, vocab_size, end_of_text))
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    write_json(folder / "generation_config.json", {"do_sample": True, **ends})
+
+
+def load_model(folder: Path) -> GPT:
+    """The network that a folder holds, in float32 on the CPU. The caller has verified the folder.
+
+    Raises InputError for a folder that this project cannot read, IntegrityError for weights that do not fit it.
+    """
+    config = read_config(folder)
+    model = GPT(from_config(config, folder), config["vocab_size"])
+    load_weights(model, folder)
+    return model
+
+
+def load_weights(model: GPT, folder: Path) -> None:
+    """Fill a network with the weights of a folder, sharded or not, whose tensors must fit it.
+
+    Of learned positions the first `context_length` are taken. Raises IntegrityError.
+    """
+    try:
+        index = folder / f"{WEIGHTS}.index.json"
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else [WEIGHTS]
+        theirs = {key: value for name in names for key, value in load_file(folder / name).items()}
+        ours = _to_our_names(theirs, model.params)
+        if "position_embedding.weight" in ours:
+            ours["position_embedding.weight"] = ours["position_embedding.weight"][: model.params.context_length]
+        if model.params.tie_embeddings:
+            ours["head.weight"] = ours["embedding.weight"]
+        model.load_state_dict({name: value.float() for name, value in ours.items()})
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise IntegrityError(f"{folder}: its weights cannot be read into this network: {reason}") from error
+
+
+def weights_from_bytes(content: bytes) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name. Raises IntegrityError."""
+    try:
+        tensors: dict[str, Tensor] = load(content)
+    except SafetensorError as error:
+        raise IntegrityError(f"not a safetensors file: {error}") from error
+    return tensors
+
+
+def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[str, Any]:
+    """config.json as transformers writes it for this architecture."""
+    common = {
+        "architectures": [_MODEL_CLASS[params.architecture]],
+        "model_type": params.architecture,
+        "vocab_size": vocab_size,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "tie_word_embeddings": params.tie_embeddings,
+        "dtype": "float32",
+    }
+    if params.architecture == "gpt2":
+        dropout = {key: params.dropout for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+        return {
+            **common,
+            **dropout,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": params.norm_eps,
+            "n_ctx": params.context_length,
+            "n_embd": params.n_embd,
+            "n_head": params.n_head,
+            "n_inner": params.n_inner,
+            "n_layer": params.n_layer,
+            "n_positions": params.context_length,
+        }
+    return {
+        **common,
+        "attention_bias": False,
+        "attention_dropout": params.dropout,
+        "head_dim": params.head_width,
+        "hidden_act": "silu",
+        "hidden_size": params.n_embd,
+        "intermediate_size": params.n_inner,
+        "max_position_embeddings": params.context_length,
+        "num_attention_heads": params.n_head,
+        "num_hidden_layers": params.n_layer,
+        "num_key_value_heads": params.n_kv_head,
+        "rms_norm_eps": params.norm_eps,
+        "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"},
+    }
+
+
+def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
+    """The section `model` that describes a config.json, this project's or another's. Raises InputError."""
+    architecture = config.get("model_type")
+    if architecture not in _MODEL_CLASS:
+        known = ", ".join(_MODEL_CLASS)
+        raise InputError(f"{folder / CONFIG}: model_type {architecture!r} is none of {known}; choose another model")
+    try:
+        if architecture == "gpt2":
+            values = {
+                "context_length": config["n_positions"],
+                "n_layer": config["n_layer"],
+                "n_head": config["n_head"],
+                "n_kv_head": config["n_head"],
+                "n_embd": config["n_embd"],
+                "head_dim": None,
+                "n_inner": config.get("n_inner") or 4 * config["n_embd"],
+                "dropout": float(config.get("resid_pdrop", 0.1)),
+                "rope_theta": 10000.0,
+                "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+                "tie_embeddings": config.get("tie_word_embeddings", True),
+            }
+        else:
+            rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+            if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+                raise InputError(f"{folder / CONFIG}: rotary positions of type {kind!r} are not supported")
+            if config.get("attention_bias") or config.get("mlp_bias"):
+                raise InputError(f"{folder / CONFIG}: biases in {architecture} are not supported")
+            values = {
+                "context_length": config["max_position_embeddings"],
+                "n_layer": config["num_hidden_layers"],
+                "n_head": config["num_attention_heads"],
+                "n_kv_head": config.get("num_key_value_heads") or config["num_attention_heads"],
+                "n_embd": config["hidden_size"],
+                "head_dim": config.get("head_dim"),
+                "n_inner": config["intermediate_size"],
+                "dropout": float(config.get("attention_dropout", 0.0)),
+                "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
+                "norm_eps": config["rms_norm_eps"],
+                "tie_embeddings": config.get("tie_word_embeddings", False),
+            }
+        return ModelParams(architecture=architecture, **values)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: not a usable configuration: {' '.join(str(error).split())}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises InputError."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: not readable ({error}); name a model folder in Hugging Face layout") from error
+    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
+        raise InputError(f"{folder / CONFIG}: has no vocab_size; name a model folder in Hugging Face layout")
+    return config
+
+
+def initialise_from(model: GPT, folder: Path) -> None:
+    """Start `model` from the weights of a folder whose shape must be the one that params.yaml describes.
+
+    Raises ConfigError that lists what differs, InputError, IntegrityError.
+    """
+    config = read_config(folder)
+    theirs, ours = from_config(config, folder), model.params
+    # These change no tensor: training may choose them anew. Learned positions can be cut, not grown.
+    free = {"dropout"} if ours.architecture == "gpt2" and ours.context_length > theirs.context_length else {"dropout", "context_length"}  # fmt: skip
+    names = [name for name in type(ours).model_fields if name not in free | {"head_dim"}]
+    different = [f"model.{name} is {getattr(ours, name)}, the folder has {getattr(theirs, name)}"
+                 for name in names if getattr(ours, name) != getattr(theirs, name)]  # fmt: skip
+    if ours.head_width != theirs.head_width:
+        different.append(f"model.head_dim is {ours.head_width}, the folder has {theirs.head_width}")
+    if config["vocab_size"] != model.vocab_size:
+        different.append(f"the tokenizer has {model.vocab_size} entries, the folder has {config['vocab_size']}")
+    if different:
+        raise ConfigError(f"train.init_from {folder}: {'; '.join(different)}; set params.yaml to the folder's values")
+    load_weights(model, folder)
+
+
+def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
+    weights = {name: value for name, value in weights.items() if not (params.tie_embeddings and name == "head.weight")}
+    if params.architecture != "gpt2":
+        return {_rename(name, _LLAMA_NAMES): value for name, value in weights.items()}
+    theirs: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if match := re.match(r"blocks\.(\d+)\.attention\.q_proj\.(weight|bias)", name):
+            layer, kind = match.groups()
+            parts = [weights[f"blocks.{layer}.attention.{part}_proj.{kind}"] for part in "qkv"]
+            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = _transposed(torch.cat(parts))
+        elif not re.search(r"\.[kv]_proj\.", name):
+            value = _transposed(value) if "_proj." in name else value
+            theirs[_rename(name, _GPT2_NAMES)] = value
+    return theirs
+
+
+def _to_our_names(theirs: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
+    """The reverse, by asking for each of our names what theirs is; what they store beside weights is left out."""
+    prefix_missing = params.architecture == "gpt2" and "wte.weight" in theirs  # as in OpenAI's own upload
+    if prefix_missing:
+        theirs = {f"transformer.{name}": value for name, value in theirs.items()}
+    with torch.device("meta"):
+        names = list(dict(GPT(params, 1).named_parameters()))
+    if params.architecture != "gpt2":
+        return {name: theirs[_rename(name, _LLAMA_NAMES)] for name in names}
+    ours: dict[str, Tensor] = {}
+    for name in names:
+        if match := re.match(r"blocks\.(\d+)\.attention\.([qkv])_proj\.(weight|bias)", name):
+            layer, part, kind = match.groups()
+            fused = _transposed(theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"])
+            ours[name] = fused.chunk(3)["qkv".index(part)]
+        else:
+            value = theirs[_rename(name, _GPT2_NAMES)]
+            ours[name] = _transposed(value) if "_proj." in name else value
+    return ours
+
+
+def _rename(name: str, table: list[tuple[str, str]]) -> str:
+    for pattern, replacement in table:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name)
+    raise KeyError(name)
+
+
+def _transposed(value: Tensor) -> Tensor:
+    """GPT-2 keeps its matrices as (in, out), torch as (out, in); biases stay."""
+    return value.T.contiguous() if value.dim() == 2 else value

@@ -1,0 +1,84 @@
+"""Optimizers: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from gptpipe.config import TrainParams
+from gptpipe.model.gpt import GPT
+
+# Quintic Newton-Schulz coefficients and their use: Jordan et al., 2024, kellerjordan.github.io/posts/muon
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_NEWTON_SCHULZ_STEPS = 5
+_MOMENTUM = 0.95
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: singular values of (M, rows, columns) moved to about 1.
+
+    Works in bfloat16 on a GPU and in float32 on a CPU, where bfloat16 would be emulated.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every direction of a weight matrix moves equally far.
+
+    The update is scaled by 0.2 * sqrt(max(rows, columns)), which gives it AdamW's root mean square, so that one
+    learning rate and weight decay serve both (Liu et al., 2025, arXiv:2502.16982, eq. 4). Matrices of one shape
+    are updated together.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                buffers = [self._momentum(parameter) for parameter in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
+                nesterov = torch._foreach_lerp(gradients, buffers, _MOMENTUM)
+                updates = orthogonalise(torch.stack(nesterov)).unbind()
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum: Tensor = state["momentum"]
+        return momentum
+
+
+def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimizer]:
+    """The optimizers that together update every parameter once. Weight decay is for matrices, not for vectors."""
+    named = dict(model.named_parameters())  # tied weights appear once
+    hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
+    muon = hidden if params.optimizer == "muon" else []
+    by_muon = {id(p) for p in muon}
+    rest = [p for p in named.values() if id(p) not in by_muon]
+    groups = [
+        {"params": [p for p in rest if p.dim() == 2], "weight_decay": params.weight_decay},
+        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=params.lr, betas=params.betas, fused=True)
+    return [adamw, Muon(muon, params.lr, params.weight_decay)] if muon else [adamw]
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr

@@ -1,0 +1,59 @@
+"""Parquet shards: written with page checksums, read with them verified, a batch of rows at a time.
+
+Without checksums most single-bit flips in a Parquet file load as wrong values and no error.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gptpipe.errors import IntegrityError
+from gptpipe.files import new_file
+
+_READ_ROWS = 1024  # per record batch
+_GROUP_ROWS = 65536  # per row group: what a writer holds in memory, at most ...
+_GROUP_BYTES = 16 << 20  # ... and about how much of it
+
+
+class ParquetRows:
+    """Takes rows one at a time and writes them in groups."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+        self._rows: list[dict[str, Any]] = []
+        self._n_bytes = 0
+
+    def append(self, row: dict[str, Any], n_bytes: int = 0) -> None:
+        """Add a row; `n_bytes` is about what its large values take in memory."""
+        self._rows.append(row)
+        self._n_bytes += n_bytes
+        if len(self._rows) >= _GROUP_ROWS or self._n_bytes >= _GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows, self._n_bytes = [], 0
+
+
+@contextmanager
+def new_parquet(path: Path, schema: pa.Schema) -> Iterator[ParquetRows]:
+    """Write a Parquet file that appears whole or not at all. Raises ResourceError."""
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    with new_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+        rows = ParquetRows(writer, schema)
+        yield rows
+        rows.flush()
+
+
+def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Record batches of some columns. Raises IntegrityError if the file is not what was written."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from file.iter_batches(batch_size=_READ_ROWS, columns=columns)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IntegrityError(f"{path}: damaged: {reason}; make the folder again with `dvc repro -f`") from error

@@ -1,0 +1,65 @@
+"""Stage tokenize as one function: documents in, token shards and the tokenizer out."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+
+from gptpipe.config import SplitParams, TokenizeParams
+from gptpipe.console import Progress
+from gptpipe.corpus.shards import read_documents, shard_paths
+from gptpipe.errors import InputError
+from gptpipe.files import new_folder, verify
+from gptpipe.parallel import map_in_order
+from gptpipe.parquet import new_parquet
+from gptpipe.tokens.splits import side_of
+from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
+
+TOKENIZER = "tokenizer"  # folder of the tokenizer, inside data/tokens
+
+def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitParams, seed: int) -> dict[str, int]:
+    """Encode every document of `source` into `target` and return the counts.
+
+    A trained tokenizer is fitted on the documents that the split will put into train, so no byte of the others can
+    shape the vocabulary. Raises InputError, IntegrityError.
+    """
+    parent = verify(source)
+    shards = shard_paths(source)
+    with new_folder(target, parent.lineage(source.name)) as folder:
+        tokenizer = build_tokenizer(params, _train_texts(shards, split, seed))
+        tokenizer.save(folder.path / TOKENIZER)
+        work = partial(_encode_shard, tokenizer_folder=folder.path / TOKENIZER, target=folder.path)
+        with Progress("tokenize", unit="shards", total=len(shards)) as progress:
+            counts = list(progress.track(map_in_order(work, shards)))
+        total = {key: sum(count[key] for count in counts) for key in counts[0]}
+        folder.counts = {**total, "vocab_size": tokenizer.vocab_size}
+    return {**total, "vocab_size": tokenizer.vocab_size}
+
+def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[str]:
+    documents = chain.from_iterable(map(read_documents, shards))
+    texts = (document.text for document_id, document in documents if side_of(document_id, split, seed) == "train")
+    first = next(texts, None)
+    if first is None:
+        raise InputError("no document falls on the train side: add documents, or change split's fractions or the seed")
+    return chain([first], texts)
+
+def _encode_shard(shard: Path, *, tokenizer_folder: Path, target: Path) -> dict[str, int]:
+    """Encode one shard; runs in a worker process."""
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    token = pa.uint16() if tokenizer.dtype.itemsize == 2 else pa.uint32()
+    schema = pa.schema(
+        [("id", pa.string()), ("source", pa.string()), ("n_bytes", pa.int64()), ("tokens", pa.list_(token))]
+    )
+    counts = {"documents": 0, "tokens": 0, "bytes": 0}
+    with new_parquet(target / shard.name.replace("docs", "tokens"), schema) as rows:
+        for document_id, document in read_documents(shard):
+            tokens = tokenizer.encode_document(document.text)
+            n_bytes = len(document.text.encode())
+            row = {"id": document_id, "source": document.source, "n_bytes": n_bytes, "tokens": tokens}
+            rows.append(row, tokens.nbytes)
+            counts["documents"] += 1
+            counts["tokens"] += len(tokens)
+            counts["bytes"] += n_bytes
+    return counts

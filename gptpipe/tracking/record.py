@@ -1,0 +1,139 @@
+"""The record of a training. It neither waits for the store nor ends with it.
+
+Operations go out in order on a thread of their own. What the store has not taken when the training ends stays in
+`.gptpipe/outbox/`, one file a run, and goes out with the next command that logs.
+"""
+
+import json
+import queue
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptpipe.config import Params
+from gptpipe.console import complain, say
+from gptpipe.environment import project_root
+from gptpipe.errors import Interrupted
+from gptpipe.files import Manifest, write_bytes
+from gptpipe.tracking.store import Operation, RunWriter, StoreError, describe_run
+
+Metrics = dict[str, float]
+
+_METRICS_PER_BATCH = 1000  # MLflow's limit
+_RETRY_SECONDS = 15.0
+_CLOSE_SECONDS = 30.0  # that the end of a training waits for the store
+
+
+class RunRecord:
+    """One run; its methods return at once and raise nothing for a store that fails."""
+
+    def __init__(self, run_id: str | None, description: dict[str, Any]) -> None:
+        self._writer = RunWriter(run_id)
+        self._waiting: queue.Queue[Operation | None] = queue.Queue()
+        self._unsent: list[Operation] = [("create", description)]  # taken from the queue, not yet by the store
+        self._closing = threading.Event()
+        self._has_complained = False
+        self._send_unsent()  # once here, so that the run's id is known from the start where that can be
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id; none before the store has answered for the first time."""
+        return self._writer.run_id
+
+    def metrics(self, entries: list[tuple[int, int, Metrics]]) -> None:
+        """Log (step, milliseconds since 1970, metrics); a step that the store has already is left as it is."""
+        rows = [(key, value, time_ms, step) for step, time_ms, metrics in entries for key, value in metrics.items()]
+        for start in range(0, len(rows), _METRICS_PER_BATCH):
+            self._waiting.put(("metrics", rows[start : start + _METRICS_PER_BATCH]))
+
+    def text(self, name: str, content: str) -> None:
+        """Log a text as an artifact."""
+        self._waiting.put(("text", [name, content]))
+
+    def tags(self, tags: dict[str, str]) -> None:
+        if tags:
+            self._waiting.put(("tags", tags))
+
+    def close(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED; what is not sent in time goes to the outbox."""
+        self._waiting.put(("end", status))
+        self._waiting.put(None)
+        self._closing.set()
+        self._thread.join(timeout=_CLOSE_SECONDS)
+        left = list(self._unsent)
+        while not self._waiting.empty():
+            if (operation := self._waiting.get()) is not None:
+                left.append(operation)
+        if left:
+            name = self.run_id or f"new-{uuid.uuid4().hex}"
+            write_bytes(_outbox() / f"{name}.jsonl", "".join(json.dumps(op) + "\n" for op in left).encode())
+            complain(f"warning: {len(left)} records of this run wait in {_outbox()} for the tracking store")
+
+    def _work(self) -> None:
+        while True:
+            if self._unsent and not self._send_unsent():
+                if self._closing.is_set():
+                    return
+                self._closing.wait(_RETRY_SECONDS)
+                continue
+            if (operation := self._waiting.get()) is None:
+                return
+            self._unsent.append(operation)
+
+    def _send_unsent(self) -> bool:
+        """Send in order until all is sent or the store fails; returns whether all is."""
+        try:
+            while self._unsent:
+                self._writer.write(self._unsent[0])
+                self._unsent.pop(0)
+        except StoreError as error:
+            if not self._has_complained:
+                complain(f"warning: the tracking store does not answer ({error}); training goes on, the record is kept")
+                self._has_complained = True
+            return False
+        return True
+
+
+@contextmanager
+def training_run(
+    params: Params, run_id: str | None, lineage: Manifest, environment: dict[str, Any]
+) -> Iterator[RunRecord]:
+    """The record of a training: a new run, or the run `run_id` that a resumed training began.
+
+    Its status says how the training ended: FINISHED, KILLED by a signal, or FAILED.
+    """
+    send_outbox()
+    record = RunRecord(run_id, describe_run(params, lineage, environment))
+    status = "FAILED"
+    try:
+        record.tags({"mlflow.source.name": "stages.train"})
+        yield record
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        record.close(status)
+
+
+def send_outbox() -> None:
+    """Send what earlier runs could not; stops where the store fails and leaves the rest for the next time."""
+    for path in sorted(_outbox().glob("*.jsonl")):
+        operations: list[Operation] = [(kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())]
+        writer = RunWriter(None if path.stem.startswith("new-") else path.stem)
+        try:
+            for operation in operations:
+                writer.write(operation)
+        except StoreError:
+            return
+        path.unlink()
+        say(f"tracking: sent {len(operations)} records of run {writer.run_id} that had waited")
+
+
+def _outbox() -> Path:
+    return project_root() / ".gptpipe" / "outbox"

@@ -1,0 +1,118 @@
+"""What evaluation leaves in the record: figures in the training's run, the model in the registry, and the champion."""
+
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import mlflow.pyfunc
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+from gptpipe.config import EvaluateParams, Params
+from gptpipe.files import Manifest
+from gptpipe.tracking.record import send_outbox
+from gptpipe.tracking.store import StoreError, connect, create_run, describe_run, find_run, store_errors
+
+MODEL_NAME = "gpt"
+CHAMPION = "champion"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SERVED_MODEL = Path(__file__).parent / "served_model.py"
+_SERVING_REQUIREMENTS = (
+    "filelock", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "rich", "ruamel.yaml", "safetensors", "tiktoken", "torch",
+)  # fmt: skip
+
+
+def record_evaluation(
+    params: Params,
+    lineage: Manifest,
+    run_id: str | None,
+    *,
+    metrics: dict[str, float],
+    texts: dict[str, str],
+    card: str,
+    test_digest: str,
+    model: Path,
+) -> str:
+    """Log metrics and texts into the training's run, register `model` with its card, and say who is champion.
+
+    Where the store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that
+    fails is said in the line that is returned: the figures are on disk all the same.
+    """
+    try:
+        with store_errors():
+            send_outbox()
+            client = connect()
+            found = find_run(client, run_id)
+            if found is None:
+                found = create_run(client, describe_run(params, lineage, {}))
+                if run_id:
+                    client.set_tag(found, "training_run_id", run_id)
+                client.set_terminated(found)
+            now = time.time_ns() // 1_000_000
+            client.log_batch(found, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+            for name, text in texts.items():
+                client.log_text(found, text, name)
+            number = _register(found, model, params.evaluate)
+            client.update_model_version(MODEL_NAME, number, description=card)
+            return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)
+    except StoreError as error:
+        return f"warning: not recorded, the tracking store does not answer ({error}); later: `dvc repro -fs evaluate`"
+
+
+def _register(run_id: str, model: Path, params: EvaluateParams) -> str:
+    """Log the model folder as a pyfunc whose code is a plain file, and register it; returns its version."""
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    client = MlflowClient()
+    status = client.get_run(run_id).info.status
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(_SERVED_MODEL),
+            artifacts={"model": str(model)},
+            code_paths=[str(_PACKAGE)],
+            signature=_signature(params),
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
+            registered_model_name=MODEL_NAME,
+        )
+    client.set_terminated(run_id, status=status)
+    return str(logged.registered_model_version)
+
+
+def _signature(params: EvaluateParams) -> ModelSignature:
+    """A column `prompt` in, a column `text` out, and how to draw it."""
+    parameters = [
+        ParamSpec("max_new_tokens", "long", params.max_new_tokens),
+        ParamSpec("temperature", "double", params.temperature),
+        ParamSpec("top_k", "long", params.top_k or 0),  # 0: all tokens
+        ParamSpec("top_p", "double", params.top_p),
+        ParamSpec("seed", "long", 0),
+    ]
+    return ModelSignature(
+        Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "text")]), ParamSchema(parameters)
+    )
+
+
+def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | None, test_digest: str) -> str:
+    """Move the alias only to a version that is better on the same test documents; says in words what was done."""
+    name = f"registered {MODEL_NAME} version {number}"
+    client.set_model_version_tag(MODEL_NAME, number, "test_digest", test_digest)
+    if bits_per_byte is None:
+        return f"{name}; without a test split no {CHAMPION} is chosen"
+    client.set_model_version_tag(MODEL_NAME, number, "test_bits_per_byte", repr(bits_per_byte))
+    try:
+        champion = client.get_model_version_by_alias(MODEL_NAME, CHAMPION)
+    except MlflowException:
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
+        return f"{name}, the first {CHAMPION}"
+    if champion.tags.get("test_digest") != test_digest:
+        return f"{name}; the {CHAMPION}, version {champion.version}, was tested on other documents and stays"
+    best = float(champion.tags["test_bits_per_byte"])
+    if bits_per_byte >= best:
+        return f"{name}; the {CHAMPION}, version {champion.version}, stays with {best:.4f} bits per byte on test"
+    client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
+    return f"{name}, the new {CHAMPION}: {bits_per_byte:.4f} bits per byte on test, version {champion.version} has {best:.4f}"

@@ -1,0 +1,39 @@
+"""The registered model as MLflow runs it: a file of code beside a model folder, no pickle anywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from gptpipe.evaluation.continuations import continue_text
+from gptpipe.files import verify
+from gptpipe.model.generate import Sampling
+from gptpipe.model.layout import load_model
+from gptpipe.tokens.tokenizer import Tokenizer
+
+
+class Generator(PythonModel):  # type: ignore[misc]
+    """Continues each prompt of the column `prompt`."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        folder = Path(context.artifacts["model"])
+        verify(folder)
+        self.model, self.tokenizer = load_model(folder), Tokenizer.load(folder)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """The prompts with their continuations, in a column `text`. Stops at the end of a document."""
+        options = dict(params or {})
+        max_new_tokens = int(options.pop("max_new_tokens"))
+        sampling = Sampling(**{**options, "top_k": options.get("top_k") or None})
+        texts = [
+            prompt + "".join(continue_text(self.model, self.tokenizer, prompt, max_new_tokens, sampling))
+            for prompt in model_input["prompt"]
+        ]
+        return pd.DataFrame({"text": texts})
+
+
+set_model(Generator())

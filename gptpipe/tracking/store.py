@@ -1,0 +1,168 @@
+"""The tracking store: reaching it, and writing one run to it. What it refuses is raised as StoreError."""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+# A store that does not answer is given up on in seconds; what was meant for it is sent later.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+import mlflow
+from filelock import FileLock
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from gptpipe.config import Params
+from gptpipe.environment import dvc_experiment, experiment_name, project_root, tracking_uri
+from gptpipe.files import Manifest
+
+_PARAMS_PER_BATCH, _TAG_CHARACTERS, _PARAM_CHARACTERS = 100, 5000, 6000  # MLflow's limits
+
+# One thing to write: its kind, and content that JSON can hold.
+Operation = tuple[str, Any]
+
+
+class StoreError(Exception):
+    """The tracking store did not take what it was given."""
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Turn every way in which a store can fail into a StoreError of one line."""
+    try:
+        yield
+    except (MlflowException, OSError, sqlite3.Error) as error:
+        raise StoreError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+
+
+def connect() -> MlflowClient:
+    """A client of the store; the store and the experiment are made if they are not there. Raises StoreError.
+
+    Several processes may come to a fresh store at once: one of them sets it up, under a lock.
+    """
+    uri = tracking_uri()
+    is_sqlite = uri.startswith("sqlite:///")
+    folder = project_root() / ".gptpipe"
+    with store_errors():
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "store.lock"):
+            is_new = is_sqlite and not Path(uri.removeprefix("sqlite:///")).exists()
+            client = MlflowClient(uri)
+            if client.get_experiment_by_name(experiment_name()) is None:
+                artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None
+                client.create_experiment(experiment_name(), artifact_location=artifacts)
+            if is_new:  # readers, such as the UI, then never block the writer
+                with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+    return client
+
+
+def find_run(client: MlflowClient, run_id: str | None) -> str | None:
+    """The id, if the store knows the run."""
+    if run_id is None:
+        return None
+    try:
+        return str(client.get_run(run_id).info.run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+class RunWriter:
+    """Writes operations to one run, which the first of them, `create`, makes."""
+
+    def __init__(self, run_id: str | None) -> None:
+        self.run_id = run_id
+        self._client: MlflowClient | None = None
+        self._known: dict[str, set[int]] = {}  # metric -> steps that the store has
+
+    def write(self, operation: Operation) -> None:
+        """Raises StoreError; then the same operation can be written again later, and nothing stands there twice."""
+        kind, content = operation
+        with store_errors():
+            if self._client is None:
+                self._client = connect()
+                if self.run_id is not None:  # of an earlier process
+                    self._known = _steps_by_metric(self._client, self.run_id)
+            if kind == "create":
+                self.run_id = self.run_id or create_run(self._client, content)
+                return
+            assert self.run_id is not None
+            match kind:
+                case "metrics":
+                    new = [row for row in content if row[3] not in self._known.get(row[0], ())]
+                    if new:
+                        self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in new])
+                    for key, _, _, step in new:
+                        self._known.setdefault(key, set()).add(step)
+                case "text":
+                    name, text = content
+                    self._client.log_text(self.run_id, text, name)
+                case "tags":
+                    tags = [RunTag(key, value[:_TAG_CHARACTERS]) for key, value in content.items()]
+                    self._client.log_batch(self.run_id, tags=tags)
+                case "end":
+                    self._client.set_terminated(self.run_id, status=content)
+
+
+def _steps_by_metric(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
+    names = sorted(client.get_run(run_id).data.metrics)
+    return {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in names}
+
+
+def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
+    """Content of a `create` operation: parameters, tags, data and packages of a run."""
+    return {
+        "name": os.environ.get("DVC_EXP_NAME"),
+        "tags": {**dvc_experiment(), **{f"environment.{key}": str(value) for key, value in environment.items()}},
+        "params": flat(params.model_dump(mode="json")),
+        "datasets": [
+            {
+                "name": f"split/{side}",
+                "digest": lineage.files[f"{side}/tokens.npy"].sha256[:36],
+                "source_type": "local",
+                "source": f"data/split/{side}/tokens.npy",
+                "profile": "{" + ", ".join(f'"{what}": {lineage.counts[f"{side}_{what}"]}' for what in ("documents", "tokens", "bytes")) + "}",
+            }
+            for side in ("train", "val", "test")
+        ],
+        "texts": {
+            "environment.txt": "".join(f"{line}\n" for line in sorted({f"{d.name}=={d.version}" for d in distributions()})),
+            "lineage.json": lineage.to_bytes().decode(),
+        },
+    }  # fmt: skip
+
+
+def create_run(client: MlflowClient, description: dict[str, Any]) -> str:
+    """Make a run from what `describe_run` gives; returns its id."""
+    experiment = client.get_experiment_by_name(experiment_name())
+    assert experiment is not None  # connect() made it
+    run_id = str(client.create_run(experiment.experiment_id, tags=description["tags"], run_name=description["name"]).info.run_id)
+    params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in description["params"].items()]
+    for start in range(0, len(params), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
+    inputs = [DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", data["name"])]) for data in description["datasets"]]
+    client.log_inputs(run_id, datasets=inputs)
+    for name, text in description["texts"].items():
+        client.log_text(run_id, text, name)
+    return run_id
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested sections as `section.key` -> text."""
+    result: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = str(value)
+    return result

@@ -1,0 +1,222 @@
+"""Resumable training state on disk, in `.gptpipe/checkpoints/<key>/`, outside DVC.
+
+    lock, owner              held while a training runs; who holds it
+    journal.jsonl            every logged metric, with its step and time
+    best-00000400/           weights of the best model so far, by validation loss
+    step-00000500/           state.safetensors (weights, optimizer, generators) and state.json (everything else)
+
+Every folder has its manifest and is checked before use; nothing is pickled. Two steps are kept, and the older of them
+goes only when the newer has been read back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+from torch import Tensor
+
+from gptpipe.console import complain
+from gptpipe.errors import IntegrityError, ResourceError
+from gptpipe.files import new_folder, to_json, verify, write_bytes, write_json
+from gptpipe.model.gpt import GPT
+from gptpipe.model.layout import weights_from_bytes
+from gptpipe.training.loop import Metrics, TrainState
+from gptpipe.training.red_flags import Validation
+
+_KEPT = 2
+_STATE, _TENSORS = "state.json", "state.safetensors"
+
+
+def run_key(determinants: dict[str, Any]) -> str:
+    """Name of the checkpoint folder: a digest of all that determines the run."""
+    return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one training. The system frees the lock with the process. Raises ResourceError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    owner = folder / "owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        holder = owner.read_text() if owner.exists() else "another process"
+        raise ResourceError(f"{folder}: {holder} trains here already; wait for it, or stop it") from error
+    try:
+        write_bytes(owner, f"process {os.getpid()}".encode())
+        yield
+    finally:
+        lock.release()
+
+
+class Checkpoints:
+    """Saves and restores the state of one training in a folder that the caller has locked."""
+
+    def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
+        self.folder, self.environment = folder, environment
+
+    def save(self, state: TrainState, notes: dict[str, Any]) -> None:
+        """Make the state durable, then drop what is no longer needed."""
+        target = self.folder / f"step-{state.step:08d}"
+        with new_folder(target, {}) as new:
+            write_bytes(new.path / _TENSORS, save(_tensors(state)))
+            content = {
+                "step": state.step,
+                "history": [asdict(validation) for validation in state.history],
+                "since_validation": state.since_validation,
+                "environment": self.environment,
+                "notes": notes,
+            }
+            write_json(new.path / _STATE, content)
+        verify(target)
+        self._drop_old(state)
+
+    def restore(self, state: TrainState, *, allow_inexact: bool) -> dict[str, Any] | None:
+        """Load the newest sound checkpoint into `state` and return its notes; None where there never was one.
+
+        Falls back to the one before with a warning. Raises IntegrityError where none is sound, ResourceError where
+        this environment could not go on bit for bit, unless `allow_inexact`.
+        """
+        candidates = sorted(self.folder.glob("step-*"), reverse=True)
+        for candidate in candidates:
+            try:
+                verify(candidate)
+                content = json.loads((candidate / _STATE).read_bytes())
+                if state_best := _best_step(content["history"]):
+                    verify(self._best_folder(state_best))
+            except IntegrityError as error:
+                complain(f"warning: {error.args[0].split(';')[0]}; trying the checkpoint before")
+                continue
+            self._check_environment(content["environment"], allow_inexact)
+            _load_tensors(state, weights_from_bytes((candidate / _TENSORS).read_bytes()))
+            state.step = content["step"]
+            state.history = [Validation(**validation) for validation in content["history"]]
+            state.since_validation = [(loss, norm) for loss, norm in content["since_validation"]]
+            notes: dict[str, Any] = content["notes"]
+            return notes
+        if candidates:
+            raise IntegrityError(f"{self.folder}: no checkpoint is sound; remove the folder to train from the start")
+        return None
+
+    def save_best(self, model: GPT, step: int) -> None:
+        """Keep the present weights as the best ones, validated at `step`."""
+        with new_folder(self._best_folder(step), {}) as new:
+            write_bytes(new.path / "model.safetensors", save(dict(_weights(model))))
+
+    def load_best(self, step: int) -> dict[str, Tensor]:
+        """Weights of the best model by our parameter names. Raises IntegrityError."""
+        folder = self._best_folder(step)
+        verify(folder)
+        return weights_from_bytes((folder / "model.safetensors").read_bytes())
+
+    def remove(self) -> None:
+        """The training is complete and its results are on disk: drop the state, keep the lock file."""
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("lock", "owner"):
+                path.unlink()
+
+    def _best_folder(self, step: int) -> Path:
+        return self.folder / f"best-{step:08d}"
+
+    def _drop_old(self, state: TrainState) -> None:
+        steps = sorted(self.folder.glob("step-*"))
+        for old in steps[:-_KEPT]:
+            shutil.rmtree(old)
+        in_use = {_best_step(json.loads((kept / _STATE).read_bytes())["history"]) for kept in steps[-_KEPT:]}
+        in_use.add(state.best.step if state.best else None)
+        for best in sorted(self.folder.glob("best-*")):
+            if int(best.name.removeprefix("best-")) not in in_use:
+                shutil.rmtree(best)
+
+    def _check_environment(self, saved: dict[str, Any], allow_inexact: bool) -> None:
+        different = [f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
+                     for key in sorted(saved.keys() | self.environment.keys())
+                     if saved.get(key) != self.environment.get(key)]  # fmt: skip
+        if not different:
+            return
+        if allow_inexact:
+            complain(f"warning: resuming in another environment, not bit for bit: {'; '.join(different)}")
+            return
+        raise ResourceError(
+            f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. Set GPTPIPE_ALLOW_INEXACT=1 to go "
+            "on all the same, or remove the folder to train from the start"
+        )
+
+
+class Journal:
+    """Every logged metric as a line of JSON, cut back to the checkpoint on resume."""
+
+    def __init__(self, path: Path, n_lines: int) -> None:
+        self.entries: list[tuple[int, int, Metrics]] = []  # (step, milliseconds since 1970, metrics)
+        lines = path.read_bytes().splitlines(keepends=True)[:n_lines] if path.exists() else []
+        for line in lines:
+            entry = json.loads(line)
+            self.entries.append((entry["step"], entry["time"], entry["metrics"]))
+        write_bytes(path, b"".join(lines))
+        self._file = path.open("ab")
+
+    def append(self, step: int, time_ms: int, metrics: Metrics) -> None:
+        self.entries.append((step, time_ms, metrics))
+        line = json.dumps({"step": step, "time": time_ms, "metrics": metrics})
+        self._file.write(line.encode() + b"\n")
+
+    def sync(self) -> int:
+        """Make all lines durable; returns how many there are."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return len(self.entries)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _best_step(history: list[dict[str, Any]]) -> int | None:
+    return min(history, key=lambda v: v["val_loss"])["step"] if history else None
+
+
+def _weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by name, tied ones once."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
+    tensors = {f"model.{name}": weight for name, weight in _weights(state.model)}
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    for optimizer in state.optimizers:
+        for parameter, values in optimizer.state.items():
+            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in values.items()}
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+@torch.no_grad()
+def _load_tensors(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in state.model.named_parameters():
+        parameter.copy_(tensors[f"model.{name}"])
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = f"optimizer.{names[id(parameter)]}."
+                saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                # AdamW's step count stays where its fused kernel wants it; all else lies beside its parameter.
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in saved.items()}
+    torch.set_rng_state(tensors["generator.cpu"])
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["generator.cuda"])

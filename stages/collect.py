@@ -1,0 +1,19 @@
+"""collect: text from every source, cleaned, filtered with counted reasons, deduplicated."""
+
+from pathlib import Path
+
+from gptpipe.config import load_params
+from gptpipe.console import say
+from gptpipe.corpus.collect import collect
+from gptpipe.stage import run_stage
+
+
+def main() -> None:
+    params = load_params()
+    counts = collect(params.collect, Path("data/raw"))
+    rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
+    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected:,} rejected")
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

@@ -1,0 +1,20 @@
+"""split: whole documents to train, val and test, one memory-mappable token stream each."""
+
+from pathlib import Path
+
+from gptpipe.config import load_params
+from gptpipe.console import say
+from gptpipe.stage import run_stage
+from gptpipe.tokens.streams import split
+
+
+def main() -> None:
+    params = load_params()
+    counts = split(Path("data/tokens"), Path("data/split"), params.split, params.seed)
+    sides = (f"{side} {counts[f'{side}_documents']:,} documents, {counts[f'{side}_tokens']:,} tokens"
+             for side in ("train", "val", "test"))  # fmt: skip
+    say(f"split: {'; '.join(sides)}")
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

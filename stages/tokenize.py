@@ -1,0 +1,21 @@
+"""tokenize: documents to token shards, by a tiktoken encoding or one trained on the train side."""
+
+from pathlib import Path
+
+from gptpipe.config import load_params
+from gptpipe.console import say
+from gptpipe.stage import run_stage
+from gptpipe.tokens.encode import tokenize
+
+
+def main() -> None:
+    params = load_params()
+    counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split, params.seed)
+    say(
+        f"tokenize: {counts['tokens']:,} tokens of a vocabulary of {counts['vocab_size']:,}, "
+        f"{counts['bytes'] / counts['tokens']:.2f} bytes per token"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

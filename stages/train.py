@@ -1,0 +1,22 @@
+"""train: a GPT from scratch; keeps the best model by validation loss."""
+
+from functools import partial
+from pathlib import Path
+
+from gptpipe.config import load_params
+from gptpipe.console import say
+from gptpipe.stage import run_stage
+
+
+def main() -> None:
+    params = load_params()
+    from gptpipe.tracking.record import training_run  # late: bad parameters are told before the slow imports
+    from gptpipe.training.session import train_model
+
+    open_record = partial(training_run, params)
+    best = train_model(params, Path("data/split"), Path("models/gpt"), Path("reports"), open_record)
+    say(f"train: best validation loss {best['loss']:.4f}, {best['bits_per_byte']:.4f} bits per byte")
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)
