@@ -250,10 +250,8 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """The keys that are known where `location` points."""
     if len(location) == 1:
         return list(Params.model_fields)
-    section = Params.model_fields.get(str(location[0]))
-    if section is None or section.annotation is None:
-        return []
     if location[:2] == ("collect", "sources"):
-        kinds = {"python-docs": PythonDocs, "text": Text, "jsonl": Jsonl, "parquet": Parquet}
+        kinds: dict[str, type[Section]] = {"python-docs": PythonDocs, "text": Text, "jsonl": Jsonl, "parquet": Parquet}
         return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
-    return list(section.annotation.model_fields)
+    section = Params.model_fields[str(location[0])].annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []

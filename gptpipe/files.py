@@ -71,7 +71,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ResourceError(f"{path}: cannot write: {reason}; free space or mend the permissions, then rerun") from error
+        raise ResourceError(
+            f"{path}: cannot write: {reason}; free space or mend the permissions, then rerun"
+        ) from error
 
 
 @contextmanager

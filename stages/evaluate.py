@@ -28,8 +28,8 @@ def main() -> None:
     for side in ("val", "test"):
         if side in found.results:
             figures, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
-            say(f"evaluate: {side} {figures['bits_per_byte']:.4f} ± {figures['bits_per_byte_standard_error']:.4f} bits per "
-                f"byte (xz -9e: {xz:.4f}), perplexity {figures['perplexity']:.2f}")  # fmt: skip
+            bits = f"{figures['bits_per_byte']:.4f} ± {figures['bits_per_byte_standard_error']:.4f} bits per byte"
+            say(f"evaluate: {side} {bits} (xz -9e: {xz:.4f}), perplexity {figures['perplexity']:.2f}")
     say(f"evaluate: {champion}")
 
 

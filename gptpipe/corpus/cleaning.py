@@ -11,7 +11,7 @@ _LINE_END_SPACE = re.compile("[ \t]+$", re.MULTILINE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Rejected(Exception):  # noqa: N818  not an error: a document that is left out, with the reason it is counted under
+class Rejected(Exception):
     """A document that does not belong in the corpus; `reason` is what it is counted under."""
 
     def __init__(self, reason: str) -> None:

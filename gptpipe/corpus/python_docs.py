@@ -60,9 +60,8 @@ def _definitions(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tup
             continue
         name = f"{prefix}.{node.name}"
         if text := ast.get_docstring(node):
-            is_class = isinstance(node, ast.ClassDef)
-            arguments = ", ".join(map(ast.unparse, node.bases)) if is_class else ast.unparse(node.args)
-            yield f"{name}({arguments})", text
+            parts: list[ast.AST] = [*node.bases] if isinstance(node, ast.ClassDef) else [node.args]
+            yield f"{name}({', '.join(map(ast.unparse, parts))})", text
         if isinstance(node, ast.ClassDef):
             yield from _definitions(node, name)
 

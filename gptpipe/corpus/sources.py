@@ -56,7 +56,7 @@ def matching_files(patterns: tuple[str, ...]) -> list[Path]:
     faults: list[str] = []
     found: set[str] = set()
     for pattern in patterns:
-        names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]
+        names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207  takes absolute patterns too
         if not names:
             faults.append(f"{pattern}: no file matches")
         found.update(names)

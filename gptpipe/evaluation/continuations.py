@@ -41,7 +41,7 @@ class Continuation:
 def continue_documents(
     model: GPT, tokenizer: Tokenizer, stream: Stream, n_documents: int, n_tokens: int
 ) -> list[Continuation]:
-    """Greedy continuations by `n_tokens` of the first `n_documents` that have twice as many; both halves equally long."""
+    """Greedy continuations by `n_tokens` of the first `n_documents` that have twice as many, given the first half."""
     table = stream.documents[stream.documents["n_tokens"] > 2 * n_tokens].head(n_documents)
     device = model.embedding.weight.device
     results: list[Continuation] = []

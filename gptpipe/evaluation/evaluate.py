@@ -37,14 +37,18 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The figures by the names that the tracking store gets, such as `test/bits_per_byte`."""
-        flat = {f"{side}/{name}": float(value) for side in _HELD_OUT for name, value in self.results.get(side, {}).items()}
+        flat = {
+            f"{side}/{name}": float(value) for side in _HELD_OUT for name, value in self.results.get(side, {}).items()
+        }
         flat |= {f"continuations/{name}": float(value) for name, value in self.results["continuations"].items()}
         for side, references in self.results["reference_bits_per_byte"].items():
             flat |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
         return flat
 
 
-def evaluate_model(model_folder: Path, split_folder: Path, reports: Path, params: EvaluateParams, seed: int) -> Evaluation:
+def evaluate_model(
+    model_folder: Path, split_folder: Path, reports: Path, params: EvaluateParams, seed: int
+) -> Evaluation:
     """Score a model on what was held out, sample from it, and write the reports. Raises IntegrityError."""
     made, lineage = verify(model_folder), verify(split_folder)
     if made.made_from.get("split") != lineage.digest:
@@ -61,13 +65,17 @@ def evaluate_model(model_folder: Path, split_folder: Path, reports: Path, params
             results["by_source"][side] = figures_by_source(scores, stream.documents)
             loss_by_position = scores.nats_by_position / scores.n_by_position.clip(min=1)
             positions += [{"split": side, "position": i, "loss": loss} for i, loss in enumerate(loss_by_position)]
-            sources += [{"split": side, "source": source, **found} for source, found in results["by_source"][side].items()]
+            sources += [
+                {"split": side, "source": source, **found} for source, found in results["by_source"][side].items()
+            ]
             results["reference_bits_per_byte"][side] = {
                 "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
                 "xz": xz_bits_per_byte(streams["train"], stream, tokenizer),
             }
     last = streams["test"] if "test" in held_out else streams["val"]
-    continuations = continue_documents(model, tokenizer, last, params.continuation_documents, params.continuation_tokens)
+    continuations = continue_documents(
+        model, tokenizer, last, params.continuation_documents, params.continuation_tokens
+    )
     results["continuations"] = overlap_scores(continuations)
     results["test_digest"] = documents_digest(streams["test"])
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)

@@ -4,6 +4,7 @@ import lzma
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from gptpipe.tokens.streams import Stream
 from gptpipe.tokens.tokenizer import Tokenizer
@@ -21,7 +22,9 @@ def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> f
     for start in range(0, len(train.tokens), _CHUNK):
         counts += np.bincount(train.tokens[start : start + _CHUNK], minlength=vocab_size)
     nats = np.log(counts.sum()) - np.log(counts)
-    total = sum(float(nats[held_out.tokens[start : start + _CHUNK]].sum()) for start in range(1, len(held_out.tokens), _CHUNK))
+    total = sum(
+        float(nats[held_out.tokens[start : start + _CHUNK]].sum()) for start in range(1, len(held_out.tokens), _CHUNK)
+    )
     return total / math.log(2) / held_out.n_bytes
 
 
@@ -32,17 +35,22 @@ def xz_bits_per_byte(train: Stream, held_out: Stream, tokenizer: Tokenizer) -> f
     no further back.
     """
     n_train = min(len(train.tokens), max(1, int(_XZ_WINDOW * len(train.tokens) / max(1, train.n_bytes))))
-    both = [_compressed_size(parts, tokenizer) for parts in ([train.tokens[-n_train:]], [train.tokens[-n_train:], held_out.tokens])]
+    both = [
+        _compressed_size(parts, tokenizer)
+        for parts in ([train.tokens[-n_train:]], [train.tokens[-n_train:], held_out.tokens])
+    ]
     return 8 * (both[1] - both[0]) / held_out.n_bytes
 
 
-def _compressed_size(parts: list[np.ndarray], tokenizer: Tokenizer) -> int:  # type: ignore[type-arg]
+def _compressed_size(parts: list[npt.NDArray[np.unsignedinteger]], tokenizer: Tokenizer) -> int:
     """Bytes of the parts' text, one after the other, under `xz -9e`; a line feed closes each document."""
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     size = 0
     for tokens in parts:
         for start in range(0, len(tokens), _CHUNK):
             ids = tokens[start : start + _CHUNK].tolist()
-            text = b"".join(b"\n" if i == tokenizer.end_of_text else tokenizer.encoding.decode_single_token_bytes(i) for i in ids)
+            text = b"".join(
+                b"\n" if i == tokenizer.end_of_text else tokenizer.encoding.decode_single_token_bytes(i) for i in ids
+            )
             size += len(compressor.compress(text))
     return size + len(compressor.flush())

@@ -12,7 +12,19 @@ def samples_page(samples: dict[str, str], continuations: list[Continuation]) -> 
     if continuations:
         parts.append("# Held-out documents\n\nGreedy continuations: the start, the real text, the model's.\n")
     for c in continuations[:8]:
-        parts.append("\n".join(("```text", _fenced(c.prompt), "--- real", _fenced(c.reference), "--- model", _fenced(c.generated), "```\n")))
+        parts.append(
+            "\n".join(
+                (
+                    "```text",
+                    _fenced(c.prompt),
+                    "--- real",
+                    _fenced(c.reference),
+                    "--- model",
+                    _fenced(c.generated),
+                    "```\n",
+                )
+            )
+        )
     return "\n".join(parts)
 
 
@@ -27,14 +39,19 @@ def full_card(card: str, results: dict[str, Any]) -> str:
     ]
     lines = [f"| | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"]
     for label, key, form in rows:
-        cells = [f"{form.format(results[side][key])} ± {form.format(results[side][f'{key}_standard_error'])}" for side in sides]
+        cells = [
+            f"{form.format(results[side][key])} ± {form.format(results[side][f'{key}_standard_error'])}"
+            for side in sides
+        ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     references = results["reference_bits_per_byte"]
     for name in ("unigram", "xz"):
         lines.append(f"| bits per byte of {name} | {' | '.join(f'{references[side][name]:.4f}' for side in sides)} |")
     for name, label in (("bleu", "BLEU"), ("rouge_l", "ROUGE-L")):
         if name in results["continuations"]:
-            lines.append(f"| {label} of continuations | {results['continuations'][name]:.4f} |" + " |" * (len(sides) - 1))
+            lines.append(
+                f"| {label} of continuations | {results['continuations'][name]:.4f} |" + " |" * (len(sides) - 1)
+            )
     return f"{card}\n## Evaluation\n\nEach figure with its standard error over documents.\n\n" + "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,11 @@ class Scores:
 
 
 def score(
-    model: GPT, stream: Stream, *, precision: torch.dtype = torch.float32, advance: Callable[[int], None] = lambda _: None
+    model: GPT,
+    stream: Stream,
+    *,
+    precision: torch.dtype = torch.float32,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score a stream; `advance` hears of each batch how many tokens it scored.
 

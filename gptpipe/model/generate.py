@@ -21,11 +21,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
-            raise ConfigError("sampling needs temperature of 0 or more, top_k of 1 or more, and top_p above 0, at most 1")
+            raise ConfigError(
+                "sampling needs temperature of 0 or more, top_k of 1 or more, and top_p above 0, at most 1"
+            )
 
 
 def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
-    """Continue prompts (B, T), T of 1 or more, by up to `max_new_tokens`; yields the next tokens (B,), int64, each step.
+    """Continue prompts (B, T), T of 1 or more, by `max_new_tokens`; yields the next token of each, (B,) int64.
 
     Draws from a generator of its own, so training is not disturbed. Once the context is full, its older half is
     forgotten. A prompt longer than the context keeps its end.

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D n_embd, N n_head, K n_kv_head, H head width, V voca
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,39 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptpipe.config import ModelParams
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross entropies of `hidden @ weight.T`, (R, D) and (V, D), with their gradients made in the same pass.
+
+    A few rows of logits at a time stay in the processor's cache, where (R, V) logits, their log softmax and the
+    gradients of both would go through memory (Wijmans et al., 2024, arXiv:2411.09009).
+    """
+
+    ROWS = 256  # of logits at a time
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        total = hidden.new_zeros(())
+        for start in range(0, len(hidden), LinearCrossEntropy.ROWS):
+            rows = slice(start, start + LinearCrossEntropy.ROWS)
+            target = targets[rows, None]  # (r, 1)
+            logits = hidden[rows] @ weight.T  # (r, V)
+            gradient = logits.softmax(-1)
+            # The largest probability is 1 / sum(exp(logits - max)) and cannot underflow, as that of the target can.
+            log_sum = logits.amax(-1) - gradient.amax(-1).log()
+            total += log_sum.sum() - logits.gather(-1, target).sum()
+            gradient.scatter_add_(-1, target, -gradient.new_ones(target.shape))
+            torch.mm(gradient, weight, out=hidden_gradient[rows])
+            weight_gradient.addmm_(gradient.T, hidden[rows])
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * gradients[0], weight_gradient * gradients[0], None
 
 
 @dataclass
@@ -52,18 +86,18 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_width = params.n_head, params.n_kv_head, params.head_width
         self.dropout = params.dropout
         bias = params.architecture == "gpt2"
-        kv_width = params.n_kv_head * params.head_width
-        self.q_proj = nn.Linear(params.n_embd, params.n_embd, bias=bias)
+        q_width, kv_width = params.n_head * params.head_width, params.n_kv_head * params.head_width
+        self.q_proj = nn.Linear(params.n_embd, q_width, bias=bias)
         self.k_proj = nn.Linear(params.n_embd, kv_width, bias=bias)
         self.v_proj = nn.Linear(params.n_embd, kv_width, bias=bias)
-        self.o_proj = nn.Linear(params.n_embd, params.n_embd, bias=bias)
+        self.o_proj = nn.Linear(q_width, params.n_embd, bias=bias)
         self.normalises_qk = params.architecture == "qwen3"
         if self.normalises_qk:
             self.q_norm = nn.RMSNorm(params.head_width, eps=params.norm_eps)
             self.k_norm = nn.RMSNorm(params.head_width, eps=params.norm_eps)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_width)  # (B, T, N, H)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_width)  # (B, T, K, H)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_width)
@@ -80,7 +114,7 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, N, T, H)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        y = y.transpose(1, 2).reshape(B, T, D)
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_width)
         return F.dropout(self.o_proj(y), self.dropout, self.training)
 
 
@@ -189,8 +223,12 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32."""
-        logits = self(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        hidden = self.hidden(tokens).flatten(0, 1)
+        if hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            total: Tensor = LinearCrossEntropy.apply(hidden, self.head.weight, targets.flatten())
+            return total / targets.numel()
+        logits = self.head(hidden)
+        return F.cross_entropy(logits.float(), targets.flatten())
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `context_length` tokens."""

@@ -42,7 +42,9 @@ _GPT2_NAMES = [
 _MODEL_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-def save_model(folder: Path, params: ModelParams, vocab_size: int, end_of_text: int, weights: dict[str, Tensor]) -> None:
+def save_model(
+    folder: Path, params: ModelParams, vocab_size: int, end_of_text: int, weights: dict[str, Tensor]
+) -> None:
     """Write the network's files into a folder; `weights` are its parameters by name."""
     theirs = {name: value.detach().cpu().contiguous() for name, value in _to_their_names(weights, params).items()}
     write_bytes(folder / WEIGHTS, save(theirs, metadata={"format": "pt"}))
@@ -103,7 +105,7 @@ def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[st
         "dtype": "float32",
     }
     if params.architecture == "gpt2":
-        dropout = {key: params.dropout for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), params.dropout)
         return {
             **common,
             **dropout,
@@ -183,7 +185,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: not readable ({error}); name a model folder in Hugging Face layout") from error
+        raise InputError(
+            f"{folder / CONFIG}: not readable ({error}); name a model folder in Hugging Face layout"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise InputError(f"{folder / CONFIG}: has no vocab_size; name a model folder in Hugging Face layout")
     return config
@@ -196,11 +200,14 @@ def initialise_from(model: GPT, folder: Path) -> None:
     """
     config = read_config(folder)
     theirs, ours = from_config(config, folder), model.params
-    # These change no tensor: training may choose them anew. Learned positions can be cut, not grown.
-    free = {"dropout"} if ours.architecture == "gpt2" and ours.context_length > theirs.context_length else {"dropout", "context_length"}  # fmt: skip
-    names = [name for name in type(ours).model_fields if name not in free | {"head_dim"}]
-    different = [f"model.{name} is {getattr(ours, name)}, the folder has {getattr(theirs, name)}"
-                 for name in names if getattr(ours, name) != getattr(theirs, name)]  # fmt: skip
+    free = {"dropout", "head_dim"}  # these change no tensor, or are compared as head_width
+    if ours.architecture != "gpt2" or ours.context_length < theirs.context_length:
+        free.add("context_length")  # learned positions can be cut, not grown
+    different = [
+        f"model.{name} is {getattr(ours, name)}, the folder has {getattr(theirs, name)}"
+        for name in type(ours).model_fields
+        if name not in free and getattr(ours, name) != getattr(theirs, name)
+    ]
     if ours.head_width != theirs.head_width:
         different.append(f"model.head_dim is {ours.head_width}, the folder has {theirs.head_width}")
     if config["vocab_size"] != model.vocab_size:

@@ -17,7 +17,6 @@ from gptpipe.parquet import new_parquet
 from gptpipe.tokens.splits import side_of
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
 
-TOKENIZER = "tokenizer"  # folder of the tokenizer, inside data/tokens
 
 def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitParams, seed: int) -> dict[str, int]:
     """Encode every document of `source` into `target` and return the counts.
@@ -37,6 +36,7 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitPar
         folder.counts = {**total, "vocab_size": tokenizer.vocab_size}
     return {**total, "vocab_size": tokenizer.vocab_size}
 
+
 def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[str]:
     documents = chain.from_iterable(map(read_documents, shards))
     texts = (document.text for document_id, document in documents if side_of(document_id, split, seed) == "train")
@@ -44,6 +44,7 @@ def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[
     if first is None:
         raise InputError("no document falls on the train side: add documents, or change split's fractions or the seed")
     return chain([first], texts)
+
 
 def _encode_shard(shard: Path, *, tokenizer_folder: Path, target: Path) -> dict[str, int]:
     """Encode one shard; runs in a worker process."""

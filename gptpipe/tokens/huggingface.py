@@ -31,9 +31,14 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
     merges = [[spell(left), spell(right)] for left, right in merges_of(tokenizer.ranks)]
     special = [
-        {"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": i,
+            "content": text,
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
         for text, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
-    ]  # fmt: skip
+    ]
     # In their regular expressions `$` also matches before a line feed; tiktoken's means the very end.
     pattern = tokenizer.pattern.replace("$", r"\z")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -85,7 +90,7 @@ def _encode(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
 
 
 def byte_letters() -> dict[int, str]:
-    """A printable character for each byte, as GPT-2 assigns them: itself where Latin-1 can print it, else from U+0100."""
+    """A printable character for each byte, as GPT-2 assigns them: its own where Latin-1 has one, else from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -22,8 +22,8 @@ from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 TOKENS = "tokens.npy"
 DOCUMENTS = "documents.parquet"
 _SCHEMA = pa.schema(
-    [("id", pa.string()), ("source", pa.string()), ("offset", pa.int64()), ("n_tokens", pa.int64()), ("n_bytes", pa.int64())]
-)  # fmt: skip
+    [("id", pa.string()), ("source", pa.string()), *((name, pa.int64()) for name in ("offset", "n_tokens", "n_bytes"))]
+)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How a trained encoding cuts text before merging: words with a leading space, digits by twos, runs of punctuation.
 # GPT-4's pattern (cl100k_base) with shorter numbers, which a small vocabulary cannot afford to keep by threes.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 # GPT-2's files as OpenAI publishes them: the digests that tiktoken itself pins.
 _GPT2_DIGESTS = {
@@ -83,7 +81,7 @@ class Tokenizer:
         return pattern
 
     def save(self, folder: Path) -> None:
-        """Write the rank file (a line each: the token's bytes in base64, a space, the id) and a small JSON beside it."""
+        """Write the rank file (a line per token: its bytes in base64, a space, its id) and a small JSON beside it."""
         by_id = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = (base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in by_id)
         write_bytes(folder / RANKS, b"".join(lines))

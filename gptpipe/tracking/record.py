@@ -124,7 +124,9 @@ def training_run(
 def send_outbox() -> None:
     """Send what earlier runs could not; stops where the store fails and leaves the rest for the next time."""
     for path in sorted(_outbox().glob("*.jsonl")):
-        operations: list[Operation] = [(kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())]
+        operations: list[Operation] = [
+            (kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())
+        ]
         writer = RunWriter(None if path.stem.startswith("new-") else path.stem)
         try:
             for operation in operations:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import mlflow.pyfunc
+import pandas as pd
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -23,8 +24,9 @@ CHAMPION = "champion"
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SERVED_MODEL = Path(__file__).parent / "served_model.py"
 _SERVING_REQUIREMENTS = (
-    "filelock", "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "rich", "ruamel.yaml", "safetensors", "tiktoken", "torch",
-)  # fmt: skip
+    *("filelock", "mlflow", "numpy", "pandas", "pyarrow", "pydantic"),
+    *("rich", "ruamel.yaml", "safetensors", "tiktoken", "torch"),
+)
 
 
 def record_evaluation(
@@ -76,6 +78,7 @@ def _register(run_id: str, model: Path, params: EvaluateParams) -> str:
             artifacts={"model": str(model)},
             code_paths=[str(_PACKAGE)],
             signature=_signature(params),
+            input_example=pd.DataFrame({"prompt": list(params.prompts[:1]) or [""]}),
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
             registered_model_name=MODEL_NAME,
         )
@@ -115,4 +118,4 @@ def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | N
     if bits_per_byte >= best:
         return f"{name}; the {CHAMPION}, version {champion.version}, stays with {best:.4f} bits per byte on test"
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
-    return f"{name}, the new {CHAMPION}: {bits_per_byte:.4f} bits per byte on test, version {champion.version} has {best:.4f}"
+    return f"{name}, the new {CHAMPION}: {bits_per_byte:.4f} bits per byte on test, before it {best:.4f}"

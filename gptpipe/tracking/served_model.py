@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.files import verify
@@ -14,7 +14,7 @@ from gptpipe.model.layout import load_model
 from gptpipe.tokens.tokenizer import Tokenizer
 
 
-class Generator(PythonModel):  # type: ignore[misc]
+class Generator(PythonModel):
     """Continues each prompt of the column `prompt`."""
 
     def load_context(self, context: PythonModelContext) -> None:

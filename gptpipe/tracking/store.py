@@ -1,5 +1,7 @@
 """The tracking store: reaching it, and writing one run to it. What it refuses is raised as StoreError."""
 
+import json
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 # A store that does not answer is given up on in seconds; what was meant for it is sent later.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from filelock import FileLock
@@ -23,6 +26,8 @@ from gptpipe.environment import dvc_experiment, experiment_name, project_root, t
 from gptpipe.files import Manifest
 
 _PARAMS_PER_BATCH, _TAG_CHARACTERS, _PARAM_CHARACTERS = 100, 5000, 6000  # MLflow's limits
+
+logging.getLogger("mlflow").setLevel(logging.ERROR)  # its notes on tables it creates say nothing to our user
 
 # One thing to write: its kind, and content that JSON can hold.
 Operation = tuple[str, Any]
@@ -131,26 +136,33 @@ def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any])
                 "digest": lineage.files[f"{side}/tokens.npy"].sha256[:36],
                 "source_type": "local",
                 "source": f"data/split/{side}/tokens.npy",
-                "profile": "{" + ", ".join(f'"{what}": {lineage.counts[f"{side}_{what}"]}' for what in ("documents", "tokens", "bytes")) + "}",
+                "profile": json.dumps(
+                    {what: lineage.counts[f"{side}_{what}"] for what in ("documents", "tokens", "bytes")}
+                ),
             }
             for side in ("train", "val", "test")
         ],
         "texts": {
-            "environment.txt": "".join(f"{line}\n" for line in sorted({f"{d.name}=={d.version}" for d in distributions()})),
+            "environment.txt": "".join(sorted({f"{d.name}=={d.version}\n" for d in distributions()})),
             "lineage.json": lineage.to_bytes().decode(),
         },
-    }  # fmt: skip
+    }
 
 
 def create_run(client: MlflowClient, description: dict[str, Any]) -> str:
     """Make a run from what `describe_run` gives; returns its id."""
     experiment = client.get_experiment_by_name(experiment_name())
     assert experiment is not None  # connect() made it
-    run_id = str(client.create_run(experiment.experiment_id, tags=description["tags"], run_name=description["name"]).info.run_id)
+    run_id = str(
+        client.create_run(experiment.experiment_id, tags=description["tags"], run_name=description["name"]).info.run_id
+    )
     params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in description["params"].items()]
     for start in range(0, len(params), _PARAMS_PER_BATCH):
         client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
-    inputs = [DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", data["name"])]) for data in description["datasets"]]
+    inputs = [
+        DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", data["name"])])
+        for data in description["datasets"]
+    ]
     client.log_inputs(run_id, datasets=inputs)
     for name, text in description["texts"].items():
         client.log_text(run_id, text, name)

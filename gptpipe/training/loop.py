@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gptpipe.config import TrainParams
 from gptpipe.errors import NumericError
+from gptpipe.model.device import autocast
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import set_lr
-from gptpipe.model.device import autocast
 from gptpipe.tokens.batches import Batches
 from gptpipe.training.red_flags import Validation
 from gptpipe.training.schedule import learning_rate

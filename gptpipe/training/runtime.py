@@ -90,7 +90,7 @@ def micro_batch_size(
         if needed < 0.9 * free:
             return candidate
     raise ResourceError(
-        f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free "
+        f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free "
         f"on {device}; lower train.micro_batch_size or the model, or set train.activation_checkpointing to true"
     )
 

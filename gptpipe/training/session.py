@@ -108,9 +108,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         journal = Journal(folder / "journal.jsonl", notes.get("journal_lines", 0))
         with open_record(notes.get("run_id"), lineage, checkpoints.environment) as record:
             progress = Progress("train", unit="steps", total=n_steps, done=state.step)
-            observer = _Observer(
-                params, state, plan, val_stream, tokenizer, checkpoints, journal, record, progress
-            )
+            observer = _Observer(params, state, plan, val_stream, tokenizer, checkpoints, journal, record, progress)
             with runtime.StopRequest() as stop, progress:
                 train(
                     state,
@@ -187,11 +185,13 @@ class _Observer:
         """Write the best model and the curves, each whole or not at all; returns the best validation's figures."""
         best = self.state.best
         assert best is not None  # the loop validates at step 0
-        found = next(metrics for step, _, metrics in self.journal.entries if step == best.step and "val/loss" in metrics)
+        found = next(
+            metrics for step, _, metrics in self.journal.entries if step == best.step and "val/loss" in metrics
+        )
         params = self.params
         batch_tokens = params.train.batch_size * params.model.context_length
         flags = red_flags(self.state.history, self.plan.n_steps)
-        summary = {
+        summary: dict[str, Any] = {
             "best_step": best.step,
             "steps": self.state.step,
             "tokens": self.state.step * batch_tokens,
@@ -212,7 +212,8 @@ class _Observer:
         write_json(reports / "mlflow_run.json", {"run_id": self.record.run_id})
         self.record.tags({"best_step": str(best.step)})
         self._send()
-        return summary["val"]
+        figures_of_best: Figures = summary["val"]
+        return figures_of_best
 
     def _send(self) -> None:
         self.record.metrics(self.journal.entries[self._n_sent :])
