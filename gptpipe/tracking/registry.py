@@ -1,7 +1,7 @@
 """What evaluation leaves in the record: figures in the training's run, the model in the registry, and the champion."""
 
-import os
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,17 +59,15 @@ def record_evaluation(
             client.log_batch(found, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
             for name, text in texts.items():
                 client.log_text(found, text, name)
-            number = _register(found, model, params.evaluate)
+            number = _register(client, found, model, params.evaluate)
             client.update_model_version(MODEL_NAME, number, description=card)
             return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)
     except StoreError as error:
         return f"warning: not recorded, the tracking store does not answer ({error}); later: `dvc repro -fs evaluate`"
 
 
-def _register(run_id: str, model: Path, params: EvaluateParams) -> str:
+def _register(client: MlflowClient, run_id: str, model: Path, params: EvaluateParams) -> str:
     """Log the model folder as a pyfunc whose code is a plain file, and register it; returns its version."""
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    client = MlflowClient()
     status = client.get_run(run_id).info.status
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
@@ -80,10 +78,12 @@ def _register(run_id: str, model: Path, params: EvaluateParams) -> str:
             signature=_signature(params),
             input_example=pd.DataFrame({"prompt": list(params.prompts[:1]) or [""]}),
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
-            registered_model_name=MODEL_NAME,
         )
-    client.set_terminated(run_id, status=status)
-    return str(logged.registered_model_version)
+    client.set_terminated(run_id, status=status)  # as it was: leaving the block ends the run as finished
+    with suppress(MlflowException):  # it is there already
+        client.create_registered_model(MODEL_NAME)
+    created = client.create_model_version(MODEL_NAME, logged.model_uri, run_id, model_id=logged.model_id)
+    return str(created.version)
 
 
 def _signature(params: EvaluateParams) -> ModelSignature:

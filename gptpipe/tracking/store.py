@@ -5,7 +5,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def connect() -> MlflowClient:
                 artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None
                 client.create_experiment(experiment_name(), artifact_location=artifacts)
             if is_new:  # readers, such as the UI, then never block the writer
-                with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+                with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
                     database.execute("PRAGMA journal_mode=WAL")
     return client
 

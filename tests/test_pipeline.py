@@ -1,0 +1,192 @@
+"""The five stages as a user runs them, on a dozen documents made here: `dvc repro`, experiments, faults."""
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = {
+    "collect.sources": '[{kind: text, paths: ["data/sources/*.txt"], document: separator, separator: "\\n\\n\\n"}]',
+    "tokenize.vocab_size": 300,
+    "split.val_fraction": 0.3,
+    "split.test_fraction": 0.3,
+    "model.context_length": 16,
+    "model.n_layer": 1,
+    "model.n_embd": 16,
+    "model.n_inner": 32,
+    "train.stride": 16,
+    "train.batch_size": 2,
+    "train.warmup_steps": 2,
+    "train.max_steps": 6,
+    "train.eval_every": 3,
+    "train.save_every": 3,
+    "train.sample_tokens": 4,
+    "evaluate.max_new_tokens": 4,
+    "evaluate.continuation_tokens": 4,
+}
+MADE = ("data/raw", "data/tokens", "data/split", "models/gpt", "reports/eval.json", "reports/train.json",
+        "reports/train.steps.csv", "reports/train.validations.csv", "reports/samples.md")  # fmt: skip
+
+
+def documents() -> str:
+    """A dozen documents of some sentences each, different from one another."""
+    animals = ["cat", "dog", "owl", "fox", "cow", "hen", "bee", "ant", "eel", "emu", "yak", "elk"]
+    places = ["garden", "river", "forest", "valley"]
+    return "\n\n\n".join(
+        " ".join(
+            f"On day {day} the {animal} walked from the {places[day % 4]} to the {places[i % 4]}." for day in range(6)
+        )
+        for i, animal in enumerate(animals)
+    )
+
+
+def environment() -> dict[str, str]:
+    """Ours, with the interpreter of the tests first on the path and nothing of an outer DVC or MLflow."""
+    outer = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))}
+    return {**outer, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{outer['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def run(project: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=600)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def make_project(folder: Path) -> Path:
+    """A clone of this project, as committed or not, with tiny parameters and a corpus of its own."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    made = {"dvc.lock", *(f"reports/{name}.json" for name in ("eval", "train", "mlflow_run"))}
+    for name in sorted(set(listed.stdout.splitlines()) - made):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "benchmarks/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "data/sources/animals.txt").write_text(documents())
+    for arguments in (["init", "-q"], ["config", "user.email", "t@example.com"], ["config", "user.name", "t"]):
+        run(folder, "git", *arguments)
+    set_params(folder, SECTIONS)
+    commit(folder)
+    return folder
+
+
+def set_params(project: Path, values: dict[str, object]) -> None:
+    """Change values of params.yaml, its comments kept."""
+    yaml = YAML()
+    params = yaml.load((project / "params.yaml").read_text())
+    for name, value in values.items():
+        section, key = name.split(".")
+        params[section][key] = yaml.load(value) if isinstance(value, str) else value
+    with (project / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+
+
+def commit(project: Path) -> None:
+    run(project, "git", "add", "-A")
+    run(project, "git", "commit", "-qm", "state")
+
+
+def digests(project: Path) -> dict[str, str]:
+    """SHA-256 of all that the stages make and that must not differ between two runs."""
+    files = [file for name in MADE for file in sorted([project / name, *(project / name).rglob("*")]) if file.is_file()]
+    return {file.relative_to(project).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project after its first `dvc repro`, committed."""
+    project = make_project(tmp_path_factory.mktemp("project"))
+    run(project, "dvc", "repro")
+    commit(project)
+    return project
+
+
+def test_two_runs_give_the_same_bytes(reproduced: Path, tmp_path: Path) -> None:
+    other = make_project(tmp_path)
+    run(other, "dvc", "repro")
+    made = digests(reproduced)
+    assert len(made) > 20
+    assert digests(other) == made
+
+
+def test_a_second_repro_has_nothing_to_do(reproduced: Path) -> None:
+    assert "Data and pipelines are up to date." in run(reproduced, "dvc", "repro").stdout
+
+
+def test_every_artefact_names_its_ancestors(reproduced: Path) -> None:
+    model = json.loads((reproduced / "models/gpt/manifest.json").read_bytes())
+    expected = {
+        name: hashlib.sha256((reproduced / "data" / name / "manifest.json").read_bytes()).hexdigest()
+        for name in ("raw", "tokens", "split")
+    }
+    source = hashlib.sha256(documents().encode()).hexdigest()
+    assert model["made_from"] == {**expected, "data/sources/animals.txt": source}
+
+
+def test_figures_are_declared_to_dvc(reproduced: Path) -> None:
+    shown = json.loads(run(reproduced, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    assert {"reports/eval.json", "reports/train.json", "reports/mlflow_run.json"} == set(shown)
+    assert shown["reports/eval.json"]["data"]["val"]["bits_per_byte"] > 0
+    plots = run(reproduced, "dvc", "plots", "show", "--json").stdout
+    for name in ("loss", "learning_rate", "gradient_norm", "loss_by_position", "bits_per_byte_by_source"):
+        assert f'"{name}"' in plots
+
+
+@pytest.mark.parametrize("how", [[], ["--temp"]], ids=["in place", "temp"])
+def test_an_experiment_reruns_train_and_evaluate_only(reproduced: Path, tmp_path: Path, how: list[str]) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    output = run(project, "dvc", "exp", "run", *how, "-S", "train.lr=1e-4").stdout
+    assert "Running stage 'train'" in output
+    assert "Running stage 'evaluate'" in output
+    for stage in ("collect", "tokenize", "split"):
+        assert f"Running stage '{stage}'" not in output
+    assert len(finished_runs(project)) == 2  # the experiment and the run before it, in the one store at the root
+
+
+def finished_runs(project: Path) -> list[str]:
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        return [row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")]
+
+
+@pytest.mark.slow
+def test_queued_experiments_run_side_by_side_into_one_store(reproduced: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    run(project, "dvc", "exp", "run", "--queue", "-S", "train.lr=choice(1e-4,2e-4)")
+    run(project, "dvc", "exp", "run", "--run-all", "-j", "2")
+    shown = run(project, "dvc", "exp", "show", "--json").stdout
+    assert len(finished_runs(project)) == 3
+    assert all(run_id in shown for run_id in finished_runs(project))
+
+
+def test_a_wrong_parameter_is_told_in_one_line(reproduced: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    set_params(project, {"train.lr": "fast", "train.stride": 0})
+    result = run(project, sys.executable, "-m", "stages.train", check=False)
+    assert result.returncode == 2
+    assert [line.removeprefix("error: ").split(": ")[:2] for line in result.stderr.splitlines()] == [
+        ["params.yaml", "train.lr"],
+        ["params.yaml", "train.stride"],
+    ]
+
+
+def test_a_flipped_bit_stops_the_stage_that_reads_it(reproduced: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    stream = project / "data/split/train/tokens.npy"
+    content = bytearray(stream.read_bytes())
+    content[-1] ^= 1
+    stream.unlink()  # a hard link into DVC's cache stays as it was
+    stream.write_bytes(content)
+    result = run(project, sys.executable, "-m", "stages.train", check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (4, False)
+    assert "data/split/train/tokens.npy" in result.stderr

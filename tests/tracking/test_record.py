@@ -1,0 +1,122 @@
+"""The record of a training in a real SQLite store, and what happens when the store is not there."""
+
+import socket
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from gptpipe.config import Params, load_params
+from gptpipe.errors import Interrupted
+from gptpipe.files import FileEntry, Manifest
+from gptpipe.tracking import record as record_module
+from gptpipe.tracking.record import training_run
+from gptpipe.tracking.store import connect
+
+ROOT = Path(__file__).parents[2]
+LINEAGE = Manifest(
+    schema_version=1,
+    made_from={"raw": "a" * 64, "tokens": "b" * 64},
+    counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
+    files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},
+)
+
+
+@pytest.fixture
+def params() -> Params:
+    return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project as the current folder, with its own store."""
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def rows(project: Path) -> list[tuple[str, int, float]]:
+    with sqlite3.connect(project / "mlflow.db") as database:
+        return sorted(database.execute("select key, step, value from metrics"))
+
+
+def test_a_run_holds_parameters_data_metrics_and_texts(project: Path, params: Params) -> None:
+    with training_run(params, None, LINEAGE, {"threads": 2}) as record:
+        record.metrics([(1, 1000, {"train/loss": 3.0}), (2, 2000, {"train/loss": 2.0, "val/loss": 2.5})])
+        record.text("samples/step-00000002.md", "hello")
+        record.tags({"red_flag.overfitting": "words"})
+    client = connect()
+    run = client.get_run(record.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.lr"] == str(params.train.lr)
+    assert run.data.params["model.architecture"] == params.model.architecture
+    assert run.data.tags["environment.threads"] == "2"
+    assert run.data.tags["red_flag.overfitting"] == "words"
+    assert rows(project) == [("train/loss", 1, 3.0), ("train/loss", 2, 2.0), ("val/loss", 2, 2.5)]
+    assert {(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs} == {
+        (f"split/{side}", "c" * 36) for side in ("train", "val", "test")
+    }
+    assert {f.path for f in client.list_artifacts(record.run_id)} == {"environment.txt", "lineage.json", "samples"}
+    assert (project / "mlartifacts").is_dir()
+
+
+def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> None:
+    """A killed training logged step 3 after its checkpoint at 2; resumed, it logs everything from its journal."""
+    with training_run(params, None, LINEAGE, {}) as first:
+        first.metrics([(step, step, {"train/loss": float(step)}) for step in (1, 2, 3)])
+    with training_run(params, first.run_id, LINEAGE, {}) as second:
+        second.metrics([(step, 1000 + step, {"train/loss": float(step)}) for step in (1, 2, 3, 4)])
+    assert second.run_id == first.run_id
+    assert rows(project) == [("train/loss", step, float(step)) for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("error", "status"), [(Interrupted(15, "saved"), "KILLED"), (ValueError(), "FAILED")])
+def test_the_status_says_how_a_training_ended(params: Params, error: Exception, status: str) -> None:
+    with pytest.raises(type(error)), training_run(params, None, LINEAGE, {}) as record:
+        raise error
+    assert connect().get_run(record.run_id).info.status == status
+
+
+def test_what_a_dead_server_did_not_take_goes_out_later(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:  # a port that refuses
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(record_module, "_RETRY_SECONDS", 0.1)
+    with training_run(params, None, LINEAGE, {}) as record:
+        record.metrics([(1, 1000, {"train/loss": 3.0})])
+        record.tags({"best_step": "1"})
+    assert record.run_id is None
+    assert "does not answer" in capsys.readouterr().err
+    assert len(list((project / ".gptpipe/outbox").glob("new-*.jsonl"))) == 1
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with training_run(params, None, LINEAGE, {}) as later:
+        later.metrics([(1, 1000, {"train/loss": 9.0})])
+    assert list((project / ".gptpipe/outbox").iterdir()) == []
+    assert rows(project) == [("train/loss", 1, 3.0), ("train/loss", 1, 9.0)]
+    client = connect()
+    runs = client.search_runs([client.get_experiment_by_name("gptpipe").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert sorted(run.data.tags.get("best_step", "") for run in runs) == ["", "1"]
+
+
+def test_a_queued_experiment_writes_to_the_main_checkout(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC runs it in a copy with a `.dvc` of its own, and names the main checkout in DVC_ROOT."""
+    copy = project / ".dvc" / "tmp" / "exps" / "copy"
+    (copy / ".dvc").mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-newt")
+    with training_run(params, None, LINEAGE, {}) as record:
+        pass
+    run = connect().get_run(record.run_id)
+    assert (run.info.run_name, run.data.tags["dvc.exp_name"]) == ("brave-newt", "brave-newt")
+    assert (project / "mlflow.db").exists()
+    assert not (copy / "mlflow.db").exists()

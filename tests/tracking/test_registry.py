@@ -1,0 +1,117 @@
+"""Registering a model: figures in its run, the champion, and the registered model as MLflow serves it."""
+
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+
+from gptpipe.config import ModelParams, Params, load_params
+from gptpipe.files import FileEntry, Manifest, new_folder
+from gptpipe.model.gpt import GPT
+from gptpipe.model.layout import save_model
+from gptpipe.tokens.tokenizer import Tokenizer, train_tokenizer
+from gptpipe.tracking.record import training_run
+from gptpipe.tracking.registry import record_evaluation
+from gptpipe.tracking.store import connect
+
+ROOT = Path(__file__).parents[2]
+LINEAGE = Manifest(
+    schema_version=1,
+    made_from={},
+    counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
+    files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},
+)
+
+
+@pytest.fixture
+def params() -> Params:
+    return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    return tmp_path
+
+
+@pytest.fixture
+def model(project: Path) -> Path:
+    tokenizer: Tokenizer = train_tokenizer(["the cat sat on the mat, the dog sat on the log"] * 3, 270)
+    shape = ModelParams(
+        architecture="llama", context_length=16, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, head_dim=None,
+        n_inner=32, dropout=0.0, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with new_folder(project / "models/gpt", {}) as folder:
+        weights = dict(GPT(shape, tokenizer.vocab_size).named_parameters())
+        save_model(folder.path, shape, tokenizer.vocab_size, tokenizer.end_of_text, weights)
+        tokenizer.save(folder.path)
+    return project / "models/gpt"
+
+
+def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
+    metrics = {"val/loss": 1.0} | ({} if bits is None else {"test/bits_per_byte": bits})
+    texts = {"samples.md": "samples"}
+    return record_evaluation(
+        params, LINEAGE, run_id, metrics=metrics, texts=texts, card="# card", test_digest=digest, model=model
+    )
+
+
+def champion() -> str:
+    return str(connect().get_model_version_by_alias("gpt", "champion").version)
+
+
+def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(params: Params, model: Path) -> None:
+    assert "the first champion" in evaluate(params, model, None, 2.0)
+    assert champion() == "1"
+    assert "stays with 2.0000" in evaluate(params, model, None, 2.5)
+    assert "stays with 2.0000" in evaluate(params, model, None, 2.0)  # as good is not better
+    assert champion() == "1"
+    assert "tested on other documents and stays" in evaluate(params, model, None, 1.0, digest="d2")
+    assert "no champion is chosen" in evaluate(params, model, None, None)
+    assert champion() == "1"
+    assert "the new champion: 1.5000" in evaluate(params, model, None, 1.5)
+    assert champion() == "6"
+
+
+def test_figures_go_to_the_run_of_the_training(params: Params, model: Path) -> None:
+    with training_run(params, None, LINEAGE, {}) as record:
+        pass
+    evaluate(params, model, record.run_id, 2.0)
+    client = connect()
+    run = client.get_run(record.run_id)
+    assert (run.data.metrics["test/bits_per_byte"], run.info.status) == (2.0, "FINISHED")
+    version = client.get_model_version("gpt", "1")
+    assert (version.run_id, version.description) == (record.run_id, "# card")
+
+
+def test_a_run_that_the_store_does_not_know_gets_a_successor(params: Params, model: Path) -> None:
+    evaluate(params, model, "0" * 32, 2.0)
+    client = connect()
+    (run,) = client.search_runs([client.get_experiment_by_name("gptpipe").experiment_id])
+    assert run.data.tags["training_run_id"] == "0" * 32
+    assert run.data.metrics["test/bits_per_byte"] == 2.0
+
+
+def test_a_dead_store_is_said_and_does_no_harm(params: Params, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert evaluate(params, model, None, 2.0).startswith("warning: not recorded")
+
+
+def test_the_registered_model_generates_without_pickle(params: Params, model: Path, project: Path) -> None:
+    evaluate(params, model, None, 2.0)
+    assert not [p for p in (project / "mlartifacts").rglob("*") if p.suffix in (".pkl", ".pickle", ".pt")]
+    loaded = mlflow.pyfunc.load_model("models:/gpt@champion")
+    prompts = pd.DataFrame({"prompt": ["the cat", "the dog"]})
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    first = loaded.predict(prompts, params=options)
+    assert first["text"].str.startswith(("the cat", "the dog")).all()
+    assert first.equals(loaded.predict(prompts, params=options))
+    assert not first.equals(loaded.predict(prompts, params={**options, "seed": 4}))
+    with pytest.raises(mlflow.MlflowException, match="temperature"):
+        loaded.predict(prompts, params={"temperature": "hot"})
