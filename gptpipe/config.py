@@ -1,27 +1,28 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
 Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source.
+A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
 import difflib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from gptpipe.errors import ConfigError
+from gptpipe.errors import ConfigError, first_line
 
 PARAMS = Path("params.yaml")
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Count
 
 
 class Section(BaseModel):
@@ -42,13 +43,14 @@ class Text(Section):
     kind: Literal["text"]
     paths: Annotated[tuple[str, ...], Field(min_length=1)]  # globs
     document: Literal["file", "line", "separator"] = "file"
-    separator: Annotated[str, Field(min_length=1)] | None = None  # only with document: separator
+    separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None  # for document: separator
 
-    @model_validator(mode="after")
-    def _has_its_separator(self) -> Self:
-        if (self.document == "separator") != (self.separator is not None):
-            raise ValueError("`separator` goes with `document: separator`, and only with it")
-        return self
+    @field_validator("separator")
+    @classmethod
+    def _goes_with_document(cls, separator: str | None, info: ValidationInfo) -> str | None:
+        if (info.data.get("document") == "separator") != (separator is not None):
+            raise ValueError("goes with `document: separator`, and only with it")
+        return separator
 
 
 class Jsonl(Section):
@@ -74,13 +76,13 @@ class CollectParams(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     encoding_errors: Literal["strict", "replace"]
     min_document_bytes: Positive
-    max_document_bytes: Annotated[int, Field(ge=64)]
+    max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
     dedup: Literal["none", "exact"]
 
 
 class TokenizeParams(Section):
     encoding: Annotated[str, Field(min_length=1)]
-    vocab_size: Annotated[int, Field(ge=257)]  # 256 bytes and the end-of-text token
+    vocab_size: Annotated[int, Field(ge=257, lt=2**31)]  # 256 bytes and the end-of-text token
 
     @property
     def is_trained(self) -> bool:
@@ -91,11 +93,12 @@ class SplitParams(Section):
     val_fraction: Share
     test_fraction: Share
 
-    @model_validator(mode="after")
-    def _leaves_something_to_train_on(self) -> Self:
-        if self.val_fraction + self.test_fraction >= 1:
+    @field_validator("test_fraction")
+    @classmethod
+    def _leaves_something_to_train_on(cls, test_fraction: float, info: ValidationInfo) -> float:
+        if info.data.get("val_fraction", 0) + test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction must be below 1")
-        return self
+        return test_fraction
 
 
 class ModelParams(Section):
@@ -118,21 +121,37 @@ class ModelParams(Section):
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
-        if self.architecture == "gpt2" and self.n_kv_head != self.n_head:
-            raise ValueError(f"gpt2 has one key and value head per query head: set n_kv_head to {self.n_head}")
-        if self.architecture == "gpt2" and self.head_dim not in (None, self.n_embd // self.n_head):
-            raise ValueError("gpt2 has heads of n_embd / n_head numbers: set head_dim to null")
-        if self.architecture == "gpt2" and not self.tie_embeddings:
-            raise ValueError("gpt2 has one matrix for input and output: set tie_embeddings to true")
-        if self.architecture != "gpt2" and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head width, it is {self.head_width}")
-        return self
+    @field_validator("n_kv_head")
+    @classmethod
+    def _divides_query_heads(cls, n_kv_head: int, info: ValidationInfo) -> int:
+        n_head = info.data.get("n_head", n_kv_head)
+        if n_head % n_kv_head:
+            raise ValueError(f"must divide n_head {n_head}")
+        if info.data.get("architecture") == "gpt2" and n_kv_head != n_head:
+            raise ValueError(f"gpt2 has one key and value head per query head: set it to {n_head}")
+        return n_kv_head
+
+    @field_validator("head_dim")
+    @classmethod
+    def _fits_the_width(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
+        n_head, n_embd = info.data.get("n_head"), info.data.get("n_embd")
+        if n_head is None or n_embd is None:
+            return head_dim
+        if head_dim is None and n_embd % n_head:
+            raise ValueError(f"n_head {n_head} must divide n_embd {n_embd} where head_dim is null")
+        if info.data.get("architecture") == "gpt2":
+            if head_dim not in (None, n_embd / n_head):
+                raise ValueError("gpt2 has heads of n_embd / n_head numbers: set it to null")
+        elif (head_dim or n_embd // n_head) % 2:
+            raise ValueError(f"rotary positions need an even head width, it is {head_dim or n_embd // n_head}")
+        return head_dim
+
+    @field_validator("tie_embeddings")
+    @classmethod
+    def _is_tied_in_gpt2(cls, tie_embeddings: bool, info: ValidationInfo) -> bool:
+        if info.data.get("architecture") == "gpt2" and not tie_embeddings:
+            raise ValueError("gpt2 has one matrix for input and output: set it to true")
+        return tie_embeddings
 
 
 class TrainParams(Section):
@@ -160,17 +179,34 @@ class TrainParams(Section):
     sample_tokens: Positive
     device: str
     precision: Literal["auto", "float32", "bfloat16"]
-    compile: Literal["auto"] | bool
+    compile: Literal["auto", True, False]
 
-    @model_validator(mode="after")
-    def _ends_after_warmup(self) -> Self:
-        if self.epochs is None and self.max_steps is None:
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _divides_the_batch(cls, micro_batch_size: int | None, info: ValidationInfo) -> int | None:
+        batch_size = info.data.get("batch_size")
+        if batch_size and micro_batch_size and batch_size % micro_batch_size:
+            raise ValueError(f"must divide batch_size {batch_size}")
+        return micro_batch_size
+
+    @field_validator("stride")
+    @classmethod
+    def _leaves_no_gap(cls, stride: int, info: ValidationInfo) -> int:
+        context_length = (info.context or {}).get("context_length")
+        if isinstance(context_length, int) and stride > context_length:
+            raise ValueError(
+                f"above model.context_length {context_length}: tokens between two windows would never be trained on"
+            )
+        return stride
+
+    @field_validator("max_steps")
+    @classmethod
+    def _ends_after_warmup(cls, max_steps: int | None, info: ValidationInfo) -> int | None:
+        if max_steps is None and info.data.get("epochs", 0) is None:
             raise ValueError("one of epochs and max_steps must be set")
-        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below max_steps {self.max_steps}")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
-        return self
+        if max_steps is not None and info.data.get("warmup_steps", 0) >= max_steps:
+            raise ValueError(f"must be above warmup_steps {info.data['warmup_steps']}")
+        return max_steps
 
     def n_steps(self, n_windows: int) -> int:
         """Optimizer steps of the whole training: the smaller of `max_steps` and `epochs` over `n_windows` windows."""
@@ -201,15 +237,6 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
 
-    @model_validator(mode="after")
-    def _windows_leave_no_gap(self) -> Self:
-        if self.train.stride > self.model.context_length:
-            raise ValueError(
-                f"train.stride {self.train.stride} is above model.context_length {self.model.context_length}: "
-                "the tokens between two windows would never be trained on"
-            )
-        return self
-
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check params.yaml. Raises ConfigError that lists every fault, one per line."""
@@ -219,17 +246,19 @@ def load_params(path: Path = PARAMS) -> Params:
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: holds no sections; start from the params.yaml of the project")
         # Strict JSON mode takes a list where a tuple is wanted, and nothing else that is not of the right type.
-        return Params.model_validate_json(json.dumps(raw))
+        # The context is for the one check that spans two sections.
+        model = raw.get("model")
+        return Params.model_validate_json(json.dumps(raw), context=model if isinstance(model, dict) else {})
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; run from the project's root") from error
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: {str(error.problem).splitlines()[0]}") from error
-    except (UnicodeDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: not plain YAML: {error}") from error
     except ValidationError as error:
         faults = [_in_words(fault["loc"], fault["type"], fault["msg"], fault.get("input")) for fault in error.errors()]
         raise ConfigError(f"{path}: " + f"\n{path}: ".join(faults)) from error
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not plain YAML: {first_line(error)}") from error
 
 
 def _in_words(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
@@ -241,9 +270,10 @@ def _in_words(location: tuple[int | str, ...], kind: str, message: str, value: A
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _keys_beside(location), n=1, cutoff=0.5)
         return f"{name}: unknown key" + (f"; did you mean `{near[0]}`?" if near else "")
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return f"{name}: {message}, got {value!r}"
-    return f"{name}: {message}" if name else message
+    if not name:
+        return message
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return f"{name}: {message}" + (f", got {value!r}" if is_plain else "")
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

@@ -13,17 +13,17 @@ from rich.progress import Progress as RichProgress
 T = TypeVar("T")
 _LIVE_EVERY = 0.1  # seconds between updates of the live line
 _PLAIN_EVERY = 10.0  # seconds between lines where no terminal is
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
     """One line for the person at the terminal, above a live progress line if there is one."""
-    console.print(text, markup=False)
+    console.print(text)
 
 
 def complain(text: str) -> None:
     """An error or a warning."""
-    console.print(text, markup=False, style="bold red" if sys.stderr.isatty() else None)
+    console.print(text, style="bold red" if sys.stderr.isatty() else None)
 
 
 class Progress:

@@ -48,3 +48,8 @@ class Interrupted(GptpipeError):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(f"{signal.Signals(signum).name}: {message}")
         self.exit_code = 128 + signum
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, fit for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -32,7 +32,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a folder holds and what it was made from. Holds no time and no path, so equal content gives equal bytes."""
+    """What a folder holds and what it was made from. Holds no time, so equal content gives equal bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,27 +115,30 @@ class NewFolder:
 def new_folder(target: Path, made_from: dict[str, str]) -> Iterator[NewFolder]:
     """Build a folder that appears whole under `target`, manifest included, in place of what was there.
 
-    `made_from` maps the name of each ancestor to its digest. Raises ResourceError.
+    What was there comes back if anything fails. `made_from` maps the name of each ancestor to its digest.
+    Raises ResourceError.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}{suffix}") for suffix in (".partial", ".old.partial"))
     with disk_errors(target):
-        _remove(partial)
+        _clear_up(target, partial, old)
         partial.mkdir(parents=True)
-        try:
-            folder = NewFolder(partial)
-            yield folder
+    try:
+        folder = NewFolder(partial)
+        yield folder
+        with disk_errors(target):
             files = {name: FileEntry(sha256=sha256_of(partial / name), n_bytes=(partial / name).stat().st_size)
                      for name in _files_below(partial)}  # fmt: skip
             manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
             write_bytes(partial / MANIFEST, manifest.to_bytes())
             for below in sorted(p for p in partial.rglob("*") if p.is_dir()):
                 _sync_folder(below)
-            _remove(target)
+            if target.exists():
+                target.replace(old)
             partial.replace(target)
             _sync_folder(target.parent)
-        except BaseException:
-            _remove(partial)
-            raise
+    finally:
+        with disk_errors(target):
+            _clear_up(target, partial, old)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -143,8 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate_json(path.read_bytes(), strict=True)
-    except FileNotFoundError as error:
-        raise IntegrityError(f"{path}: not there; make the folder again with `dvc repro`") from error
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}; make the folder again with `dvc repro`") from error
     except ValidationError as error:
         raise IntegrityError(f"{path}: not a manifest; make the folder again with `dvc repro -f`") from error
     if manifest.schema_version != SCHEMA:
@@ -161,7 +164,11 @@ def verify(folder: Path) -> Manifest:
         raise IntegrityError(f"{folder / name}: {state}; make the folder again with `dvc repro -f`")
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
-        if path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256:
+        try:
+            differs = path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror}; mend the disk or the permissions") from error
+        if differs:
             raise IntegrityError(f"{path}: differs from its manifest; make the folder again with `dvc repro -f`")
     return manifest
 
@@ -172,9 +179,14 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _clear_up(target: Path, partial: Path, old: Path) -> None:
+    """Remove what a build leaves behind, this one or one that was killed; put back `old` where no successor stands."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    if old.exists():
+        old.replace(partial if target.exists() else target)  # renamed first: a half-removed folder never comes back
+    if partial.exists():
+        shutil.rmtree(partial)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,12 +1,17 @@
 """One ordered map over shards, on all cores."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from gptpipe.environment import n_workers
+from gptpipe.errors import ResourceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,14 +20,15 @@ Result = TypeVar("Result")
 def map_in_order(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Results in the order of the items, whatever the number of workers; at most two items per worker wait.
 
-    An error of a worker is raised here. `work` must be picklable: a function of a module, or a partial of one.
+    An error of a worker is raised here, ResourceError where one dies. `work` must be picklable: a function of a
+    module, or a partial of one.
     """
     workers = min(n_workers(), len(items))
     if workers <= 1:
         yield from map(work, items)
         return
     # Spawned, not forked: a fork would copy the locks of the parent's threads.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -31,6 +37,19 @@ def map_in_order(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ResourceError("a worker process was killed; if memory is short, lower GPTPIPE_WORKERS") from error
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent ends, however that comes about."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

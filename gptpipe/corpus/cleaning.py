@@ -7,8 +7,8 @@ from gptpipe.config import CollectParams
 
 # Control characters but for tab and line feed: C0, DEL and C1.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_LINE_END_SPACE = re.compile("[ \t]+$", re.MULTILINE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LONG_SPACE = re.compile(r"(?<!\s)(\s{1000})\s+")
 
 
 class Rejected(Exception):
@@ -22,13 +22,15 @@ class Rejected(Exception):
 def clean(text: str, params: CollectParams) -> str:
     """The text in Unicode NFC with plain line ends, no byte order mark, control characters or trailing space.
 
-    Raises Rejected: `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`.
+    Of more than 1,000 white characters in a row the rest goes: a million of them make tiktoken's matcher overflow its
+    stack. Raises Rejected: `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`.
     """
     if _SURROGATE.search(text):
         raise Rejected("lone_surrogates")
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("", unicodedata.normalize("NFC", text))
-    text = _LINE_END_SPACE.sub("", text).strip("\n")
+    text = plain_line_ends(text.removeprefix("\ufeff"))
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    text = "\n".join(line.rstrip(" \t") for line in text.split("\n")).strip("\n")
+    text = _LONG_SPACE.sub(r"\1", text)
     if not text.strip():
         raise Rejected("empty")
     if len(text.encode()) < params.min_document_bytes:
@@ -36,19 +38,28 @@ def clean(text: str, params: CollectParams) -> str:
     return text
 
 
+def plain_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def cut(text: str, max_bytes: int) -> list[str]:
-    """The text in pieces of at most `max_bytes` UTF-8 bytes, cut after a line where one ends in a piece's last half."""
+    """The text in pieces of at most `max_bytes` UTF-8 bytes, cut after a line where one ends in a piece's last half.
+
+    A last piece shorter than that may go on where the text goes on: cut it again with what follows.
+    """
     pieces: list[str] = []
     start = 0
     while start < len(text):
-        # A character has at least one byte, so max_bytes characters hold any piece; decoding drops a broken last one.
-        window = text[start : start + max_bytes]
-        if start + len(window) == len(text) and len(window.encode(errors="surrogatepass")) <= max_bytes:
-            piece = window
-        else:
-            piece = window.encode(errors="surrogatepass")[:max_bytes].decode(errors="ignore")
-            line_end = piece.rfind("\n", len(piece) // 2)
-            piece = piece[: line_end + 1] if line_end >= 0 else piece
-        pieces.append(piece)
-        start += len(piece)
+        # A character has at least one byte, so max_bytes characters hold any piece.
+        encoded = text[start : start + max_bytes].encode(errors="surrogatepass")
+        if len(encoded) <= max_bytes and start + max_bytes >= len(text):
+            pieces.append(text[start:])
+            break
+        end = min(max_bytes, len(encoded))
+        while end < len(encoded) and encoded[end] & 0xC0 == 0x80:  # inside a character
+            end -= 1
+        piece = encoded[:end].decode(errors="surrogatepass")
+        line_end = piece.rfind("\n", len(piece) // 2)
+        pieces.append(piece[: line_end + 1] if line_end >= 0 else piece)
+        start += len(pieces[-1])
     return pieces

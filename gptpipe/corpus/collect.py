@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptpipe.config import CollectParams
 from gptpipe.console import Progress
-from gptpipe.corpus.cleaning import Rejected, clean, cut
+from gptpipe.corpus.cleaning import Rejected, clean
 from gptpipe.corpus.dedup import ExactDedup
 from gptpipe.corpus.document import Document
 from gptpipe.corpus.shards import write_shards
@@ -21,7 +21,7 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
     Raises InputError where a source cannot be read or nothing is left.
     """
     counts: Counter[str] = Counter({"documents_in": 0, "documents": 0, "bytes": 0})
-    made_from = {name: digest for source in params.sources for name, digest in fingerprint(source).items()}
+    made_from = fingerprint(params.sources)
     with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
         write_shards(progress.track(_documents(params, counts)), folder.path)
         folder.counts = dict(counts)
@@ -36,23 +36,22 @@ def _documents(params: CollectParams, counts: Counter[str]) -> Iterator[Document
     names = [source.kind for source in params.sources]
     for position, source in enumerate(params.sources):
         name = source.kind if names.count(source.kind) == 1 else f"{source.kind}-{position}"
-        for raw in read(source, params):
-            pieces = [raw] if isinstance(raw, Rejected) else cut(raw, params.max_document_bytes) or [raw]
-            counts["cut"] += len(pieces) - 1
-            for piece in pieces:
-                counts["documents_in"] += 1
-                try:
-                    if isinstance(piece, Rejected):
-                        raise piece
-                    document = Document(name, clean(piece, params))
-                    if exact and not exact.is_new(document.id):
-                        raise Rejected("duplicate")
-                except Rejected as rejected:
-                    counts[f"rejected_{rejected.reason}"] += 1
-                    continue
-                counts["documents"] += 1
-                counts["bytes"] += len(document.text.encode())
-                yield document
+        for text in read(source, params, counts):
+            counts["documents_in"] += 1
+            try:
+                if isinstance(text, Rejected):
+                    raise text
+                document = Document(name, clean(text, params))
+                if exact and not exact.is_new(document.id):
+                    raise Rejected("duplicate")
+            except Rejected as rejected:
+                counts[f"rejected_{rejected.reason}"] += 1
+                continue
+            counts["documents"] += 1
+            counts["bytes"] += document.n_bytes
+            if params.encoding_errors == "replace" and "\ufffd" in document.text:
+                counts["with_replacement_character"] += 1
+            yield document
 
 
 def _in_words(counts: Counter[str]) -> str:

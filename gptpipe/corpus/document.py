@@ -15,3 +15,8 @@ class Document:
     def id(self) -> str:
         """SHA-256 of the text's UTF-8 bytes, as hex digits: the same text has the same id on every machine."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the text in UTF-8."""
+        return len(self.text.encode())

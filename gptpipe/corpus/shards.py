@@ -21,10 +21,9 @@ def write_shards(documents: Iterable[Document], folder: Path) -> None:
         with new_parquet(folder / f"docs-{number:05d}.parquet", _SCHEMA) as rows:
             size = 0
             while document is not None and size < SHARD_BYTES:
-                n_bytes = len(document.text.encode())
-                row = {"id": document.id, "source": document.source, "text": document.text, "n_bytes": n_bytes}
-                rows.append(row, n_bytes)
-                size += n_bytes
+                row = {name: getattr(document, name) for name in _SCHEMA.names}
+                rows.append(row, row["n_bytes"])
+                size += row["n_bytes"]
                 document = next(waiting, None)
         number += 1
 

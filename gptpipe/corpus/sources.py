@@ -1,12 +1,18 @@
-"""Where text comes from: each kind of source as a stream of raw texts, in a fixed order and in bounded memory."""
+"""Where text comes from: each kind of source as a stream of raw texts, in a fixed order.
+
+Held in memory at a time: a document of a text file, a line of JSON, or a batch of rows of Parquet.
+"""
 
 import codecs
 import glob
+import io
 import json
 import os
 import platform
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptpipe.config import CollectParams, Jsonl, Parquet, PythonDocs, Source, Text
-from gptpipe.corpus.cleaning import Rejected, cut
+from gptpipe.corpus.cleaning import Rejected, cut, plain_line_ends
 from gptpipe.corpus.python_docs import python_docs
-from gptpipe.errors import InputError
+from gptpipe.errors import InputError, first_line
 from gptpipe.files import sha256_of
 
 _CHUNK = 1 << 20  # bytes read at once
@@ -27,58 +33,108 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 Texts = Iterator["str | Rejected"]
 
 
-def read(source: Source, params: CollectParams) -> Texts:
-    """All texts of a source. Raises InputError for what cannot be read."""
-    match source:
-        case PythonDocs():
-            yield from python_docs()
-        case Text():
-            separator = {"file": None, "line": "\n", "separator": source.separator}[source.document]
-            for path in matching_files(source.paths):
-                yield from _text_file(path, separator, params)
-        case Jsonl():
-            for path in matching_files(source.paths):
-                yield from _jsonl_file(path, source.text_key, params)
-        case Parquet():
-            for path in matching_files(source.paths):
-                yield from _parquet_file(path, source.text_column)
+def read(source: Source, params: CollectParams, counts: Counter[str]) -> Texts:
+    """All texts of a source, each of at most `max_document_bytes`; notes in `counts` how often one was `cut` for that.
+
+    Raises InputError for what cannot be read.
+    """
+    for text in _texts(source, params, counts):
+        if isinstance(text, Rejected) or not text:
+            yield text
+        else:
+            yield from _pieces(text, params, counts)
 
 
-def fingerprint(source: Source) -> dict[str, str]:
-    """What the source's text was, as name -> digest: SHA-256 of each file, or the version of Python."""
+def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]:
+    pieces = cut(text, params.max_document_bytes)
+    counts["cut"] += len(pieces) - 1
+    return pieces
+
+
+def _texts(source: Source, params: CollectParams, counts: Counter[str]) -> Texts:
     if isinstance(source, PythonDocs):
-        return {"python-docs": f"{platform.python_implementation()} {platform.python_version()}"}
-    return {path.as_posix(): sha256_of(path) for path in matching_files(source.paths)}
+        yield from python_docs()
+        return
+    for path in matching_files(source.paths):
+        with _read_errors(path):
+            match source:
+                case Text():
+                    separator = {"file": None, "line": "\n", "separator": source.separator}[source.document]
+                    yield from _text_file(path, separator, params, counts)
+                case Jsonl():
+                    yield from _jsonl_file(path, source.text_key, params)
+                case Parquet():
+                    yield from _parquet_file(path, source.text_column, params)
 
 
-def matching_files(patterns: tuple[str, ...]) -> list[Path]:
+def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
+    """What the sources' text was, as name -> digest: SHA-256 of each file, or the version of Python.
+
+    Raises InputError that names every file that cannot be read.
+    """
+    digests: dict[str, str] = {}
+    if any(isinstance(source, PythonDocs) for source in sources):
+        digests["python-docs"] = f"{platform.python_implementation()} {platform.python_version()}"
+    patterns = [pattern for source in sources if not isinstance(source, PythonDocs) for pattern in source.paths]
+    for path in matching_files(patterns):
+        with _read_errors(path):
+            digests[os.fsencode(path).decode(errors="backslashreplace")] = sha256_of(path)
+    return digests
+
+
+def matching_files(patterns: Iterable[str]) -> list[Path]:
     """The regular files that the globs name, sorted, each once. Raises InputError that names all that is wrong."""
     faults: list[str] = []
     found: set[str] = set()
     for pattern in patterns:
+        if links := _links_to_folders(pattern):
+            faults += [f"{link}: a link to a folder, which could lead in circles" for link in links]
+            continue
         names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207  takes absolute patterns too
         if not names:
-            faults.append(f"{pattern}: no file matches")
+            faults.append(f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches"))
         found.update(names)
-    for name in sorted(found):
+    for path in sorted(map(Path, found)):
         try:
-            is_regular = stat.S_ISREG(os.stat(name).st_mode)  # noqa: PTH116  one call for all three faults
+            if stat.S_ISREG(path.stat().st_mode):
+                path.open("rb").close()
+            else:
+                faults.append(f"{path}: not a regular file")
         except OSError as error:
-            faults.append(f"{name}: {error.strerror}")
-        else:
-            if not is_regular:
-                faults.append(f"{name}: not a regular file")
-            elif not os.access(name, os.R_OK):
-                faults.append(f"{name}: no permission to read")
+            faults.append(f"{path}: {error.strerror}")
     if faults:
         raise InputError("; ".join(faults) + "; mend collect.sources in params.yaml, or the files")
     return sorted(map(Path, found))
 
 
-def _text_file(path: Path, separator: str | None, params: CollectParams) -> Texts:
-    """Documents of a text file: the whole of it, or what stands between separators."""
+def _links_to_folders(pattern: str) -> list[str]:
+    """Links that `**` would follow: a few that point upwards keep glob busy for ever."""
+    before, recursive, _ = pattern.partition("**")
+    links: list[str] = []
+    for start in sorted(glob.glob(before or ".")) if recursive else []:  # noqa: PTH207
+        for folder, names, _ in os.walk(start):
+            names[:] = sorted(name for name in names if not name.startswith("."))  # as glob does
+            links += [path for name in names if os.path.islink(path := os.path.join(folder, name))]  # noqa: PTH114, PTH118
+    return links
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}; mend the file, or collect.sources") from error
+
+
+def _not_utf8(path: Path, offset: int) -> InputError:
+    mend = "convert the file, or set collect.encoding_errors to replace"
+    return InputError(f"{path}: not UTF-8 at byte {offset}; {mend}")
+
+
+def _text_file(path: Path, separator: str | None, params: CollectParams, counts: Counter[str]) -> Texts:
+    """Documents of a text file: the whole of it, or what stands between separators; a long one in pieces."""
     with path.open("rb") as file:
-        head = file.peek(_SNIFFED)[:_SNIFFED]
+        head = file.read(_SNIFFED)
     if not head.startswith(_UTF16_MARKS) and (b"\0" in head or head.startswith(b"%PDF-")):
         yield Rejected("binary")
         return
@@ -86,34 +142,31 @@ def _text_file(path: Path, separator: str | None, params: CollectParams) -> Text
     for chunk in _decoded(path, params.encoding_errors):
         rest += chunk
         if separator is not None:
-            *documents, rest = rest.split(separator)
+            *documents, rest = rest.split(plain_line_ends(separator))
             yield from documents
         if len(rest) > params.max_document_bytes:
-            *pieces, rest = cut(rest, params.max_document_bytes)
+            *pieces, rest = _pieces(rest, params, counts)
             yield from pieces
     if rest or separator is None:
         yield rest
 
 
 def _decoded(path: Path, errors: str) -> Iterator[str]:
-    """The file's text in chunks. Raises InputError with the offset of the first byte that is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    offset = 0  # of the first byte that the decoder has not turned into text
+    """The file's text in chunks, with plain line ends. Raises InputError at the first byte that is not UTF-8."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors)
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    offset = 0  # of the first byte that is not decoded yet
     with path.open("rb") as file:
         while True:
             data = file.read(_CHUNK)
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: not UTF-8 at byte {offset + error.start}; convert the file, "
-                    "or set collect.encoding_errors to replace"
-                ) from error
-            if text:
-                yield text
+                raise _not_utf8(path, offset + error.start) from error
+            yield text if offset else text.removeprefix("\ufeff")
             if not data:
                 return
-            offset = file.tell() - len(decoder.getstate()[0])
+            offset = file.tell() - len(utf8.getstate()[0])
 
 
 def _jsonl_file(path: Path, key: str, params: CollectParams) -> Texts:
@@ -122,20 +175,16 @@ def _jsonl_file(path: Path, key: str, params: CollectParams) -> Texts:
             if not line.strip():
                 continue
             try:
-                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8", errors=params.encoding_errors)
-                value: Any = json.loads(decoded)
+                value: Any = json.loads(line.decode(errors=params.encoding_errors).removeprefix("\ufeff"))
             except UnicodeDecodeError as error:
-                offset = file.tell() - len(line) + error.start
-                raise InputError(
-                    f"{path}: not UTF-8 at byte {offset}; convert the file, or set collect.encoding_errors to replace"
-                ) from error
-            except (json.JSONDecodeError, RecursionError) as error:
+                raise _not_utf8(path, file.tell() - len(line) + error.start) from error
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON: {error}; mend or remove the line") from error
             text = value.get(key) if isinstance(value, dict) else None
             yield text if isinstance(text, str) else Rejected("no_text")
 
 
-def _parquet_file(path: Path, column: str) -> Texts:
+def _parquet_file(path: Path, column: str, params: CollectParams) -> Texts:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if column not in file.schema_arrow.names:
@@ -145,11 +194,11 @@ def _parquet_file(path: Path, column: str) -> Texts:
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise InputError(f"{path}: column `{column}` holds {kind}, not text; set text_column of the source")
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield Rejected("no_text") if text is None else text
-    except (pa.ArrowException, OSError) as error:
+                for content in batch.column(0).cast(pa.large_binary()).to_pylist():  # Parquet does not check UTF-8
+                    yield Rejected("no_text") if content is None else content.decode(errors=params.encoding_errors)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: column `{column}` is not UTF-8; mend the file, or set collect.encoding_errors to replace"
+        ) from error
+    except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}; replace the file") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

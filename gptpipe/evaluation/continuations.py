@@ -12,7 +12,7 @@ from gptpipe.model.gpt import GPT
 from gptpipe.tokens.streams import Stream
 from gptpipe.tokens.tokenizer import Tokenizer
 
-_BATCH = 64  # documents continued at once
+_BATCH = 16  # documents continued at once: each has a cache of keys and values over the whole context
 
 
 def continue_text(

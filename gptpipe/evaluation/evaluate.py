@@ -57,6 +57,7 @@ def evaluate_model(
     streams = {side: open_stream(split_folder, side) for side in ("train", *_HELD_OUT)}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
     results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
+    xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
     positions, sources = [], []
     with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
         for side, stream in held_out.items():
@@ -70,7 +71,7 @@ def evaluate_model(
             ]
             results["reference_bits_per_byte"][side] = {
                 "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
-                "xz": xz_bits_per_byte(streams["train"], stream, tokenizer),
+                "xz": xz[side],
             }
     last = streams["test"] if "test" in held_out else streams["val"]
     continuations = continue_documents(

@@ -1,6 +1,7 @@
 """From sums of nats to the figures that people compare, each with its standard error."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +43,8 @@ def figures_by_source(scores: Scores, documents: pd.DataFrame) -> dict[str, Figu
     by_source: dict[str, Figures] = {}
     for source in sorted(documents["source"].unique()):
         chosen = (documents["source"] == source).to_numpy()
-        part = Scores(
-            scores.nats[chosen],
-            scores.correct[chosen],
-            scores.n_tokens[chosen],
-            scores.nats_by_position,
-            scores.n_by_position,
+        part = replace(
+            scores, nats=scores.nats[chosen], correct=scores.correct[chosen], n_tokens=scores.n_tokens[chosen]
         )
         by_source[str(source)] = figures(part, documents[chosen])
     return by_source

@@ -2,10 +2,12 @@
 
 import lzma
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from gptpipe.tokens.splits import Side
 from gptpipe.tokens.streams import Stream
 from gptpipe.tokens.tokenizer import Tokenizer
 
@@ -28,18 +30,19 @@ def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> f
     return total / math.log(2) / held_out.n_bytes
 
 
-def xz_bits_per_byte(train: Stream, held_out: Stream, tokenizer: Tokenizer) -> float:
-    """Bits per byte that `xz -9e` needs for the held-out text behind the training text.
+def xz_bits_per_byte(train: Stream, held_out: Mapping[Side, Stream], tokenizer: Tokenizer) -> dict[Side, float]:
+    """Bits per byte that `xz -9e` needs for each held-out text behind the training text.
 
     The size of both together less that of the training text alone. Of the training text the last 64 MB, for xz looks
     no further back.
     """
     n_train = min(len(train.tokens), max(1, int(_XZ_WINDOW * len(train.tokens) / max(1, train.n_bytes))))
-    both = [
-        _compressed_size(parts, tokenizer)
-        for parts in ([train.tokens[-n_train:]], [train.tokens[-n_train:], held_out.tokens])
-    ]
-    return 8 * (both[1] - both[0]) / held_out.n_bytes
+    seen = train.tokens[-n_train:]
+    alone = _compressed_size([seen], tokenizer)
+    return {
+        side: 8 * (_compressed_size([seen, stream.tokens], tokenizer) - alone) / stream.n_bytes
+        for side, stream in held_out.items()
+    }
 
 
 def _compressed_size(parts: list[npt.NDArray[np.unsignedinteger]], tokenizer: Tokenizer) -> int:

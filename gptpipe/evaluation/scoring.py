@@ -41,7 +41,7 @@ def score(
 ) -> Scores:
     """Score a stream; `advance` hears of each batch how many tokens it scored.
 
-    Memory: the logits of one batch, and five numbers per document.
+    Memory: the logits of one batch or window, and three numbers per document.
     """
     context = model.params.context_length
     device = model.embedding.weight.device

@@ -1,4 +1,4 @@
-"""Where the network computes, and how precisely: the same for training, scoring and generation."""
+"""Where the network computes, and how precisely."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,5 +1,6 @@
 """Sampling from the network, one token at a time, with cached keys and values."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,9 +21,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
+        is_sound = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and 0 <= self.seed < 2**63
+        if not is_sound or (self.top_k is not None and self.top_k < 1):
             raise ConfigError(
-                "sampling needs temperature of 0 or more, top_k of 1 or more, and top_p above 0, at most 1"
+                "sampling needs temperature and seed of 0 or more, top_k of 1 or more, and top_p above 0, at most 1"
             )
 
 
@@ -54,13 +56,9 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
     """One token id (B,) from logits (B, V); nucleus sampling after Holtzman et al., 2020 (arXiv:1904.09751)."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # probability of what ranks higher
-        ordered = ordered.masked_fill(before >= sampling.top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    ordered, order = logits.double().topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # best first
+    probabilities = ((ordered - ordered[:, :1]) / sampling.temperature).softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # the probability of what ranks higher
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    chosen = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(-1, chosen)[:, 0]

@@ -162,7 +162,8 @@ class Block(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return y
 
 
 class GPT(nn.Module):
@@ -187,13 +188,20 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's normal weights; residual outputs smaller with depth (Radford et al., 2019, section 2.3)."""
+        """GPT-2's normal weights; residual outputs smaller with depth (Radford et al., 2019, section 2.3).
+
+        A rotary model with a head of its own starts from embeddings as large as what the norms make of them, and from
+        even odds for all tokens: its head is zero (Yang et al., 2022, arXiv:2203.03466, appendix D.2).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.params.n_layer if is_residual_output else 1))
+        if self.params.architecture != "gpt2" and not self.params.tie_embeddings:
+            nn.init.normal_(self.embedding.weight)
+            nn.init.zeros_(self.head.weight)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, D) of tokens (B, T). With a cache, tokens continue what it holds."""
@@ -224,8 +232,9 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32."""
         hidden = self.hidden(tokens).flatten(0, 1)
-        if hidden.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            total: Tensor = LinearCrossEntropy.apply(hidden, self.head.weight, targets.flatten())
+        by_eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+        if by_eager_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            total: Tensor = LinearCrossEntropy.apply(hidden, self.head.weight, targets.flatten())  # type: ignore[no-untyped-call]
             return total / targets.numel()
         logits = self.head(hidden)
         return F.cross_entropy(logits.float(), targets.flatten())

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from gptpipe.config import ModelParams
 from gptpipe.errors import ConfigError, InputError, IntegrityError
-from gptpipe.files import write_bytes, write_json
+from gptpipe.files import MANIFEST, verify, write_bytes, write_json
 from gptpipe.model.gpt import GPT
 
 WEIGHTS = "model.safetensors"
@@ -41,6 +42,17 @@ _GPT2_NAMES = [
 ]
 _MODEL_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+# Switches of their networks that this one does not have, with the position that it computes.
+_FIXED = {
+    "activation_function": "gelu_new",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "use_sliding_window": False,
+}
+
 
 def save_model(
     folder: Path, params: ModelParams, vocab_size: int, end_of_text: int, weights: dict[str, Tensor]
@@ -65,23 +77,34 @@ def load_model(folder: Path) -> GPT:
 
 
 def load_weights(model: GPT, folder: Path) -> None:
-    """Fill a network with the weights of a folder, sharded or not, whose tensors must fit it.
+    """Fill a network with the weights of a folder, whose tensors must fit it.
 
-    Of learned positions the first `context_length` are taken. Raises IntegrityError.
+    Of learned positions the first `context_length` are taken. Raises InputError, IntegrityError.
     """
     try:
-        index = folder / f"{WEIGHTS}.index.json"
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else [WEIGHTS]
-        theirs = {key: value for name in names for key, value in load_file(folder / name).items()}
-        ours = _to_our_names(theirs, model.params)
+        theirs = {key: value for path in weight_files(folder) for key, value in load_file(path).items()}
+        ours = _to_our_names(theirs, model)
         if "position_embedding.weight" in ours:
             ours["position_embedding.weight"] = ours["position_embedding.weight"][: model.params.context_length]
         if model.params.tie_embeddings:
             ours["head.weight"] = ours["embedding.weight"]
         model.load_state_dict({name: value.float() for name, value in ours.items()})
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise IntegrityError(f"{folder}: its weights cannot be read into this network: {reason}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or the shards that an index names. Raises InputError."""
+    index = folder / f"{WEIGHTS}.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors files; fetch the model again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: not there; weights must be in safetensors files")
+    return [folder / name for name in names]
 
 
 def weights_from_bytes(content: bytes) -> dict[str, Tensor]:
@@ -137,10 +160,12 @@ def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[st
 
 def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
     """The section `model` that describes a config.json, this project's or another's. Raises InputError."""
-    architecture = config.get("model_type")
+    architecture = str(config.get("model_type"))
     if architecture not in _MODEL_CLASS:
         known = ", ".join(_MODEL_CLASS)
         raise InputError(f"{folder / CONFIG}: model_type {architecture!r} is none of {known}; choose another model")
+    if unknown := [f"{key} {config[key]!r}" for key, value in _FIXED.items() if config.get(key, value) != value]:
+        raise InputError(f"{folder / CONFIG}: not supported: {', '.join(unknown)}; choose another model")
     try:
         if architecture == "gpt2":
             values = {
@@ -160,8 +185,6 @@ def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
             rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
             if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
                 raise InputError(f"{folder / CONFIG}: rotary positions of type {kind!r} are not supported")
-            if config.get("attention_bias") or config.get("mlp_bias"):
-                raise InputError(f"{folder / CONFIG}: biases in {architecture} are not supported")
             values = {
                 "context_length": config["max_position_embeddings"],
                 "n_layer": config["num_hidden_layers"],
@@ -175,9 +198,12 @@ def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
                 "norm_eps": config["rms_norm_eps"],
                 "tie_embeddings": config.get("tie_word_embeddings", False),
             }
-        return ModelParams(architecture=architecture, **values)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: not a usable configuration: {' '.join(str(error).split())}") from error
+        return ModelParams.model_validate({"architecture": architecture, **values})
+    except ValidationError as error:
+        reason = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+        raise InputError(f"{folder / CONFIG}: not a usable configuration: {reason}") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / CONFIG}: not a usable configuration: {type(error).__name__}: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -199,6 +225,8 @@ def initialise_from(model: GPT, folder: Path) -> None:
     Raises ConfigError that lists what differs, InputError, IntegrityError.
     """
     config = read_config(folder)
+    if (folder / MANIFEST).exists():
+        verify(folder)  # one of ours: safetensors has no checksum
     theirs, ours = from_config(config, folder), model.params
     free = {"dropout", "head_dim"}  # these change no tensor, or are compared as head_width
     if ours.architecture != "gpt2" or ours.context_length < theirs.context_length:
@@ -233,15 +261,13 @@ def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str
     return theirs
 
 
-def _to_our_names(theirs: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
+def _to_our_names(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The reverse, by asking for each of our names what theirs is; what they store beside weights is left out."""
-    prefix_missing = params.architecture == "gpt2" and "wte.weight" in theirs  # as in OpenAI's own upload
-    if prefix_missing:
-        theirs = {f"transformer.{name}": value for name, value in theirs.items()}
-    with torch.device("meta"):
-        names = list(dict(GPT(params, 1).named_parameters()))
-    if params.architecture != "gpt2":
+    names = dict(model.named_parameters())
+    if model.params.architecture != "gpt2":
         return {name: theirs[_rename(name, _LLAMA_NAMES)] for name in names}
+    if "wte.weight" in theirs:  # without the prefix, as in OpenAI's own upload
+        theirs = {f"transformer.{name}": value for name, value in theirs.items()}
     ours: dict[str, Tensor] = {}
     for name in names:
         if match := re.match(r"blocks\.(\d+)\.attention\.([qkv])_proj\.(weight|bias)", name):

@@ -13,6 +13,11 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
 
+# With Muon, an input embedding of its own takes larger steps and the head smaller ones than the matrices between: its
+# weights are about 1, not 0.02, and a row is seen only with its token. Scaling learning rates by the role of a matrix:
+# Yang et al., 2022, arXiv:2203.03466, table 3; embeddings: Hayou and Liu, 2025, arXiv:2506.15025.
+_EMBEDDING_LR, _HEAD_LR = 15.0, 0.5
+
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: singular values of (M, rows, columns) moved to about 1.
@@ -23,10 +28,33 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    if x.shape[-1] > 2 * x.shape[-2] and not x.is_cuda:  # fewer multiplications, but needs float32
+        x = _product_of_polynomials(x @ x.mT) @ x
+    else:
+        for _ in range(_NEWTON_SCHULZ_STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _product_of_polynomials(gram: Tensor) -> Tensor:
+    """p_5(G) ... p_1(G), the factor that the steps put before X, from the first G = X X^T alone.
+
+    p(G) X has the Gram matrix p(G) G p(G), and polynomials of one matrix commute.
+    """
+    product = polynomial = _polynomial(gram)
+    for _ in range(_NEWTON_SCHULZ_STEPS - 1):
+        gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram)
+        product = polynomial @ product
+    return product
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """A I + B G + C G^2."""
+    polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+    polynomial.diagonal(dim1=-2, dim2=-1).add_(_A)
+    return polynomial
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,7 +71,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
@@ -55,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+    def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -69,16 +97,28 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
     muon = hidden if params.optimizer == "muon" else []
     by_muon = {id(p) for p in muon}
-    rest = [p for p in named.values() if id(p) not in by_muon]
+    rest = {name: p for name, p in named.items() if id(p) not in by_muon}
+    scales = {"embedding.weight": _EMBEDDING_LR, "head.weight": _HEAD_LR} if _scales_lr(model, params) else {}
     groups = [
-        {"params": [p for p in rest if p.dim() == 2], "weight_decay": params.weight_decay},
-        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
+        {"params": [p], "weight_decay": params.weight_decay, "lr_scale": scales.get(name, 1.0)}
+        for name, p in rest.items()
+        if p.dim() == 2
     ]
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=params.lr, betas=params.betas, fused=True)
-    return [adamw, Muon(muon, params.lr, params.weight_decay)] if muon else [adamw]
+    groups.append({"params": [p for p in rest.values() if p.dim() != 2], "weight_decay": 0.0, "lr_scale": 1.0})
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, fused=True)]
+    if muon:
+        optimizers.append(Muon(muon, params.lr, params.weight_decay))
+    set_lr(optimizers, params.lr)
+    return optimizers
+
+
+def _scales_lr(model: GPT, params: TrainParams) -> bool:
+    """Whether the embedding starts at a size of 1 and meets Muon: see `GPT._initialise`."""
+    return params.optimizer == "muon" and model.params.architecture != "gpt2" and not model.params.tie_embeddings
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Give each group of parameters its share of the learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -15,4 +15,4 @@ def side_of(document_id: str, params: SplitParams, seed: int) -> Side:
     position = int.from_bytes(digest, "big") / 2**64  # in [0, 1]
     if position < params.test_fraction:
         return "test"
-    return "val" if 1 - position <= params.val_fraction else "train"
+    return "val" if position > 1 - params.val_fraction else "train"

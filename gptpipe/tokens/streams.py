@@ -111,7 +111,7 @@ def open_stream(folder: Path, side: Side) -> Stream:
     """One side of the split, its tokens memory-mapped. The caller has verified the folder. Raises IntegrityError."""
     try:
         tokens = np.load(folder / side / TOKENS, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise IntegrityError(f"{folder / side / TOKENS}: not a token stream ({error}); run `dvc repro -f`") from error
     columns = [field.name for field in _SCHEMA]
     table = pa.Table.from_batches(read_parquet(folder / side / DOCUMENTS, columns), _SCHEMA)

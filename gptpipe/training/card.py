@@ -9,6 +9,7 @@ from gptpipe.files import Manifest
 def model_card(params: Params, summary: dict[str, Any], lineage: Manifest) -> str:
     """README.md of a model folder, with the metadata header that model hubs read."""
     model, train, val = params.model, params.train, summary["val"]
+    origin = "from scratch" if train.init_from is None else f"from the weights in `{train.init_from}`"
     ancestors = "\n".join(f"| {name} | `{digest}` |" for name, digest in sorted(lineage.lineage("split").items()))
     return f"""---
 library_name: transformers
@@ -18,7 +19,7 @@ tags: [gptpipe, {model.architecture}]
 
 # gpt
 
-A {model.architecture} language model with {summary["parameters"]:,} parameters, trained from scratch by gptpipe.
+A {model.architecture} language model with {summary["parameters"]:,} parameters, trained {origin} by gptpipe.
 
 - Network: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads ({model.n_kv_head} for keys and values), \
 context of {model.context_length} tokens.

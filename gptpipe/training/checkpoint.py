@@ -1,12 +1,12 @@
 """Resumable training state on disk, in `.gptpipe/checkpoints/<key>/`, outside DVC.
 
     lock, owner              held while a training runs; who holds it
-    journal.jsonl            every logged metric, with its step and time
     best-00000400/           weights of the best model so far, by validation loss
-    step-00000500/           state.safetensors (weights, optimizer, generators) and state.json (everything else)
+    step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
+                             with its step and time) and state.json (everything else)
 
 Every folder has its manifest and is checked before use; nothing is pickled. Two steps are kept, and the older of them
-goes only when the newer has been read back.
+goes only when the newer has been read back. A folder appears and disappears under its name at one stroke.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ from gptpipe.console import complain
 from gptpipe.errors import IntegrityError, ResourceError
 from gptpipe.files import new_folder, to_json, verify, write_bytes, write_json
 from gptpipe.model.gpt import GPT
-from gptpipe.model.layout import weights_from_bytes
-from gptpipe.training.loop import Metrics, TrainState
+from gptpipe.model.layout import WEIGHTS, weights_from_bytes
+from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import Validation
 
 _KEPT = 2
-_STATE, _TENSORS = "state.json", "state.safetensors"
+_STATE, _TENSORS, _JOURNAL = "state.json", "state.safetensors", "journal.jsonl"
 
 
 def run_key(determinants: dict[str, Any]) -> str:
@@ -70,8 +70,10 @@ class Checkpoints:
         target = self.folder / f"step-{state.step:08d}"
         with new_folder(target, {}) as new:
             write_bytes(new.path / _TENSORS, save(_tensors(state)))
+            write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
             content = {
                 "step": state.step,
+                "best_step": state.best.step if state.best else None,
                 "history": [asdict(validation) for validation in state.history],
                 "since_validation": state.since_validation,
                 "environment": self.environment,
@@ -79,7 +81,7 @@ class Checkpoints:
             }
             write_json(new.path / _STATE, content)
         verify(target)
-        self._drop_old(state)
+        self._drop_old()
 
     def restore(self, state: TrainState, *, allow_inexact: bool) -> dict[str, Any] | None:
         """Load the newest sound checkpoint into `state` and return its notes; None where there never was one.
@@ -87,13 +89,15 @@ class Checkpoints:
         Falls back to the one before with a warning. Raises IntegrityError where none is sound, ResourceError where
         this environment could not go on bit for bit, unless `allow_inexact`.
         """
+        for left_by_a_kill in self.folder.glob(".*.partial/"):
+            shutil.rmtree(left_by_a_kill)
         candidates = sorted(self.folder.glob("step-*"), reverse=True)
-        for candidate in candidates:
+        for i, candidate in enumerate(candidates):
             try:
                 verify(candidate)
                 content = json.loads((candidate / _STATE).read_bytes())
-                if state_best := _best_step(content["history"]):
-                    verify(self._best_folder(state_best))
+                if content["best_step"] is not None:
+                    verify(self._best_folder(content["best_step"]))
             except IntegrityError as error:
                 complain(f"warning: {error.args[0].split(';')[0]}; trying the checkpoint before")
                 continue
@@ -102,6 +106,10 @@ class Checkpoints:
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
             state.since_validation = [(loss, norm) for loss, norm in content["since_validation"]]
+            lines = (candidate / _JOURNAL).read_bytes().splitlines()
+            state.journal = [(step, time_ms, metrics) for step, time_ms, metrics in map(json.loads, lines)]
+            for unsound in candidates[:i]:
+                _discard(unsound)
             notes: dict[str, Any] = content["notes"]
             return notes
         if candidates:
@@ -111,34 +119,32 @@ class Checkpoints:
     def save_best(self, model: GPT, step: int) -> None:
         """Keep the present weights as the best ones, validated at `step`."""
         with new_folder(self._best_folder(step), {}) as new:
-            write_bytes(new.path / "model.safetensors", save(dict(_weights(model))))
+            write_bytes(new.path / WEIGHTS, save(_weights(model)))
+        verify(self._best_folder(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Weights of the best model by our parameter names. Raises IntegrityError."""
         folder = self._best_folder(step)
         verify(folder)
-        return weights_from_bytes((folder / "model.safetensors").read_bytes())
+        return weights_from_bytes((folder / WEIGHTS).read_bytes())
 
     def remove(self) -> None:
         """The training is complete and its results are on disk: drop the state, keep the lock file."""
-        for path in sorted(self.folder.iterdir()):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in ("lock", "owner"):
-                path.unlink()
+        for path in (*sorted(self.folder.glob("step-*")), *sorted(self.folder.glob("best-*"))):
+            _discard(path)  # a step never outlives the best weights that it needs
 
     def _best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
 
-    def _drop_old(self, state: TrainState) -> None:
+    def _drop_old(self) -> None:
         steps = sorted(self.folder.glob("step-*"))
         for old in steps[:-_KEPT]:
-            shutil.rmtree(old)
-        in_use = {_best_step(json.loads((kept / _STATE).read_bytes())["history"]) for kept in steps[-_KEPT:]}
-        in_use.add(state.best.step if state.best else None)
+            _discard(old)
+        best_steps = {json.loads((kept / _STATE).read_bytes())["best_step"] for kept in steps[-_KEPT:]}
+        needed = {self._best_folder(step) for step in best_steps if step is not None}
         for best in sorted(self.folder.glob("best-*")):
-            if int(best.name.removeprefix("best-")) not in in_use:
-                shutil.rmtree(best)
+            if best not in needed:
+                _discard(best)
 
     def _check_environment(self, saved: dict[str, Any], allow_inexact: bool) -> None:
         different = [f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
@@ -155,46 +161,21 @@ class Checkpoints:
         )
 
 
-class Journal:
-    """Every logged metric as a line of JSON, cut back to the checkpoint on resume."""
-
-    def __init__(self, path: Path, n_lines: int) -> None:
-        self.entries: list[tuple[int, int, Metrics]] = []  # (step, milliseconds since 1970, metrics)
-        lines = path.read_bytes().splitlines(keepends=True)[:n_lines] if path.exists() else []
-        for line in lines:
-            entry = json.loads(line)
-            self.entries.append((entry["step"], entry["time"], entry["metrics"]))
-        write_bytes(path, b"".join(lines))
-        self._file = path.open("ab")
-
-    def append(self, step: int, time_ms: int, metrics: Metrics) -> None:
-        self.entries.append((step, time_ms, metrics))
-        line = json.dumps({"step": step, "time": time_ms, "metrics": metrics})
-        self._file.write(line.encode() + b"\n")
-
-    def sync(self) -> int:
-        """Make all lines durable; returns how many there are."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return len(self.entries)
-
-    def close(self) -> None:
-        self._file.close()
+def _discard(folder: Path) -> None:
+    """Remove a folder; killed in between, it is gone under its name all the same."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
-def _best_step(history: list[dict[str, Any]]) -> int | None:
-    return min(history, key=lambda v: v["val_loss"])["step"] if history else None
-
-
-def _weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: GPT) -> dict[str, Tensor]:
     """Parameters by name, tied ones once."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
-    tensors = {f"model.{name}": weight for name, weight in _weights(state.model)}
+    tensors = {f"model.{name}": weight for name, weight in _weights(state.model).items()}
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     for optimizer in state.optimizers:
         for parameter, values in optimizer.state.items():
@@ -215,7 +196,6 @@ def _load_tensors(state: TrainState, tensors: dict[str, Tensor]) -> None:
             for parameter in group["params"]:
                 prefix = f"optimizer.{names[id(parameter)]}."
                 saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                # AdamW's step count stays where its fused kernel wants it; all else lies beside its parameter.
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in saved.items()}
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():

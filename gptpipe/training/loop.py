@@ -19,7 +19,10 @@ from gptpipe.training.red_flags import Validation
 from gptpipe.training.schedule import learning_rate
 
 Metrics = dict[str, float]
+Entry = tuple[int, int, Metrics]  # step, milliseconds since 1970, what was logged
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+_REMEDY = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
 
 
 @dataclass
@@ -31,6 +34,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     history: list[Validation] = field(default_factory=list)
     since_validation: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm) of each step
+    journal: list[Entry] = field(default_factory=list)
 
     @property
     def best(self) -> Validation | None:
@@ -40,6 +44,11 @@ class TrainState:
     @property
     def best_is_now(self) -> bool:
         return self.best is not None and self.best.step == self.step
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the present weights have been validated."""
+        return bool(self.history) and self.history[-1].step == self.step
 
     def is_out_of_patience(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no new best."""
@@ -83,29 +92,33 @@ def train(
     report: Callable[[], None],
     save: Callable[[], None],
     log: Callable[[int, Metrics], None],
-    should_stop: Callable[[], bool],
+    check_stop: Callable[[], None],
 ) -> None:
     """Advance `state` to the plan's last step, or until patience runs out; a restored state simply continues.
 
     `validate` returns the validation loss and is called at step 0, every `eval_every` steps and at the end, `report`
-    once that loss is in the state; `save` makes the state durable. When `should_stop` says so, the state is saved and
-    the function returns early.
-    Raises NumericError before an update that would not be finite.
+    once that loss is in the state; `save` makes the state durable. `check_stop` may raise between steps, `validate` at
+    any moment: the state is then fit to be saved, and goes on from there.
+    Raises NumericError before an update that would not be finite, and for a validation loss that is not.
     """
     params = plan.params
-    if not state.history:
-        state.note_validation(validate(), params.grad_clip)
-        report()
-    while state.step < plan.n_steps and not state.is_out_of_patience(params.patience):
-        if should_stop():
-            save()
-            return
-        log(state.step + 1, optimizer_step(state, batches, plan))
-        is_last = state.step == plan.n_steps
-        if is_last or state.step % params.eval_every == 0:
-            state.note_validation(validate(), params.grad_clip)
+
+    def validate_if_due() -> None:
+        is_due = state.step % params.eval_every == 0 or state.step == plan.n_steps
+        if is_due and not state.is_validated:
+            loss = validate()
+            if not math.isfinite(loss):
+                raise NumericError(f"train: validation loss is {loss} after step {state.step}; {_REMEDY}")
+            state.note_validation(loss, params.grad_clip)
             report()
-        if is_last or state.step % params.save_every == 0:
+
+    validate_if_due()
+    while state.step < plan.n_steps and not state.is_out_of_patience(params.patience):
+        check_stop()
+        metrics = optimizer_step(state, batches, plan)
+        log(state.step, metrics)
+        validate_if_due()
+        if state.step % params.save_every == 0 or state.step == plan.n_steps:
             save()
 
 
@@ -134,7 +147,7 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     if not all(map(math.isfinite, figures.values())):
         raise NumericError(
             f"train: step {state.step + 1}: loss {figures['train/loss']}, gradient norm {figures['train/grad_norm']}; "
-            "stopped before the update. Lower train.lr, lengthen train.warmup_steps or set train.precision to float32"
+            f"stopped before the update: {_REMEDY}"
         )
     for optimizer in state.optimizers:
         optimizer.step()

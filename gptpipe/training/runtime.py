@@ -10,9 +10,11 @@ from types import FrameType
 import psutil
 import torch
 
-from gptpipe.config import ModelParams, TrainParams
-from gptpipe.errors import ConfigError, ResourceError
+from gptpipe import __version__
+from gptpipe.config import TrainParams
+from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.model.device import best_device
+from gptpipe.model.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Runtime:
             "device": torch.cuda.get_device_name(self.device) if is_cuda else self.device.type,
             "precision": str(self.precision).removeprefix("torch."),
             "compiled": self.compiles,
+            "gptpipe": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -44,29 +47,32 @@ def resolve(params: TrainParams) -> Runtime:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"train.device: {params.device!r} is not to be had here; set it to auto or cpu") from error
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    precision = {"auto": torch.bfloat16 if has_bfloat16 else torch.float32}.get(params.precision)
-    precision = precision or getattr(torch, params.precision)
+    precision = params.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     # On a CPU, compiling costs about a minute and gains an eighth of the step time: only on request.
     compiles = device.type == "cuda" if params.compile == "auto" else params.compile
-    return Runtime(device, precision, compiles)
+    return Runtime(device, getattr(torch, precision), compiles)
 
 
 def be_deterministic() -> None:
     """Same parameters, data and machine kind give the same bits; an operation that cannot is an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Filling all new memory with NaN costs a tenth of a step, to guard reads of unwritten memory that we do not make.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def estimated_bytes(model: ModelParams, vocab_size: int, n_parameters: int, sequences: int, checkpointing: bool) -> int:
+def estimated_bytes(model: GPT, sequences: int) -> int:
     """About the memory of training: weights, gradients and optimizer state; activations of `sequences` at once.
 
     Activations after Korthikanti et al., 2022 (arXiv:2205.05198, section 4.1), with attention that keeps no T x T
     matrix; all in float32.
     """
-    per_token_block = 2 * model.n_embd if checkpointing else 12 * model.n_embd + 5 * model.n_inner
-    per_token = model.n_layer * per_token_block + 3 * vocab_size
-    return 4 * (4 * n_parameters + sequences * model.context_length * per_token)
+    params = model.params
+    per_block = 2 * params.n_embd if model.activation_checkpointing else 12 * params.n_embd + 5 * params.n_inner
+    per_token = params.n_layer * per_block + 3 * model.vocab_size
+    return 4 * (4 * model.n_parameters() + sequences * params.context_length * per_token)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -74,24 +80,20 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def micro_batch_size(
-    params: TrainParams, model: ModelParams, vocab_size: int, n_parameters: int, device: torch.device
-) -> int:
-    """`train.micro_batch_size`, or the largest divisor of the batch whose estimate fits nine tenths of free memory.
+def micro_batch_size(params: TrainParams, model: GPT, free: int) -> int:
+    """`train.micro_batch_size`, or the largest divisor of the batch whose estimate fits nine tenths of `free` bytes.
 
     Raises ResourceError, before the first step, where nothing fits.
     """
     divisors = [n for n in range(params.batch_size, 0, -1) if params.batch_size % n == 0]
     candidates = divisors if params.micro_batch_size is None else [params.micro_batch_size]
-    free = free_bytes(device)
-    needed = 0
     for candidate in candidates:
-        needed = estimated_bytes(model, vocab_size, n_parameters, candidate, params.activation_checkpointing)
-        if needed < 0.9 * free:
+        if estimated_bytes(model, candidate) < 0.9 * free:
             return candidate
+    needed = estimated_bytes(model, candidates[-1])
     raise ResourceError(
-        f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free "
-        f"on {device}; lower train.micro_batch_size or the model, or set train.activation_checkpointing to true"
+        f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
+        "lower train.micro_batch_size or the model, or set train.activation_checkpointing to true"
     )
 
 
@@ -111,6 +113,11 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, "train: stopped, all saved; rerun to go on from there")
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:

@@ -1,36 +1,36 @@
 """Stage train as one function: everything around the loop, from the verified split to the finished model folder."""
 
-import io
+import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import pandas as pd
 import torch
 
 from gptpipe.config import Params
 from gptpipe.console import Progress, complain, say
 from gptpipe.environment import allow_inexact, project_root
-from gptpipe.errors import InputError, Interrupted
+from gptpipe.errors import ConfigError, InputError, Interrupted
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
-from gptpipe.files import Manifest, new_folder, sha256_of, verify, write_bytes, write_json
+from gptpipe.files import Manifest, sha256_of, verify, write_json
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
-from gptpipe.model.layout import WEIGHTS, initialise_from, save_model
+from gptpipe.model.layout import initialise_from, weight_files
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.huggingface import save_tokenizer_json
+from gptpipe.tokens.huggingface import byte_letters
 from gptpipe.tokens.streams import Stream, open_stream
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.training import runtime
-from gptpipe.training.card import model_card
-from gptpipe.training.checkpoint import Checkpoints, Journal, locked, run_key
-from gptpipe.training.loop import Metrics, Plan, TrainState, train
+from gptpipe.training.checkpoint import Checkpoints, locked, run_key
+from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
+from gptpipe.training.results import summarise, write_curves, write_model
 
 _VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 
@@ -40,7 +40,7 @@ class Record(Protocol):
 
     @property
     def run_id(self) -> str | None: ...
-    def metrics(self, entries: list[tuple[int, int, Metrics]]) -> None: ...
+    def metrics(self, entries: list[Entry]) -> None: ...
     def text(self, name: str, content: str) -> None: ...
     def tags(self, tags: dict[str, str]) -> None: ...
 
@@ -58,7 +58,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
     section = params.train
     runtime.be_deterministic()
     where = runtime.resolve(section)
-    lineage = verify(source)
+    made_from = verify(source)
     tokenizer = Tokenizer.load(source / TOKENIZER)
     train_stream, val_stream = open_stream(source, "train"), open_stream(source, "val")
     if len(val_stream.tokens) < 2:
@@ -71,92 +71,124 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         seed=params.seed,
     )
     n_steps = section.n_steps(batches.n_windows)
-    torch.manual_seed(params.seed)
-    model = GPT(params.model, tokenizer.vocab_size)
-    model.activation_checkpointing = section.activation_checkpointing
-    initial = None
-    if section.init_from is not None:
-        initialise_from(model, Path(section.init_from))
-        initial = sha256_of(Path(section.init_from) / WEIGHTS)
-    model.to(where.device)
-    micro_batch = runtime.micro_batch_size(
-        section, params.model, tokenizer.vocab_size, model.n_parameters(), where.device
-    )
-    loss = torch.compile(model.loss, dynamic=False) if where.compiles else model.loss
-    plan = Plan(section, n_steps, micro_batch, params.seed, where.precision, loss)
-    state = TrainState(model, build_optimizers(model, section))
-    key = run_key(
-        {
-            "seed": params.seed,
-            "model": params.model.model_dump(),
-            "train": section.model_dump(),
-            "split": lineage.digest,
-            "init_from": initial,
-        }
-    )
+    if section.warmup_steps >= n_steps:
+        raise ConfigError(
+            f"train.warmup_steps {section.warmup_steps} must be below the {n_steps} steps of train.epochs"
+        )
+    state, initial = _new_state(params, tokenizer, where.device)
+    model = state.model
     say(
         f"train: {model.n_parameters():,} parameters, {len(train_stream.tokens):,} tokens, {n_steps:,} steps of "
         f"{section.batch_size} x {params.model.context_length} tokens "
         f"({n_steps * section.batch_size / batches.n_windows:.1f} epochs), on {where.device}"
     )
-    folder = project_root() / ".gptpipe" / "checkpoints" / key
+    determinants = {
+        "seed": params.seed,
+        "model": params.model.model_dump(),
+        "train": section.model_dump(),
+        "split": made_from.digest,
+        "init_from": initial,
+    }
+    folder = project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
     with locked(folder):
-        checkpoints = Checkpoints(folder, {**where.describe(), "micro_batch_size": micro_batch})
+        checkpoints = Checkpoints(folder, where.describe())
         notes = checkpoints.restore(state, allow_inexact=allow_inexact()) or {}
         if notes:
             say(f"train: resumed after step {state.step:,}")
-        journal = Journal(folder / "journal.jsonl", notes.get("journal_lines", 0))
-        with open_record(notes.get("run_id"), lineage, checkpoints.environment) as record:
-            progress = Progress("train", unit="steps", total=n_steps, done=state.step)
-            observer = _Observer(params, state, plan, val_stream, tokenizer, checkpoints, journal, record, progress)
-            with runtime.StopRequest() as stop, progress:
-                train(
-                    state,
-                    batches,
-                    plan,
-                    validate=observer.validate,
-                    report=observer.report,
-                    save=observer.save,
-                    log=observer.log,
-                    should_stop=lambda: stop.signum is not None,
-                )
-            if stop.signum is not None and state.step < n_steps:
-                raise Interrupted(stop.signum, f"train: saved after step {state.step:,}; rerun to continue from there")
-            best = observer.write_results(target, reports, lineage)
-        journal.close()
+        # On resume as before, whatever memory is free by now: it decides how sums are rounded.
+        micro_batch = notes.get("micro_batch_size") or runtime.micro_batch_size(
+            section, model, runtime.free_bytes(where.device)
+        )
+        loss = torch.compile(model.loss, dynamic=False) if where.compiles else model.loss
+        plan = Plan(section, n_steps, micro_batch, params.seed, where.precision, loss)
+        environment = {**where.describe(), "micro_batch_size": micro_batch}
+        with open_record(notes.get("run_id"), made_from, environment) as record:
+            with (
+                runtime.StopRequest() as stop,
+                Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
+            ):
+                training = _Training(params, plan, state, val_stream, tokenizer, checkpoints, record, progress, stop)
+                training.run(batches)
+            summary = summarise(params, state, n_steps)
+            write_model(target, params, tokenizer, checkpoints, summary, made_from)
+            write_curves(reports, state, summary)
+            write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
+            record.tags({"best_step": str(summary["best_step"])})
         checkpoints.remove()
+    best: Figures = summary["val"]
     return best
 
 
-class _Observer:
-    """What the loop calls out to: validation, reports, checkpoints, logs; and in the end, the results."""
+def _new_state(params: Params, tokenizer: Tokenizer, device: torch.device) -> tuple[TrainState, dict[str, str]]:
+    """The state before the first step, and the digests of the weights that it starts from, if it does from any."""
+    torch.manual_seed(params.seed)
+    model = GPT(params.model, tokenizer.vocab_size)
+    model.activation_checkpointing = params.train.activation_checkpointing
+    digests: dict[str, str] = {}
+    if params.train.init_from is not None:
+        folder = Path(params.train.init_from)
+        initialise_from(model, folder)
+        _check_tokenizer(tokenizer, folder)
+        digests = {path.name: sha256_of(path) for path in weight_files(folder)}
+    model.to(device)
+    return TrainState(model, build_optimizers(model, params.train)), digests
 
-    def __init__(
-        self,
-        params: Params,
-        state: TrainState,
-        plan: Plan,
-        val_stream: Stream,
-        tokenizer: Tokenizer,
-        checkpoints: Checkpoints,
-        journal: Journal,
-        record: Record,
-        progress: Progress,
-    ) -> None:
-        self.params, self.state, self.plan = params, state, plan
-        self.val_stream, self.tokenizer = val_stream, tokenizer
-        self.checkpoints, self.journal, self.record, self.progress = checkpoints, journal, record, progress
-        self._n_sent = 0  # entries of the journal that went to the record
-        self._flags_said: set[str] = set()
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        self.journal.append(step, time.time_ns() // 1_000_000, metrics)
-        if "train/loss" in metrics:
-            speed = f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
-            self.progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}")
+def _check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Weights learned for other tokens would load, and be worthless. Raises ConfigError."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        complain(f"warning: {folder} holds no tokenizer.json; see that its weights are for the tokens of this split")
+        return
+    letters = byte_letters()
+    try:
+        theirs = dict(json.loads(path.read_bytes())["model"]["vocab"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a tokenizer; fetch the model again") from error
+    if any(theirs.get("".join(map(letters.__getitem__, token))) != i for token, i in tokenizer.ranks.items()):
+        raise ConfigError(
+            f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to its"
+        )
+
+
+@dataclass
+class _Training:
+    """One training under way: what the loop calls out to."""
+
+    params: Params
+    plan: Plan
+    state: TrainState
+    val_stream: Stream
+    tokenizer: Tokenizer
+    checkpoints: Checkpoints
+    record: Record
+    progress: Progress
+    stop: runtime.StopRequest
+    _n_sent: int = 0  # entries of the journal that went to the record
+    _flags_said: set[str] = field(default_factory=set)
+
+    def run(self, batches: Batches) -> None:
+        """Train to the end. Raises Interrupted after a signal, the state saved."""
+        try:
+            train(
+                self.state,
+                batches,
+                self.plan,
+                validate=self.validate,
+                report=self.report,
+                save=self.save,
+                log=self.log,
+                check_stop=self.stop.check,
+            )
+        except Interrupted:
+            self.save()
+            raise
+        self._send()
 
     def validate(self) -> float:
-        scores = score(self.state.model, self.val_stream, precision=self.plan.precision)
+        scores = score(
+            self.state.model, self.val_stream, precision=self.plan.precision, advance=lambda _: self.stop.check()
+        )
         found = figures(scores, self.val_stream.documents)
         self.log(self.state.step, {f"val/{name}": found[name] for name in _VALIDATION_FIGURES})
         return found["loss"]
@@ -178,46 +210,19 @@ class _Observer:
         self._send()
 
     def save(self) -> None:
-        self.checkpoints.save(self.state, {"run_id": self.record.run_id, "journal_lines": self.journal.sync()})
+        notes = {"run_id": self.record.run_id, "micro_batch_size": self.plan.micro_batch_size}
+        self.checkpoints.save(self.state, notes)
         self._send()
 
-    def write_results(self, target: Path, reports: Path, lineage: Manifest) -> Figures:
-        """Write the best model and the curves, each whole or not at all; returns the best validation's figures."""
-        best = self.state.best
-        assert best is not None  # the loop validates at step 0
-        found = next(
-            metrics for step, _, metrics in self.journal.entries if step == best.step and "val/loss" in metrics
-        )
-        params = self.params
-        batch_tokens = params.train.batch_size * params.model.context_length
-        flags = red_flags(self.state.history, self.plan.n_steps)
-        summary: dict[str, Any] = {
-            "best_step": best.step,
-            "steps": self.state.step,
-            "tokens": self.state.step * batch_tokens,
-            "parameters": self.state.model.n_parameters(),
-            "val": {name.removeprefix("val/"): value for name, value in found.items()},
-            "red_flags": sorted(flags),
-        }
-        with new_folder(target, lineage.lineage("split")) as folder:
-            weights = self.checkpoints.load_best(best.step)
-            save_model(folder.path, params.model, self.tokenizer.vocab_size, self.tokenizer.end_of_text, weights)
-            self.tokenizer.save(folder.path)
-            save_tokenizer_json(folder.path, self.tokenizer, params.model.context_length)
-            write_bytes(folder.path / "README.md", model_card(params, summary, lineage).encode())
-            folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
-        write_json(reports / "train.json", summary)
-        write_bytes(reports / "train.steps.csv", self._curve("train/loss", ["loss", "grad_norm", "lr"]))
-        write_bytes(reports / "train.validations.csv", self._validation_curve())
-        write_json(reports / "mlflow_run.json", {"run_id": self.record.run_id})
-        self.record.tags({"best_step": str(best.step)})
-        self._send()
-        figures_of_best: Figures = summary["val"]
-        return figures_of_best
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.state.journal.append((step, time.time_ns() // 1_000_000, metrics))
+        if "train/loss" in metrics:
+            speed = f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
+            self.progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}")
 
     def _send(self) -> None:
-        self.record.metrics(self.journal.entries[self._n_sent :])
-        self._n_sent = len(self.journal.entries)
+        self.record.metrics(self.state.journal[self._n_sent :])
+        self._n_sent = len(self.state.journal)
 
     def _samples(self) -> str:
         """Continuations of the sample prompts, as Markdown; the same seed each time, so that they compare."""
@@ -228,16 +233,3 @@ class _Observer:
             pieces = continue_text(self.state.model, self.tokenizer, prompt, section.sample_tokens, sampling)
             parts.append(f"**{prompt}**{''.join(pieces)}\n")
         return "\n---\n\n".join(parts)
-
-    def _curve(self, marker: str, names: list[str]) -> bytes:
-        """CSV of the journal's entries that hold `marker`: the step, and these metrics of its group."""
-        group = marker.split("/")[0]
-        rows = [{"step": step, **{name: metrics[f"{group}/{name}"] for name in names}}
-                for step, _, metrics in self.journal.entries if marker in metrics]  # fmt: skip
-        return pd.DataFrame(rows, columns=["step", *names]).to_csv(index=False).encode()
-
-    def _validation_curve(self) -> bytes:
-        """CSV of the validations, with the mean training loss since the one before."""
-        table = pd.read_csv(io.BytesIO(self._curve("val/loss", list(_VALIDATION_FIGURES))))
-        table.insert(1, "train_loss", [validation.train_loss for validation in self.state.history])
-        return table.rename(columns={"loss": "val_loss"}).to_csv(index=False).encode()

@@ -1,0 +1,74 @@
+"""What a finished training leaves: the model folder with its card, the curves and a summary."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gptpipe.config import Params
+from gptpipe.files import Manifest, new_folder, write_bytes, write_json
+from gptpipe.model.layout import save_model
+from gptpipe.tokens.huggingface import save_tokenizer_json
+from gptpipe.tokens.tokenizer import Tokenizer
+from gptpipe.training.card import model_card
+from gptpipe.training.checkpoint import Checkpoints
+from gptpipe.training.loop import TrainState
+from gptpipe.training.red_flags import red_flags
+
+
+def write_model(
+    target: Path,
+    params: Params,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
+    summary: dict[str, Any],
+    made: Manifest,
+) -> None:
+    """The best model so far in Hugging Face layout, whole or not at all; `made` is the split that it is made from."""
+    with new_folder(target, made.lineage("split")) as folder:
+        weights = checkpoints.load_best(summary["best_step"])
+        save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
+        tokenizer.save(folder.path)
+        save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
+        write_bytes(folder.path / "README.md", model_card(params, summary, made).encode())
+        folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+
+
+def write_curves(reports: Path, state: TrainState, summary: dict[str, Any]) -> None:
+    """The summary, and the curves of steps and validations as CSV."""
+    write_json(reports / "train.json", summary)
+    for name, table in (("steps", _steps(state)), ("validations", _validations(state))):
+        write_bytes(reports / f"train.{name}.csv", table.to_csv(index=False).encode())
+
+
+def summarise(params: Params, state: TrainState, n_steps: int) -> dict[str, Any]:
+    """What reports/train.json holds."""
+    best = state.best
+    assert best is not None  # the loop validates at step 0
+    found = next(metrics for step, _, metrics in state.journal if step == best.step and "val/loss" in metrics)
+    return {
+        "best_step": best.step,
+        "steps": state.step,
+        "tokens": state.step * params.train.batch_size * params.model.context_length,
+        "parameters": state.model.n_parameters(),
+        "val": {name.removeprefix("val/"): value for name, value in found.items()},
+        "red_flags": sorted(red_flags(state.history, n_steps)),
+    }
+
+
+def _steps(state: TrainState) -> pd.DataFrame:
+    names = ("loss", "grad_norm", "lr")
+    rows = [(step, *(metrics[f"train/{name}"] for name in names))
+            for step, _, metrics in state.journal if "train/loss" in metrics]  # fmt: skip
+    return pd.DataFrame(rows, columns=["step", *names])
+
+
+def _validations(state: TrainState) -> pd.DataFrame:
+    """Each validation, with the mean training loss since the one before."""
+    figures = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/token_accuracy")
+    found = (metrics for _, _, metrics in state.journal if "val/loss" in metrics)
+    rows = [(validation.step, validation.train_loss, *(metrics[name] for name in figures))
+            for validation, metrics in zip(state.history, found, strict=True)]  # fmt: skip
+    return pd.DataFrame(
+        rows, columns=["step", "train_loss", "val_loss", "perplexity", "bits_per_byte", "token_accuracy"]
+    )

@@ -1,0 +1,43 @@
+"""What tests of several rooms share: the shipped parameters, and an environment that nothing leaks into."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptpipe.config import CollectParams, Params, load_params
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken caches below the test's own folder, and no setting of the caller's shell reaches a test."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPTPIPE_WORKERS", "1")
+
+
+@pytest.fixture
+def params() -> Params:
+    """The params.yaml that ships."""
+    return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture
+def collect_params() -> Callable[..., CollectParams]:
+    """Makes section `collect` from sources and what differs from: keep everything, drop equal texts."""
+
+    def make(*sources: dict[str, Any], **changed: Any) -> CollectParams:
+        values = {
+            "sources": sources,
+            "encoding_errors": "strict",
+            "min_document_bytes": 1,
+            "max_document_bytes": 1_000_000,
+            "dedup": "exact",
+        }
+        return CollectParams.model_validate({**values, **changed})
+
+    return make

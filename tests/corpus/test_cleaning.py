@@ -1,0 +1,105 @@
+"""Cleaning and cutting of single texts."""
+
+import random
+import unicodedata
+
+import pytest
+
+from gptpipe.corpus.cleaning import Rejected, clean, cut
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("plain text", "plain text"),
+        ("\ufeffwith a byte order mark", "with a byte order mark"),
+        ("one\r\ntwo\rthree\n", "one\ntwo\nthree"),
+        ("space  \t\nat line ends \n", "space\nat line ends"),
+        ("\n\n\nlines around\n\n", "lines around"),
+        ("  indented\n    twice", "  indented\n    twice"),
+        ("a\x00b\x07c\x7fd\x85e\tf", "abcde\tf"),
+        ("e\u0301", "é"),
+        ("e\x00\u0301", "é"),  # composed after the control character is gone
+        ("inside\ufeff stays", "inside\ufeff stays"),
+        ("<|endoftext|> is text", "<|endoftext|> is text"),
+        ("a" + " " * 5000 + "b", "a" + " " * 1000 + "b"),
+        ("a" + "\n" * 5000 + "b", "a" + "\n" * 1000 + "b"),
+        ("a" + " " * 1000 + "b", "a" + " " * 1000 + "b"),
+    ],
+)
+def test_clean(collect_params, raw: str, cleaned: str) -> None:
+    params = collect_params({"kind": "python-docs"})
+    assert clean(raw, params) == cleaned
+    assert clean(cleaned, params) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("", "empty"),
+        ("\ufeff", "empty"),
+        (" \r\n\t\u00a0\n", "empty"),
+        ("\x00\x01", "empty"),
+        ("lone \ud800 surrogate", "lone_surrogates"),
+        ("seven b", "too_short"),
+        ("äöü", "too_short"),  # six bytes
+    ],
+)
+def test_rejected(collect_params, raw: str, reason: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        clean(raw, collect_params({"kind": "python-docs"}, min_document_bytes=8))
+    assert caught.value.reason == reason
+
+
+def test_the_shortest_document_is_measured_in_bytes(collect_params) -> None:
+    assert clean("äöüß", collect_params({"kind": "python-docs"}, min_document_bytes=8)) == "äöüß"
+
+
+def test_cleaning_takes_linear_time(collect_params) -> None:
+    """A run of a million spaces before a letter once took a regular expression hours."""
+    params = collect_params({"kind": "python-docs"})
+    assert len(clean(" " * 1_000_000 + "a", params)) == 1001
+    assert len(clean((" " * 900 + "a") * 1000, params)) == 901_000
+
+
+def test_cleaning_twice_changes_nothing(collect_params) -> None:
+    params = collect_params({"kind": "python-docs"})
+    random_ = random.Random(0)
+    letters = "ab \t\n\r\x00\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600"
+    for _ in range(2000):
+        try:
+            once = clean("".join(random_.choices(letters, k=12)), params)
+        except Rejected:
+            continue
+        assert unicodedata.is_normalized("NFC", once)
+        if not once.startswith("\ufeff"):  # of several marks the first goes
+            assert clean(once, params) == once
+
+
+def test_a_short_text_is_one_piece() -> None:
+    assert cut("a" * 64, 64) == ["a" * 64]
+    assert cut("", 64) == []
+
+
+def test_pieces_end_on_character_boundaries() -> None:
+    assert cut("€" * 50, 64) == ["€" * 21, "€" * 21, "€" * 8]  # 3 bytes each, 63 of 64 used
+    assert cut("\U0001f600" * 33, 64) == ["\U0001f600" * 16, "\U0001f600" * 16, "\U0001f600"]
+
+
+def test_pieces_end_after_a_line_in_their_last_half() -> None:
+    assert cut("a" * 40 + "\n" + "b" * 60, 64) == ["a" * 40 + "\n", "b" * 60]
+    assert cut("a" * 10 + "\n" + "b" * 60, 64) == ["a" * 10 + "\n" + "b" * 53, "b" * 7]
+
+
+def test_pieces_are_the_text_each_within_the_limit() -> None:
+    random_ = random.Random(0)
+    for _ in range(300):
+        text = "".join(random_.choices("ab\n\u00e9\u20ac\U0001f600\ud800", k=random_.randrange(400)))
+        pieces = cut(text, 64)
+        assert "".join(pieces) == text
+        assert all(0 < len(piece.encode(errors="surrogatepass")) <= 64 for piece in pieces)
+
+
+def test_nothing_but_surrogates_is_cut_too() -> None:
+    """Dropping what has no UTF-8 form once made an empty piece, and no end."""
+    assert cut("\ud800" * 100, 64) == ["\ud800" * 21] * 4 + ["\ud800" * 16]

@@ -1,0 +1,214 @@
+"""Stage collect: every text that comes in is kept or counted, and the same sources give the same bytes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from gptpipe.config import CollectParams
+from gptpipe.corpus import shards
+from gptpipe.corpus.collect import collect
+from gptpipe.corpus.python_docs import python_docs
+from gptpipe.errors import InputError, ResourceError
+from gptpipe.files import sha256_of, verify
+
+MakeParams = Callable[..., CollectParams]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for shard in sorted(folder.glob("docs-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def write_lines(path: Path, *lines: str) -> dict[str, Any]:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return {"kind": "text", "paths": (str(path),), "document": "line"}
+
+
+def test_rows_hold_id_source_text_and_bytes(tmp_path: Path, collect_params: MakeParams) -> None:
+    lines = write_lines(tmp_path / "a.txt", "one", "zwölf ")
+    records = tmp_path / "b.jsonl"
+    records.write_text(json.dumps({"text": "three"}))
+    counts = collect(collect_params(lines, {"kind": "jsonl", "paths": (str(records),)}), tmp_path / "raw")
+    assert rows(tmp_path / "raw") == [
+        {"id": hashlib.sha256(text.encode()).hexdigest(), "source": source, "text": text, "n_bytes": n_bytes}
+        for text, source, n_bytes in (("one", "text", 3), ("zwölf", "text", 6), ("three", "jsonl", 5))
+    ]
+    assert counts == {"documents_in": 3, "documents": 3, "bytes": 14, "cut": 0}
+    manifest = verify(tmp_path / "raw")
+    assert manifest.counts == counts
+    assert manifest.made_from == {str(path): sha256_of(path) for path in (tmp_path / "a.txt", records)}
+
+
+def test_sources_of_one_kind_are_numbered(tmp_path: Path, collect_params: MakeParams) -> None:
+    sources = [write_lines(tmp_path / name, name) for name in ("b.txt", "a.txt")]
+    collect(collect_params(*sources), tmp_path / "raw")
+    assert [(row["text"], row["source"]) for row in rows(tmp_path / "raw")] == [
+        ("b.txt", "text-0"),
+        ("a.txt", "text-1"),
+    ]
+
+
+def test_documents_in_are_kept_plus_rejected_by_reason(tmp_path: Path, collect_params: MakeParams) -> None:
+    good = write_lines(tmp_path / "good.txt", *[f"document number {i}" for i in range(99)])
+    (tmp_path / "binary").write_bytes(b"\0")
+    (tmp_path / "empty").write_bytes(b"")
+    records = tmp_path / "records.jsonl"
+    records.write_text(
+        '{"text": "lone \\udfff"}\n{"text": "document number 7"}\n{"text": "tiny"}\n{}\n' + '{"text": " "}'
+    )
+    params = collect_params(
+        good,
+        {"kind": "text", "paths": (str(tmp_path / "binary"), str(tmp_path / "empty"))},
+        {"kind": "jsonl", "paths": (str(records),)},
+        min_document_bytes=8,
+    )
+    counts = collect(params, tmp_path / "raw")
+    assert counts == {
+        "documents_in": 106,
+        "documents": 99,
+        "bytes": 10 * 17 + 89 * 18,
+        "cut": 0,
+        "rejected_binary": 1,
+        "rejected_empty": 2,
+        "rejected_lone_surrogates": 1,
+        "rejected_duplicate": 1,
+        "rejected_too_short": 1,
+        "rejected_no_text": 1,
+    }
+    assert len(rows(tmp_path / "raw")) == 99
+
+
+def test_the_first_of_equal_texts_stays_across_sources(tmp_path: Path, collect_params: MakeParams) -> None:
+    sources = [write_lines(tmp_path / "a.txt", "one", "two", "one  "), write_lines(tmp_path / "b.txt", "two", "three")]
+    assert collect(collect_params(*sources), tmp_path / "raw")["rejected_duplicate"] == 2
+    assert [(row["source"], row["text"]) for row in rows(tmp_path / "raw")] == [
+        ("text-0", "one"),
+        ("text-0", "two"),
+        ("text-1", "three"),
+    ]
+    counts = collect(collect_params(*sources, dedup="none"), tmp_path / "raw")
+    assert counts["documents"] == 5
+    assert "rejected_duplicate" not in counts
+
+
+def test_the_windows_twin_of_a_file_has_the_same_ids(tmp_path: Path, collect_params: MakeParams) -> None:
+    content = "Grüße,\n\n  text\nof several lines " + "and more " * 20
+    (tmp_path / "unix.txt").write_bytes(content.encode())
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    for limit in (1000, 64):
+        for name in ("unix", "windows"):
+            source = {"kind": "text", "paths": (f"{tmp_path}/{name}.txt",)}
+            collect(collect_params(source, max_document_bytes=limit), tmp_path / f"{name}-{limit}")
+        assert rows(tmp_path / f"unix-{limit}") == rows(tmp_path / f"windows-{limit}")
+
+
+def test_text_with_replaced_bytes_is_counted(tmp_path: Path, collect_params: MakeParams) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\ntea\n")
+    source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
+    counts = collect(collect_params(source, encoding_errors="replace"), tmp_path / "raw")
+    assert counts["with_replacement_character"] == 1
+    with pytest.raises(InputError, match=r"a\.txt: not UTF-8 at byte 3;"):
+        collect(collect_params(source), tmp_path / "strict")
+    assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "no document left of 1 (1 empty)"), (b"\0", "no document left of 1 (1 binary)")],
+)
+def test_nothing_left_is_an_input_error_with_the_counts(
+    tmp_path: Path, collect_params: MakeParams, content: bytes, words: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        collect(collect_params({"kind": "text", "paths": (f"{tmp_path}/a.txt",)}), tmp_path / "raw")
+    assert words in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_bad_source_leaves_the_old_corpus(tmp_path: Path, collect_params: MakeParams) -> None:
+    collect(collect_params(write_lines(tmp_path / "a.txt", "old")), tmp_path / "raw")
+    (tmp_path / "b.txt").write_bytes(b"new\xff")
+    with pytest.raises(InputError):
+        collect(collect_params({"kind": "text", "paths": (f"{tmp_path}/b.txt",)}), tmp_path / "raw")
+    verify(tmp_path / "raw")
+    assert [row["text"] for row in rows(tmp_path / "raw")] == ["old"]
+
+
+def test_a_target_that_cannot_be_written_is_a_resource_error(tmp_path: Path, collect_params: MakeParams) -> None:
+    with pytest.raises(ResourceError, match=r"a\.txt/raw: cannot write: Not a directory"):
+        collect(collect_params(write_lines(tmp_path / "a.txt", "one")), tmp_path / "a.txt" / "raw")
+
+
+def test_shards_are_cut_by_size_and_hold_the_corpus_in_order(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20)
+    lines = [f"line {i:04d}" for i in range(10)]  # 9 bytes each: a shard is full with the third
+    params = collect_params(write_lines(tmp_path / "a.txt", *lines))
+    collect(params, tmp_path / "raw")
+    assert [path.name for path in shards.shard_paths(tmp_path / "raw")] == [f"docs-{i:05d}.parquet" for i in range(4)]
+    assert [row["text"] for row in rows(tmp_path / "raw")] == lines
+    read = [pair for shard in shards.shard_paths(tmp_path / "raw") for pair in shards.read_documents(shard)]
+    assert [document.text for _, document in read] == lines
+    assert all(document_id == document.id for document_id, document in read)
+    collect(params, tmp_path / "again")
+    assert verify(tmp_path / "again").digest == verify(tmp_path / "raw").digest
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Ten times the text, at most a tenth more memory (a line of 10 MB is no exception)."""
+    program = """
+import resource, sys
+from pathlib import Path
+from gptpipe import parquet
+from gptpipe.config import CollectParams
+from gptpipe.corpus import shards
+from gptpipe.corpus.collect import collect
+source = {"kind": "text", "paths": (sys.argv[1],), "document": "line"}
+params = CollectParams.model_validate({"sources": (source,), "encoding_errors": "strict", "min_document_bytes": 1,
+                                       "max_document_bytes": 100_000, "dedup": "none"})
+parquet._GROUP_BYTES, shards.SHARD_BYTES = 1 << 18, 1 << 20  # a small corpus fills several
+collect(params, Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for name, n_lines in (("small", 2_000), ("large", 20_000)):
+        with (tmp_path / name).open("w") as file:
+            file.writelines(f"{i} " * 80 + "\n" for i in range(n_lines))
+            file.write("a" * 500 * n_lines)
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(done.stdout))
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
+def test_python_docs_are_thousands_of_real_texts_and_the_same_in_every_process(tmp_path: Path) -> None:
+    """The other process has another hash seed, and a foreign function in place of one of Python's own."""
+    program = """
+import sys
+def foreign(*arguments):
+    "Not of the standard library."
+sys.excepthook = foreign
+from gptpipe.corpus.python_docs import python_docs
+sys.stdout.buffer.write("\\0".join(dict.fromkeys(python_docs())).encode())
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    texts = list(dict.fromkeys(python_docs()))
+    assert done.stdout == "\0".join(texts).encode()
+    assert len(texts) > 3000
+    assert sum(map(len, texts)) > 1_500_000
+    assert any('The "with" statement' in text for text in texts)
+    assert any("Return a copy of the string" in text for text in texts)

@@ -1,0 +1,84 @@
+"""Scoring: every token but the first, exactly once, against a loop that does it one window at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from gptpipe.evaluation import scoring
+from gptpipe.evaluation.scoring import Scores, score
+from gptpipe.tokens.streams import Stream, open_stream
+
+
+def stream_of(*lengths: int) -> Stream:
+    """Documents of so many tokens each."""
+    tokens = np.random.default_rng(0).integers(50, size=sum(lengths)).astype(np.uint16)
+    offsets = np.cumsum([0, *lengths])[:-1]
+    table = {"id": [f"d{i}" for i in range(len(lengths))], "source": "text", "offset": offsets, "n_tokens": lengths,
+             "n_bytes": [3 * n for n in lengths]}  # fmt: skip
+    return Stream(tokens, pd.DataFrame(table))
+
+
+def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
+    """One token at a time: its document, its place in the window, its nats."""
+    context = model.params.context_length
+    tokens = [int(t) for t in stream.tokens]
+    document = [i for i, n in enumerate(stream.documents["n_tokens"]) for _ in range(n)]
+    sums: dict[str, list[float]] = {"nats": [0.0] * len(stream.documents), "n_tokens": [0.0] * len(stream.documents),
+                                    "correct": [0.0] * len(stream.documents), "by_position": [0.0] * context,
+                                    "n_by_position": [0.0] * context}  # fmt: skip
+    for target in range(1, len(tokens)):
+        start = (target - 1) // context * context
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[start:target]]))[0, -1]
+        nats = -logits.log_softmax(-1)[tokens[target]].item()
+        sums["nats"][document[target]] += nats
+        sums["correct"][document[target]] += int(logits.argmax()) == tokens[target]
+        sums["n_tokens"][document[target]] += 1
+        sums["by_position"][(target - 1) % context] += nats
+        sums["n_by_position"][(target - 1) % context] += 1
+    return sums
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 2, 100])
+@pytest.mark.parametrize("lengths", [(1, 20, 3, 40), (17,), (16, 1), (2,), (33, 32), (5, 1, 1)])
+def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int) -> None:
+    """With documents across windows, a last window of any length, and whatever number of windows goes at once."""
+    model, stream = tiny.network(), stream_of(*lengths)
+    monkeypatch.setattr(scoring, "_LOGITS", windows_at_once * 16 * model.vocab_size)
+    heard: list[int] = []
+    scores, expected = score(model, stream, advance=heard.append), by_hand(model, stream)
+    assert scores.n_tokens.tolist() == expected["n_tokens"]
+    assert scores.n_by_position.tolist() == expected["n_by_position"]
+    assert scores.correct.tolist() == expected["correct"]
+    np.testing.assert_allclose(scores.nats, expected["nats"], rtol=1e-5)
+    np.testing.assert_allclose(scores.nats_by_position, expected["by_position"], rtol=1e-5)
+    assert scores.n_tokens.sum() == sum(heard) == len(stream.tokens) - 1
+    assert scores.nats.sum() == pytest.approx(scores.nats_by_position.sum())
+
+
+@pytest.mark.parametrize("lengths", [(), (1,)])
+def test_nothing_to_score(lengths: tuple[int, ...]) -> None:
+    scores = score(tiny.network(), stream_of(*lengths))
+    assert scores.nats.tolist() == [0.0] * len(lengths)
+
+
+def test_it_disturbs_neither_the_mode_nor_the_generator() -> None:
+    model = tiny.network(dropout=0.5).train()
+    before = torch.get_rng_state()
+    first, second = (score(model, stream_of(30)) for _ in range(2))
+    assert first.nats.tolist() == second.nats.tolist()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_split_as_it_lies_on_disk(toy_split: Path) -> None:
+    stream = open_stream(toy_split, "test")
+    scores: Scores = score(tiny.network(300), stream)
+    expected = stream.documents["n_tokens"].to_numpy(dtype=float)
+    expected[0] -= 1  # the very first token of the stream has nothing before it
+    assert scores.n_tokens.tolist() == expected.tolist()

@@ -1,0 +1,100 @@
+"""Drawing the next token, and generation with its cache and its sliding context."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from gptpipe.errors import ConfigError
+from gptpipe.model.generate import Sampling, draw, generate
+from gptpipe.model.gpt import GPT
+
+PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
+
+
+def drawn(sampling: Sampling, n: int = 20_000) -> list[float]:
+    """Shares of the four tokens among `n` draws."""
+    ids = draw(PROBABILITIES.log().expand(n, 4), sampling, torch.Generator().manual_seed(3))
+    return (ids.bincount(minlength=4) / n).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shares"),
+    [
+        (Sampling(), [0.05, 0.5, 0.15, 0.3]),
+        (Sampling(temperature=0), [0, 1, 0, 0]),
+        (Sampling(temperature=5e-324), [0, 1, 0, 0]),
+        (Sampling(temperature=0.5), [0.0025 / 0.365, 0.25 / 0.365, 0.0225 / 0.365, 0.09 / 0.365]),
+        (Sampling(top_k=1), [0, 1, 0, 0]),
+        (Sampling(top_k=2), [0, 0.625, 0, 0.375]),
+        (Sampling(top_k=9), [0.05, 0.5, 0.15, 0.3]),
+        (Sampling(top_p=0.4), [0, 1, 0, 0]),
+        (Sampling(top_p=0.6), [0, 0.625, 0, 0.375]),
+        (Sampling(top_p=0.9), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
+        (Sampling(top_k=3, top_p=0.8), [0, 0.625, 0, 0.375]),  # nucleus of what top_k leaves
+    ],
+)
+def test_shares_of_draws(sampling: Sampling, shares: list[float]) -> None:
+    """A share of 20,000 draws has a standard deviation of at most 0.0035; a share of nothing is exactly nothing."""
+    found = drawn(sampling)
+    assert found == pytest.approx(shares, abs=0.014)
+    assert [share == 0 for share in found] == [share == 0 for share in shares]
+
+
+def test_top_k_keeps_k_of_equals() -> None:
+    ids = draw(torch.zeros(2000, 5), Sampling(top_k=2), torch.Generator().manual_seed(0))
+    assert len(ids.unique()) == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": 0},
+     {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"seed": -1}, {"seed": 2**64}],
+)  # fmt: skip
+def test_senseless_sampling_is_told(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="sampling needs"):
+        Sampling(**values)
+
+
+def without_cache(model: GPT, prompt: torch.Tensor, n: int) -> list[int]:
+    """Greedy tokens, each from a whole pass over a context that drops its older half when it would overflow."""
+    context = prompt[:, -model.params.context_length :]
+    new = []
+    for _ in range(n):
+        if context.shape[1] > model.params.context_length:
+            context = context[:, -(model.params.context_length // 2) :]
+        with torch.no_grad():
+            new.append(model(context)[:, -1].argmax(dim=-1)[:, None])
+        context = torch.cat((context, new[-1]), dim=1)
+    return torch.cat(new, dim=1).tolist()
+
+
+@pytest.mark.parametrize("switches", tiny.SWITCHES[::3], ids=lambda s: str(s["architecture"]))
+@pytest.mark.parametrize("n_prompt", [1, 5, 16, 23])
+def test_greedy_generation_is_that_of_whole_passes_also_past_the_context(
+    switches: dict[str, Any], n_prompt: int
+) -> None:
+    model, prompts = tiny.network(**switches), tiny.token_ids(2, n_prompt)
+    steps = list(generate(model, prompts, 40, Sampling(temperature=0)))
+    assert torch.stack(steps, dim=1).tolist() == without_cache(model, prompts, 40)
+
+
+def test_the_same_seed_draws_the_same_tokens() -> None:
+    model, prompt = tiny.network(), tiny.token_ids(1, 3)
+    texts = [[int(t) for t in generate(model, prompt, 30, Sampling(seed=seed))] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+@pytest.mark.parametrize("n_taken", [1, 5])
+def test_training_is_not_disturbed(was_training: bool, n_taken: int) -> None:
+    model = tiny.network(dropout=0.5).train(was_training)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    steps = generate(model, tiny.token_ids(1, 3), 5, Sampling())
+    for _ in range(n_taken):
+        next(steps)
+    steps.close()  # also a reader who stops early
+    assert model.training is was_training
+    assert torch.equal(torch.get_rng_state(), before)

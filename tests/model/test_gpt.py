@@ -1,0 +1,121 @@
+"""The network by itself: positions, causality, its cache and its loss. test_layout compares it with transformers."""
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from gptpipe.model.gpt import GPT, rotary_tables, rotate
+
+every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
+
+
+def test_rotary_tables_of_two_frequencies() -> None:
+    cos, sin = rotary_tables(n_positions=3, head_width=4, theta=100.0)
+    angles = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.1, 1.0, 0.1], [2.0, 0.2, 2.0, 0.2]])
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+
+
+def test_rotation_turns_pairs_by_their_angle() -> None:
+    cos, sin = (torch.tensor([[f(math.pi / 2), f(math.pi)] * 2]) for f in (math.cos, math.sin))
+    x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])  # the pairs (1, 3) by a quarter turn and (2, 4) by a half
+    torch.testing.assert_close(rotate(x, cos, sin), torch.tensor([[[[-3.0, -2.0, 1.0, -4.0]]]]))
+
+
+def test_scores_depend_on_distance_not_on_place() -> None:
+    cos, sin = rotary_tables(32, 8, 10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def scored(i: int, j: int) -> torch.Tensor:
+        return (rotate(q, cos[i : i + 1], sin[i : i + 1]) * rotate(k, cos[j : j + 1], sin[j : j + 1])).sum()
+
+    torch.testing.assert_close(scored(5, 2), scored(30, 27))
+    assert not torch.allclose(scored(5, 2), scored(5, 3))
+
+
+@every_architecture
+def test_no_position_sees_the_future(switches: dict[str, Any]) -> None:
+    model = tiny.network(**switches)
+    embedded: list[torch.Tensor] = []
+    model.embedding.register_forward_hook(lambda _, __, out: (out.retain_grad(), embedded.append(out))[0])
+    logits = model(tiny.token_ids(1, 8))
+    logits[0, 4].square().sum().backward()
+    reached = embedded[0].grad[0].abs().sum(dim=-1) > 0
+    assert reached.tolist() == [True] * 5 + [False] * 3
+
+
+@every_architecture
+def test_the_cache_gives_the_logits_of_a_whole_pass(switches: dict[str, Any]) -> None:
+    model, tokens = tiny.network(**switches), tiny.token_ids(3, 12)
+    cache = model.new_cache(3)
+    with torch.no_grad():
+        pieces = [model(tokens[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
+    assert cache.length == 12
+
+
+@every_architecture
+@pytest.mark.parametrize("vocab_size", [50, 600])
+def test_loss_and_its_gradients_are_those_of_cross_entropy(switches: dict[str, Any], vocab_size: int) -> None:
+    """Also with 20 x 16 rows, which are more than are taken at once, and with a last piece that is smaller."""
+    model = tiny.network(vocab_size, **switches)
+    tokens, targets = (tiny.token_ids(20, 16, vocab_size=vocab_size, seed=seed) for seed in (1, 2))
+
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    found, expected = model.loss(tokens, targets), F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(found), gradients(expected), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(tokens, targets), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_is_finite_where_the_target_is_all_but_impossible() -> None:
+    model = tiny.network()
+    with torch.no_grad():
+        model.head.weight *= 1e4
+    assert math.isfinite(model.loss(tiny.token_ids(2, 8), tiny.token_ids(2, 8, seed=2)).item())
+
+
+@every_architecture
+def test_activation_checkpointing_changes_no_gradient(switches: dict[str, Any]) -> None:
+    model = tiny.network(**switches, dropout=0.3).train()
+    found = []
+    for recomputes in (False, True):
+        model.activation_checkpointing = recomputes
+        model.zero_grad()
+        torch.manual_seed(0)
+        model.loss(tiny.token_ids(2, 16), tiny.token_ids(2, 16, seed=2)).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, tokens = tiny.network(dropout=0.5), tiny.token_ids(1, 8)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), model(tokens))
+        model.train()
+        assert not torch.equal(model(tokens), model(tokens))
+
+
+@every_architecture
+def test_a_new_network_bets_evenly(switches: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = GPT(tiny.model_params(**switches), 200)
+    with torch.no_grad():
+        loss = model.loss(tiny.token_ids(8, 16, vocab_size=200), tiny.token_ids(8, 16, vocab_size=200, seed=2))
+    assert loss.item() == pytest.approx(math.log(200), abs=0.1)
+
+
+def test_parameters_of_gpt2_small_are_counted_once() -> None:
+    """124,439,808 is the figure that the literature and transformers give."""
+    small = {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "n_inner": 3072}
+    with torch.device("meta"):
+        assert GPT(tiny.model_params(**small, architecture="gpt2"), 50257).n_parameters() == 124_439_808

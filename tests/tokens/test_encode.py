@@ -1,0 +1,123 @@
+"""Stage tokenize: every document encoded and closed, the vocabulary shaped by train documents only."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gptpipe.config import SplitParams, TokenizeParams
+from gptpipe.corpus import shards
+from gptpipe.corpus.document import Document
+from gptpipe.errors import InputError, IntegrityError
+from gptpipe.files import verify
+from gptpipe.tokens.encode import tokenize
+from gptpipe.tokens.splits import side_of
+from gptpipe.tokens.tokenizer import Tokenizer
+
+Corpus = Callable[[Iterable[str]], Path]
+SEED = 7
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for shard in sorted(folder.glob("tokens-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def side(text: str, params: SplitParams) -> str:
+    return side_of(Document("text", text).id, params, SEED)
+
+
+def test_every_document_is_encoded_and_closed(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    texts = [*sentences, "with <|endoftext|> in it", "ünï"]
+    raw = corpus(texts)
+    counts = tokenize(raw, tmp_path / "tokens", trained, fifths, SEED)
+    tokenizer = Tokenizer.load(tmp_path / "tokens" / "tokenizer")
+    found = rows(tmp_path / "tokens")
+    assert [tokenizer.decode(row["tokens"]) for row in found] == texts
+    assert [row["id"] for row in found] == [Document("text", text).id for text in texts]
+    assert [row["n_bytes"] for row in found] == [len(text.encode()) for text in texts]
+    for row in found:
+        assert row["tokens"].index(399) == len(row["tokens"]) - 1
+    assert counts == {
+        "documents": 302,
+        "tokens": sum(len(row["tokens"]) for row in found),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "vocab_size": 400,
+    }
+    manifest = verify(tmp_path / "tokens")
+    assert manifest.counts == counts
+    assert manifest.made_from["raw"] == verify(raw).digest
+    assert pq.read_schema(tmp_path / "tokens" / "tokens-00000.parquet").field("tokens").type == pa.list_(pa.uint16())
+
+
+def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    """Every held-out document repeats a word that no train document has: no token of it may be longer than a byte."""
+    texts = [text if side(text, fifths) == "train" else text + " QZQZQZQZ" * 50 for text in sentences]
+    texts = [text for text in texts if ("QZ" in text) == (side(text, fifths) != "train")]
+    assert 50 < sum("QZ" in text for text in texts) < 200
+    tokenize(corpus(texts), tmp_path / "tokens", trained, fifths, SEED)
+    ranks = Tokenizer.load(tmp_path / "tokens" / "tokenizer").ranks
+    assert [token for token in ranks if len(token) > 1 and (b"Q" in token or b"Z" in token)] == []
+
+    everything = SplitParams(val_fraction=0.0, test_fraction=0.0)  # the same text on the train side does shape it
+    tokenize(tmp_path / "raw", tmp_path / "all", trained, everything, SEED)
+    assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
+
+
+def test_held_out_documents_may_change_and_the_vocabulary_stays(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    kept = [text for text in sentences if side(text, fifths) == "train"]
+    tokenize(corpus(sentences), tmp_path / "all", trained, fifths, SEED)
+    tokenize(corpus(kept), tmp_path / "kept", trained, fifths, SEED)
+    files = [verify(tmp_path / name).files for name in ("all", "kept")]
+    assert files[0]["tokenizer/ranks.tiktoken"] == files[1]["tokenizer/ranks.tiktoken"]
+
+
+def test_gpt2_ids(tmp_path: Path, corpus: Corpus, fifths: SplitParams) -> None:
+    raw = corpus(["Hello, world!", *map(str, range(20))])
+    tokenize(raw, tmp_path / "tokens", TokenizeParams(encoding="gpt2", vocab_size=400), fifths, SEED)
+    assert rows(tmp_path / "tokens")[0]["tokens"] == [15496, 11, 995, 0, 50256]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path,
+    corpus: Corpus,
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    raw = corpus(sentences)
+    for workers in ("1", "2"):
+        monkeypatch.setenv("GPTPIPE_WORKERS", workers)
+        tokenize(raw, tmp_path / workers, trained, fifths, SEED)
+    assert len(list((tmp_path / "2").glob("tokens-*.parquet"))) == len(shards.shard_paths(raw)) >= 3
+    assert verify(tmp_path / "1").digest == verify(tmp_path / "2").digest
+
+
+def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:
+    held_out = SplitParams(val_fraction=0.5, test_fraction=0.499)
+    text = next(str(i) for i in range(100) if side(str(i), held_out) != "train")
+    with pytest.raises(InputError, match="no document falls on the train side"):
+        tokenize(corpus([text]), tmp_path / "tokens", trained, held_out, SEED)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_damaged_corpus_is_named_before_anything_is_made(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    shard = corpus(sentences) / "docs-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"docs-00000\.parquet: differs from its manifest"):
+        tokenize(tmp_path / "raw", tmp_path / "tokens", trained, fifths, SEED)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "raw"]

@@ -1,0 +1,144 @@
+"""Stage split: whole documents to sides, streams that open memory-mapped, offsets that are right."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gptpipe.config import SplitParams, TokenizeParams
+from gptpipe.corpus import shards
+from gptpipe.corpus.document import Document
+from gptpipe.errors import InputError, IntegrityError
+from gptpipe.files import verify
+from gptpipe.tokens.encode import tokenize
+from gptpipe.tokens.splits import SIDES, side_of
+from gptpipe.tokens.streams import open_stream, split
+from gptpipe.tokens.tokenizer import Tokenizer
+
+SEED = 7
+
+
+@pytest.fixture
+def tokens(
+    tmp_path: Path,
+    corpus: Callable[[Iterable[str]], Path],
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A data/tokens in several shards."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    tokenize(corpus(sentences), tmp_path / "tokens", trained, fifths, SEED)
+    return tmp_path / "tokens"
+
+
+def test_each_side_holds_its_documents_in_the_order_of_the_corpus(
+    tmp_path: Path, tokens: Path, sentences: list[str], fifths: SplitParams
+) -> None:
+    counts = split(tokens, tmp_path / "split", fifths, SEED)
+    tokenizer = Tokenizer.load(tmp_path / "split" / "tokenizer")
+    for side in SIDES:
+        texts = [text for text in sentences if side_of(Document("text", text).id, fifths, SEED) == side]
+        stream = np.load(tmp_path / "split" / side / "tokens.npy", mmap_mode="r")
+        assert isinstance(stream, np.memmap)
+        assert (stream.dtype, stream.shape) == (np.uint16, (counts[f"{side}_tokens"],))
+        table = pd.read_parquet(tmp_path / "split" / side / "documents.parquet")
+        assert list(table.columns) == ["id", "source", "offset", "n_tokens", "n_bytes"]
+        assert list(table["id"]) == [Document("text", text).id for text in texts]
+        assert set(table["source"]) == {"text"}
+        assert list(table["n_bytes"]) == [len(text.encode()) for text in texts]
+        assert table["offset"].iloc[0] == 0
+        assert table["n_tokens"].sum() == len(stream)
+        for text, offset, n_tokens in zip(texts, table["offset"], table["n_tokens"], strict=True):
+            document = stream[offset : offset + n_tokens]
+            assert tokenizer.decode(document[:-1].tolist()) == text
+            assert document[-1] == tokenizer.end_of_text
+            assert tokenizer.end_of_text not in document[:-1]
+        assert counts[f"{side}_documents"] == len(texts)
+        assert counts[f"{side}_bytes"] == sum(len(text.encode()) for text in texts)
+    manifest = verify(tmp_path / "split")
+    assert manifest.counts == counts
+    assert manifest.made_from["tokens"] == verify(tokens).digest
+    assert manifest.made_from["raw"] == verify(tmp_path / "raw").digest
+    assert str(tmp_path / "corpus.txt") in manifest.made_from  # back to the sources
+
+
+def test_no_document_and_no_window_is_on_two_sides(tmp_path: Path, tokens: Path, fifths: SplitParams) -> None:
+    split(tokens, tmp_path / "split", fifths, SEED)
+    streams = {side: open_stream(tmp_path / "split", side) for side in SIDES}
+    ids = [document_id for stream in streams.values() for document_id in stream.documents["id"]]
+    assert len(ids) == len(set(ids)) == 300
+    length = 32
+    windows = {
+        side: {stream.tokens[i : i + length].tobytes() for i in range(len(stream.tokens) - length + 1)}
+        for side, stream in streams.items()
+    }
+    assert min(map(len, windows.values())) > 1000
+    for side, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert windows[side].isdisjoint(windows[other])
+
+
+def test_ninety_to_ten(tmp_path: Path, tokens: Path) -> None:
+    counts = split(tokens, tmp_path / "split", SplitParams(val_fraction=0.1, test_fraction=0.0), SEED)
+    assert counts["test_documents"] == counts["test_tokens"] == 0
+    assert 15 <= counts["val_documents"] <= 45
+    empty = open_stream(tmp_path / "split", "test")
+    assert empty.tokens.shape == (0,)
+    assert len(empty.documents) == empty.n_bytes == 0
+    assert np.load(tmp_path / "split" / "test" / "tokens.npy", mmap_mode="r").dtype == np.uint16
+
+
+def test_splitting_twice_gives_the_same_bytes(tmp_path: Path, tokens: Path, fifths: SplitParams) -> None:
+    for name in ("one", "two"):
+        split(tokens, tmp_path / name, fifths, SEED)
+    assert verify(tmp_path / "one").digest == verify(tmp_path / "two").digest
+    split(tokens, tmp_path / "two", fifths, SEED + 1)
+    assert verify(tmp_path / "one").digest != verify(tmp_path / "two").digest
+
+
+def test_a_side_that_is_asked_for_and_stays_empty_is_an_input_error(tmp_path: Path, tokens: Path) -> None:
+    with pytest.raises(InputError, match=r"no document fell to test \(documents: train \d+, val \d+, test 0\)"):
+        split(tokens, tmp_path / "split", SplitParams(val_fraction=0.1, test_fraction=1e-9), SEED)
+    assert not (tmp_path / "split").exists()
+
+
+def test_a_stream_knows_its_bytes(tmp_path: Path, tokens: Path, fifths: SplitParams) -> None:
+    counts = split(tokens, tmp_path / "split", fifths, SEED)
+    stream = open_stream(tmp_path / "split", "val")
+    assert stream.n_bytes == counts["val_bytes"]
+    assert not stream.tokens.flags.writeable
+
+
+def test_damaged_tokens_are_an_integrity_error(tmp_path: Path, tokens: Path, fifths: SplitParams) -> None:
+    shards_ = sorted(tokens.glob("tokens-*.parquet"))
+    assert len(shards_) >= 3
+    first, second = shards_[0].read_bytes(), shards_[1].read_bytes()
+    shards_[0].write_bytes(second)
+    shards_[1].write_bytes(first)
+    with pytest.raises(IntegrityError, match=r"tokens-00000\.parquet: differs from its manifest"):
+        split(tokens, tmp_path / "split", fifths, SEED)
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "pickle", "missing", "no table"])
+def test_a_stream_that_is_none_is_an_integrity_error(
+    tmp_path: Path, tokens: Path, fifths: SplitParams, kind: str
+) -> None:
+    split(tokens, tmp_path / "split", fifths, SEED)
+    path = tmp_path / "split" / "val" / "tokens.npy"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "pickle":
+        np.save(path, np.array([{"an": "object"}], dtype=object))
+    elif kind == "missing":
+        path.unlink()
+    else:
+        (tmp_path / "split" / "val" / "documents.parquet").unlink()
+    with pytest.raises(IntegrityError, match=r"val/(tokens\.npy|documents\.parquet): "):
+        open_stream(tmp_path / "split", "val")
+    with pytest.raises(IntegrityError):
+        verify(tmp_path / "split")

@@ -1,0 +1,257 @@
+"""Checkpoints: the same bits after a restore, damage found before use, and nothing lost by a kill at any moment."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from gptpipe.errors import IntegrityError, ResourceError
+from gptpipe.training.checkpoint import Checkpoints, locked, run_key
+from gptpipe.training.loop import TrainState, optimizer_step
+
+SMALL = {"model__n_embd": 8, "model__n_inner": 8, "model__n_layer": 1, "model__dropout": 0.1}
+ENVIRONMENT = {"threads": 1, "torch": "9.9"}
+
+
+def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> None:
+    """What the session does after a validation."""
+    state.note_validation(val_loss, 1.0)
+    state.journal.append((state.step, 1_700_000_000_000, {"val/loss": val_loss}))
+    if state.best_is_now:
+        checkpoints.save_best(state.model, state.step)
+
+
+def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: Any) -> TrainState:
+    """A training that saves every third step; `losses` by the step at which it validates."""
+    checkpoints = Checkpoints(folder, ENVIRONMENT)
+    state, batches, plan = tiny.trained_state(**changes)
+    for step in range(n_steps + 1):
+        if step:
+            metrics = optimizer_step(state, batches, plan)
+            state.journal.append((step, 1_700_000_000_000 + step, metrics))
+        if step in losses:
+            validated(state, checkpoints, losses[step])
+        if step and step % 3 == 0:
+            checkpoints.save(state, {"run_id": "abc"})
+    return state
+
+
+def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any) -> tuple[TrainState, Any]:
+    """Into a state that began elsewhere."""
+    state, _, _ = tiny.trained_state(2, seed=99, **changes)
+    return state, Checkpoints(folder, environment).restore(state, allow_inexact=False)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
+    whole = saved_run(tmp_path / "whole", {0: 4.0, 6: 3.0}, 12, **changes)
+    saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
+    state, notes = restored(tmp_path / "halves", **changes)
+    assert notes == {"run_id": "abc"}
+    assert (state.step, len(state.journal), [v.step for v in state.history]) == (6, 8, [0, 6])
+    _, batches, plan = tiny.trained_state(**changes)
+    plan = type(plan)(plan.params, plan.n_steps, plan.micro_batch_size, plan.seed, plan.precision, state.model.loss)
+    state.model.train()
+    for step in range(7, 13):
+        metrics = optimizer_step(state, batches, plan)
+        assert metrics["train/loss"] == whole.journal[step + 1][2]["train/loss"]
+    state.journal = whole.journal  # its times and speeds are another's
+    Checkpoints(tmp_path / "halves", ENVIRONMENT).save(state, {"run_id": "abc"})
+    for name in ("state.safetensors", "state.json", "journal.jsonl"):
+        files = [tmp_path / half / "step-00000012" / name for half in ("whole", "halves")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_steps_are_kept_and_the_best_of_each(tmp_path: Path) -> None:
+    saved_run(tmp_path, {0: 4.0, 3: 3.0, 6: 3.5, 8: 2.0}, 6, **SMALL)
+    assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000006"]
+    shutil.rmtree(tmp_path)
+    saved_run(tmp_path, {0: 4.0, 3: 3.0, 6: 3.5, 8: 2.0}, 9, **SMALL)
+    assert names(tmp_path) == ["best-00000003", "best-00000008", "step-00000006", "step-00000009"]
+    shutil.rmtree(tmp_path)
+    state = saved_run(tmp_path, {0: 4.0, 3: 3.0, 6: 3.5, 8: 2.0}, 12, **SMALL)
+    assert names(tmp_path) == ["best-00000008", "step-00000009", "step-00000012"]
+    again, _ = restored(tmp_path, **SMALL)
+    assert again.history == state.history
+    best = Checkpoints(tmp_path, ENVIRONMENT).load_best(8)
+    assert set(best) == {name for name, _ in state.model.named_parameters()}
+    Checkpoints(tmp_path, ENVIRONMENT).remove()
+    assert names(tmp_path) == []
+
+
+def test_without_a_checkpoint_nothing_is_restored(tmp_path: Path) -> None:
+    assert restored(tmp_path, **SMALL)[1] is None
+
+
+def flip(path: Path, rng: np.random.Generator) -> None:
+    content = bytearray(path.read_bytes())
+    bit = int(rng.integers(8 * len(content)))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncate(path: Path, rng: np.random.Generator) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(rng.integers(len(content)))])
+
+
+def zero_a_page(path: Path, rng: np.random.Generator) -> None:
+    content = path.read_bytes()
+    start = int(rng.integers(len(content)))
+    path.write_bytes(content[:start] + bytes(len(content[start : start + 512])) + content[start + 512 :])
+
+
+def empty(path: Path, _: np.random.Generator) -> None:
+    path.write_bytes(b"")
+
+
+def remove(path: Path, _: np.random.Generator) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(("damage", "n_times"), [(flip, 15), (truncate, 3), (zero_a_page, 3), (empty, 1), (remove, 1)])
+@pytest.mark.parametrize("name", ["step-00000006/state.safetensors", "step-00000006/state.json",
+                                  "step-00000006/journal.jsonl", "step-00000006/manifest.json",
+                                  "best-00000005/model.safetensors"])  # fmt: skip
+def test_damage_is_found_and_the_checkpoint_before_is_used(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path, np.random.Generator], None],
+    n_times: int,
+) -> None:
+    saved_run(tmp_path / "sound", {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
+    rng = np.random.default_rng(0)
+    for i in range(n_times):
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "sound", folder)
+        before = (folder / name).read_bytes()
+        damage(folder / name, rng)
+        if (folder / name).exists() and (folder / name).read_bytes() == before:
+            continue  # zeros upon zeros
+        state, _ = restored(folder, **SMALL)
+        assert state.step == 3
+        warning = capsys.readouterr().err
+        assert "warning" in warning
+        assert str(folder / name.split("/")[0]) in warning
+        assert "step-00000006" not in names(folder)  # it can stand in the way of no later save
+
+
+def test_a_save_after_a_fallback_keeps_sound_checkpoints(tmp_path: Path) -> None:
+    """Once the damaged one, newer by its number, counted as one of the two that are kept."""
+    saved_run(tmp_path, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
+    (tmp_path / "step-00000006" / "state.json").write_text("{")
+    state, _ = restored(tmp_path, **SMALL)
+    state.step = 4
+    Checkpoints(tmp_path, ENVIRONMENT).save(state, {})
+    assert names(tmp_path) == ["best-00000002", "step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_no_sound_checkpoint_is_an_integrity_error(tmp_path: Path, name: str) -> None:
+    saved_run(tmp_path, {0: 4.0}, 6, **SMALL)
+    for step in (3, 6):
+        flip(tmp_path / f"step-{step:08d}" / name, np.random.default_rng(step))
+    with pytest.raises(IntegrityError, match="no checkpoint is sound") as caught:
+        restored(tmp_path, **SMALL)
+    assert caught.value.exit_code == 4
+
+
+def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
+    other = {"threads": 2, "torch": "9.9"}
+    with pytest.raises(ResourceError, match="threads was 1, is 2") as caught:
+        restored(tmp_path, other, **SMALL)
+    assert "torch" not in str(caught.value)
+    state, _, _ = tiny.trained_state(**SMALL)
+    assert Checkpoints(tmp_path, other).restore(state, allow_inexact=True) is not None
+    assert state.step == 3
+    assert "not bit for bit: threads was 1, is 2" in capsys.readouterr().err
+
+
+def test_the_key_names_what_determines_the_run() -> None:
+    keys = {run_key(tiny.params(**changes).model_dump()) for changes in ({}, {"seed": 8}, {"train__lr": 1e-4}, {})}
+    assert len(keys) == 3
+
+
+def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom filelock import FileLock\nfrom pathlib import Path\n"
+        "folder = Path(sys.argv[1])\nlock = FileLock(folder / 'lock')\nlock.acquire()\n"
+        "(folder / 'owner').write_text('process 4711')\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(ResourceError, match="process 4711 trains here already"), locked(tmp_path):
+            pass
+        holder.kill()
+    with locked(tmp_path):  # a killed holder holds nothing
+        assert (tmp_path / "owner").read_text() == f"process {os.getpid()}"
+
+
+def killed_at_change(n: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a fork that dies, as by SIGKILL, before its n-th change of the disk; whether it came to that."""
+    pid = os.fork()
+    if pid == 0:
+        left = n
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        try:
+            sys.addaudithook(count)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("work", ["save", "save_best again", "remove"])
+def test_a_kill_before_any_change_leaves_what_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str
+) -> None:
+    sound = tmp_path / "sound"
+    state = saved_run(sound, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
+    state.step = 9
+    done = False
+    n = 0
+    steps = set()
+    while not done:
+        folder = tmp_path / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sound, folder)
+        checkpoints = Checkpoints(folder, ENVIRONMENT)
+        doing: dict[str, Callable[[], object]] = {
+            "save": lambda c=checkpoints: c.save(state, {}),  # type: ignore[misc]
+            "save_best again": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
+            "remove": checkpoints.remove,
+        }
+        done = not killed_at_change(n, doing[work])
+        again, notes = restored(folder, **SMALL)
+        assert "warning" not in capsys.readouterr().err, f"change {n}"
+        steps.add(again.step if notes is not None else None)
+        if again.history and notes is not None:
+            assert again.best is not None
+            checkpoints.load_best(again.best.step)
+        assert not [name for name in names(folder) if name.startswith(".")]
+        n += 1
+    assert n > 7
+    assert steps == {"save": {6, 9}, "save_best again": {6}, "remove": {6, None}}[work]

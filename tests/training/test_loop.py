@@ -1,0 +1,212 @@
+"""The loop with plain functions around it: what happens when, and what a step is."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import tiny
+import torch
+
+from gptpipe.errors import Interrupted, NumericError
+from gptpipe.tokens.batches import Batches
+from gptpipe.training.loop import Metrics, Plan, TrainState, optimizer_step, train
+from gptpipe.training.schedule import learning_rate
+
+
+class Around:
+    """What the loop calls out to; notes the calls."""
+
+    def __init__(self, state: TrainState, losses: Iterator[float] | None = None) -> None:
+        self.state, self.losses = state, losses
+        self.calls: list[str] = []
+        self.logged: list[tuple[int, Metrics]] = []
+        self.check_stop: Callable[[], None] = lambda: None
+
+    def validate(self) -> float:
+        self.calls.append(f"validate {self.state.step}")
+        return next(self.losses) if self.losses else 4.0 - 0.01 * self.state.step
+
+    def run(self, batches: Batches, plan: Plan) -> None:
+        train(
+            self.state,
+            batches,
+            plan,
+            validate=self.validate,
+            report=lambda: self.calls.append(f"report {self.state.step}"),
+            save=lambda: self.calls.append(f"save {self.state.step}"),
+            log=lambda step, metrics: self.logged.append((step, metrics)),
+            check_stop=lambda: self.check_stop(),
+        )
+
+
+def weights(state: TrainState) -> list[bytes]:
+    return [p.detach().numpy().tobytes() for p in state.model.parameters()]
+
+
+def test_what_happens_when() -> None:
+    state, batches, plan = tiny.trained_state(train__max_steps=7, train__eval_every=3, train__save_every=2)
+    around = Around(state)
+    around.run(batches, plan)
+    assert around.calls == [
+        "validate 0", "report 0", "save 2", "validate 3", "report 3", "save 4",
+        "validate 6", "report 6", "save 6", "validate 7", "report 7", "save 7",
+    ]  # fmt: skip
+    assert [step for step, _ in around.logged] == [1, 2, 3, 4, 5, 6, 7]
+    assert [v.step for v in state.history] == [0, 3, 6, 7]
+    assert [metrics["train/lr"] for _, metrics in around.logged] == [
+        learning_rate(step, 7, plan.params) for step in range(7)
+    ]
+
+
+def test_the_logged_loss_is_that_of_the_step_before_its_update() -> None:
+    state, batches, plan = tiny.trained_state()
+    with torch.no_grad():
+        expected = state.model.loss(*batches.at(0)).item()
+    assert optimizer_step(state, batches, plan)["train/loss"] == pytest.approx(expected, rel=1e-6)
+    with torch.no_grad():
+        assert state.model.loss(*batches.at(0)).item() < expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "optimizer", "first", "eighth"),
+    [
+        ("gpt2", True, "adamw", (3.94117, 1.65509), (3.87380, 0.74528)),
+        ("gpt2", True, "muon", (3.94117, 1.65509), (3.87062, 0.77258)),
+        ("llama", True, "adamw", (3.92816, 1.03768), (3.91343, 1.65057)),
+        ("llama", True, "muon", (3.92816, 1.03768), (3.88816, 0.94316)),
+        ("qwen3", True, "adamw", (3.92682, 1.08093), (3.89173, 1.36102)),
+        ("qwen3", True, "muon", (3.92682, 1.08093), (3.87538, 1.03115)),
+        ("qwen3", False, "adamw", (3.91202, 0.68658), (3.79467, 0.72620)),
+        ("qwen3", False, "muon", (3.91202, 0.68658), (3.83923, 0.72966)),
+    ],
+)
+def test_losses_and_gradient_norms_are_what_they_were(
+    architecture: str, tied: bool, optimizer: str, first: tuple[float, float], eighth: tuple[float, float]
+) -> None:
+    """A refactoring must not move them; a wanted change of initial weights, optimizer or data order will."""
+    changes = {"model__architecture": architecture, "model__tie_embeddings": tied, "train__optimizer": optimizer}
+    heads = {"model__n_kv_head": 4 if architecture == "gpt2" else 2}
+    state, batches, plan = tiny.trained_state(**changes, **heads, train__lr=1e-2)
+    steps = [optimizer_step(state, batches, plan) for _ in range(8)]
+    found = [(metrics["train/loss"], metrics["train/grad_norm"]) for metrics in (steps[0], steps[7])]
+    assert found == [pytest.approx(first, rel=1e-3), pytest.approx(eighth, rel=1e-3)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_micro_batches_change_nothing_but_rounding(optimizer: str) -> None:
+    """Loss and gradient norm of five steps to one part in 100,000."""
+    runs = []
+    for size in (4, 2, 1):
+        state, batches, plan = tiny.trained_state(train__micro_batch_size=size, train__optimizer=optimizer)
+        steps = [optimizer_step(state, batches, plan) for _ in range(5)]
+        runs.append([(m["train/loss"], m["train/grad_norm"]) for m in steps])
+    for run in runs[1:]:
+        for found, expected in zip(run, runs[0], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_is_a_function_of_the_step_alone() -> None:
+    """Whatever validation and sampling draw from the global generator in between."""
+    runs = []
+    for disturbs in (False, True):
+        state, batches, plan = tiny.trained_state(model__dropout=0.3, train__micro_batch_size=2)
+        for _ in range(3):
+            if disturbs:
+                torch.manual_seed(99)
+                torch.randn(7)
+            optimizer_step(state, batches, plan)
+        runs.append(weights(state))
+    assert runs[0] == runs[1]
+
+
+def test_each_micro_batch_and_each_step_has_dropout_of_its_own() -> None:
+    state, batches, plan = tiny.trained_state(model__dropout=0.3, train__micro_batch_size=1)
+    seen = []
+    state.model.embedding.register_forward_hook(lambda *_: seen.append(torch.initial_seed()))
+    for _ in range(3):
+        optimizer_step(state, batches, plan)
+    assert len(set(seen)) == len(seen) == 12
+
+
+def test_patience_counts_validations_without_a_new_best() -> None:
+    losses = [5.0, 4.0, 4.5, 3.9, 3.95, 4.1, 3.9, 3.0]  # an equal loss is no new best
+    state, batches, plan = tiny.trained_state(train__max_steps=12, train__eval_every=1, train__patience=3)
+    around = Around(state, iter(losses))
+    around.run(batches, plan)
+    assert [v.val_loss for v in state.history] == losses[:7]
+    assert state.step == 6
+    assert state.best is not None
+    assert state.best.step == 3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "last micro-batch"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stops_before_the_update(where: str, value: float) -> None:
+    state, batches, plan = tiny.trained_state(3, train__micro_batch_size=1)
+    before = weights(state)
+    if where == "gradient":
+        state.model.blocks[0].attention.q_proj.weight.register_hook(lambda g: g * value)
+    else:
+        calls = iter([0.0, 0.0, 0.0, value] if where == "last micro-batch" else [value] * 4)
+        model = state.model
+        plan = Plan(plan.params, 12, 1, 7, torch.float32, lambda x, y: model.loss(x, y) + next(calls))
+    with pytest.raises(NumericError, match="step 4: loss") as caught:
+        optimizer_step(state, batches, plan)
+    assert caught.value.exit_code == 6
+    assert (state.step, weights(state)) == (3, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_that_is_not_finite_is_an_error_and_never_best(value: float) -> None:
+    state, batches, plan = tiny.trained_state(train__eval_every=2)
+    around = Around(state, iter([4.0, value]))
+    with pytest.raises(NumericError, match="after step 2"):
+        around.run(batches, plan)
+    assert [v.step for v in state.history] == [0]
+    assert "report 2" not in around.calls
+    assert "save 2" not in around.calls
+
+
+@pytest.mark.parametrize("moment", range(14))
+def test_a_stop_at_any_moment_leaves_a_state_that_goes_on_as_if_nothing_had_been(moment: int) -> None:
+    """Between steps and inside validations, also the first and the last one."""
+    changes = {"model__dropout": 0.2, "train__max_steps": 8, "train__eval_every": 4}
+    undisturbed, batches, plan = tiny.trained_state(**changes)
+    Around(undisturbed).run(batches, plan)
+
+    state, batches, plan = tiny.trained_state(**changes)
+    around = Around(state)
+    chances = iter(range(100))
+
+    def stop_at_the_moment() -> None:
+        if next(chances) == moment:
+            raise Interrupted(15, "stopped")
+
+    validate = around.validate
+
+    def interruptible() -> float:
+        stop_at_the_moment()
+        return validate()
+
+    around.check_stop, around.validate = stop_at_the_moment, interruptible  # type: ignore[method-assign]
+    if moment < 11:  # 8 steps and 3 validations
+        with pytest.raises(Interrupted):
+            around.run(batches, plan)
+    around.run(batches, plan)
+    assert weights(state) == weights(undisturbed)
+    assert state.history == undisturbed.history
+    assert [step for step, _ in around.logged] == list(range(1, 9))
+
+
+def test_history_tells_the_losses_and_the_clipping_since_the_validation_before() -> None:
+    state, batches, plan = tiny.trained_state(train__max_steps=4, train__eval_every=2, train__grad_clip=1e-3)
+    around = Around(state)
+    around.run(batches, plan)
+    losses = [metrics["train/loss"] for _, metrics in around.logged]
+    assert state.history[0].train_loss is None
+    assert [v.train_loss for v in state.history[1:]] == [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
+    assert [v.max_train_loss for v in state.history[1:]] == [max(losses[:2]), max(losses[2:])]
+    assert [v.clipped for v in state.history[1:]] == [1.0, 1.0]
+    state, batches, plan = tiny.trained_state(train__max_steps=4, train__eval_every=2, train__grad_clip=None)
+    Around(state).run(batches, plan)
+    assert [v.clipped for v in state.history[1:]] == [0.0, 0.0]
