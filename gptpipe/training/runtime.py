@@ -1,8 +1,10 @@
 """Where and how a training computes: device, precision, compiler, and what must be the same to resume bit for bit."""
 
+import ctypes
 import os
 import platform
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field
 from types import FrameType
@@ -15,6 +17,8 @@ from gptpipe.config import TrainParams
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.model.device import best_device
 from gptpipe.model.gpt import GPT
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,19 @@ def be_deterministic() -> None:
     """Same parameters, data and machine kind give the same bits; an operation that cannot is an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Filling all new memory with NaN costs a tenth of a step, to guard reads of unwritten memory that we do not make.
+    # Filling all new memory with NaN costs time at every step, to guard reads of unwritten memory that we do not make.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step, instead of giving it back to the system each time.
+
+    A step frees and takes the same large blocks again, and each first touch of a new page is a fault: measured at a
+    tenth of the default run's step. Does nothing where the C library has no such setting.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def estimated_bytes(model: GPT, sequences: int) -> int:

@@ -57,6 +57,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
     """
     section = params.train
     runtime.be_deterministic()
+    runtime.keep_freed_memory()
     where = runtime.resolve(section)
     made_from = verify(source)
     tokenizer = Tokenizer.load(source / TOKENIZER)
