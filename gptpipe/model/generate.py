@@ -38,11 +38,12 @@ def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Samplin
     was_training = model.training
     model.eval()
     context = prompts[:, -model.params.context_length :]
-    pending, cache = context, model.new_cache(len(prompts))
+    pending, cache = context, model.new_cache(len(prompts), context.shape[1] + max_new_tokens)
     try:
         for _ in range(max_new_tokens):
             if cache.length + pending.shape[1] > model.params.context_length:
-                pending, cache = context[:, -(model.params.context_length // 2) :], model.new_cache(len(prompts))
+                pending = context[:, -(model.params.context_length // 2) :]
+                cache = model.new_cache(len(prompts), model.params.context_length)
             with torch.no_grad():
                 last = model.head(model.hidden(pending, cache)[:, -1])  # (B, V)
             pending = draw(last.float().cpu(), sampling, generator).to(prompts.device)[:, None]  # (B, 1)

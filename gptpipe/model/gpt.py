@@ -58,7 +58,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, K, context_length, H) per layer; `length` are used."""
+    """Keys and values of the tokens seen so far, one pair of (B, K, capacity, H) per layer; `length` are used."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -239,9 +239,10 @@ class GPT(nn.Module):
         logits = self.head(hidden)
         return F.cross_entropy(logits.float(), targets.flatten())
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` sequences of up to `context_length` tokens."""
-        shape = (batch_size, self.params.n_kv_head, self.params.context_length, self.params.head_width)
+    def new_cache(self, batch_size: int, n_tokens: int) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `n_tokens` tokens, or as many as the context holds."""
+        length = min(n_tokens, self.params.context_length)
+        shape = (batch_size, self.params.n_kv_head, length, self.params.head_width)
         like = self.embedding.weight
         return KVCache([like.new_zeros(shape) for _ in self.blocks], [like.new_zeros(shape) for _ in self.blocks])
 

@@ -114,7 +114,8 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
 
 def _scales_lr(model: GPT, params: TrainParams) -> bool:
     """Whether the embedding starts at a size of 1 and meets Muon: see `GPT._initialise`."""
-    return params.optimizer == "muon" and model.params.architecture != "gpt2" and not model.params.tie_embeddings
+    starts_large = model.params.architecture != "gpt2" and not model.params.tie_embeddings and params.init_from is None
+    return params.optimizer == "muon" and starts_large
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

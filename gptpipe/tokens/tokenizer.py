@@ -40,6 +40,7 @@ class Tokenizer:
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
+        self._bytes_of = {rank: token for token, rank in encoding._mergeable_ranks.items()}
         self.dtype = np.dtype(np.uint16 if encoding.n_vocab < 1 << 16 else np.uint32)
         try:
             self.end_of_text = encoding.eot_token
@@ -57,12 +58,12 @@ class Tokenizer:
         return np.array([*self.encoding.encode_ordinary(text), self.end_of_text], dtype=self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; end-of-text is left out, and bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids, as `decode_bytes` has it; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; end-of-text stands for none."""
-        return self.encoding.decode_bytes([i for i in ids if i != self.end_of_text])
+        """The bytes that ids stand for; special tokens, and ids that are no token (cl100k_base has some), have none."""
+        return b"".join(self._bytes_of.get(i, b"") for i in ids)
 
     @property
     def ranks(self) -> dict[bytes, int]:

@@ -51,7 +51,7 @@ def test_no_position_sees_the_future(switches: dict[str, Any]) -> None:
 @every_architecture
 def test_the_cache_gives_the_logits_of_a_whole_pass(switches: dict[str, Any]) -> None:
     model, tokens = tiny.network(**switches), tiny.token_ids(3, 12)
-    cache = model.new_cache(3)
+    cache = model.new_cache(3, 1000)
     with torch.no_grad():
         pieces = [model(tokens[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-5, rtol=1e-5)

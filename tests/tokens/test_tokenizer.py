@@ -232,3 +232,10 @@ def test_the_pattern_is_what_training_and_encoding_cut_by(small: Tokenizer) -> N
     assert small.pattern == tokenizer_module.PATTERN
     pieces = small.encoding.decode_tokens_bytes(small.encode("12345"))
     assert all(len(piece) <= 2 for piece in pieces)  # digits by twos
+
+
+def test_ids_without_a_token_decode_to_nothing() -> None:
+    """An untrained model can sample them: cl100k_base has gaps between its last token and its special ones."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    gappy = tiktoken.Encoding("gappy", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+    assert Tokenizer(gappy).decode([104, 260, 105, 300]) == "hi"
