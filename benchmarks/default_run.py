@@ -7,6 +7,7 @@ the wall time that the train stage took, on the same documents and cores: GPT-2'
 width as ours), dropout 0.1, AdamW at 3e-4, windows of 256 tokens half overlapping, batches of 8. About ten minutes.
 """
 
+import argparse
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,10 @@ STAGES = ("collect", "tokenize", "split", "train", "evaluate")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="run in this new folder, and leave it with its tracking store")
+    keep = parser.parse_args().keep
+    with nullcontext(keep) if keep else tempfile.TemporaryDirectory() as name:
         project = copy_project(Path(name))
         started = time.perf_counter()
         seconds = {stage: run_stage(project, stage) for stage in STAGES}

@@ -1,6 +1,7 @@
 """What the surroundings say: settings that change no result, all read here."""
 
 import os
+import subprocess
 from pathlib import Path
 
 from gptpipe.errors import ConfigError
@@ -43,7 +44,16 @@ def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "gptpipe"
 
 
-def dvc_experiment() -> dict[str, str]:
-    """What DVC says about the experiment that it runs: its name and the revision it starts from."""
+def provenance() -> dict[str, str]:
+    """Where the code comes from: git's revision, and DVC's name of the experiment and the revision that it starts from.
+
+    In an experiment the workspace has changes beside the revision; its own commit, which DVC makes at the end, is
+    found by the name.
+    """
     names = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
-    return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
+    tags = {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return tags
+    return {**tags, "mlflow.source.git.commit": head.stdout.strip()}

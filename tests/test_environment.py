@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptpipe.environment import dvc_experiment, experiment_name, n_workers, project_root, tracking_uri
+from gptpipe.environment import experiment_name, n_workers, project_root, provenance, tracking_uri
 from gptpipe.errors import ConfigError
 
 
@@ -37,12 +37,13 @@ def test_a_number_of_workers_that_is_none(monkeypatch: pytest.MonkeyPatch, text:
         n_workers()
 
 
-def test_tracking_and_experiment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_and_experiment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # outside git
     assert experiment_name() == "gptpipe"
-    assert dvc_experiment() == {}
+    assert provenance() == {}
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     monkeypatch.setenv("DVC_EXP_NAME", "swift-otter")
     assert experiment_name() == "mine"
     assert tracking_uri() == "http://localhost:5000"
-    assert dvc_experiment() == {"dvc.exp_name": "swift-otter"}
+    assert provenance() == {"dvc.exp_name": "swift-otter"}

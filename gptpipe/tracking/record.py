@@ -16,7 +16,7 @@ from typing import Any
 from gptpipe.config import Params
 from gptpipe.console import complain, say
 from gptpipe.environment import project_root
-from gptpipe.errors import Interrupted
+from gptpipe.errors import Interrupted, NumericError
 from gptpipe.files import Manifest, write_bytes
 from gptpipe.tracking.store import Operation, RunWriter, StoreError, describe_run
 
@@ -116,6 +116,9 @@ def training_run(
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
+        raise
+    except NumericError as error:
+        record.tags({"red_flag.not_finite": str(error)})
         raise
     finally:
         record.close(status)

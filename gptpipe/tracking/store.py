@@ -14,6 +14,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody was asked
 
 import mlflow
 from filelock import FileLock
@@ -22,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from gptpipe.config import Params
-from gptpipe.environment import dvc_experiment, experiment_name, project_root, tracking_uri
+from gptpipe.environment import experiment_name, project_root, provenance, tracking_uri
 from gptpipe.files import Manifest
 
 _PARAMS_PER_BATCH, _TAG_CHARACTERS, _PARAM_CHARACTERS = 100, 5000, 6000  # MLflow's limits
@@ -128,7 +129,7 @@ def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any])
     """Content of a `create` operation: parameters, tags, data and packages of a run."""
     return {
         "name": os.environ.get("DVC_EXP_NAME"),
-        "tags": {**dvc_experiment(), **{f"environment.{key}": str(value) for key, value in environment.items()}},
+        "tags": {**provenance(), **{f"environment.{key}": str(value) for key, value in environment.items()}},
         "params": flat(params.model_dump(mode="json")),
         "datasets": [
             {

@@ -27,7 +27,7 @@ context of {model.context_length} tokens.
 {train.optimizer}, learning rate {train.lr:g}, {train.schedule} schedule, seed {params.seed}.
 - Best validation, at step {summary["best_step"]:,}: {val["loss"]:.4f} nats per token, perplexity \
 {val["perplexity"]:.2f}, {val["bits_per_byte"]:.4f} bits per byte, token accuracy {val["token_accuracy"]:.1%}.
-- Red flags: {", ".join(summary["red_flags"]) or "none"}.
+- Red flags: {"; ".join(summary["red_flags"].values()) or "none"}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

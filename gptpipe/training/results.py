@@ -52,7 +52,7 @@ def summarise(params: Params, state: TrainState, n_steps: int) -> dict[str, Any]
         "tokens": state.step * params.train.batch_size * params.model.context_length,
         "parameters": state.model.n_parameters(),
         "val": {name.removeprefix("val/"): value for name, value in found.items()},
-        "red_flags": sorted(red_flags(state.history, n_steps)),
+        "red_flags": red_flags(state.history, n_steps),
     }
 
 

@@ -2,18 +2,18 @@
 
 import socket
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from gptpipe.config import Params, load_params
-from gptpipe.errors import Interrupted
+from gptpipe.config import Params
+from gptpipe.errors import Interrupted, NumericError
 from gptpipe.files import FileEntry, Manifest
 from gptpipe.tracking import record as record_module
 from gptpipe.tracking.record import training_run
 from gptpipe.tracking.store import connect
 
-ROOT = Path(__file__).parents[2]
 LINEAGE = Manifest(
     schema_version=1,
     made_from={"raw": "a" * 64, "tokens": "b" * 64},
@@ -22,18 +22,11 @@ LINEAGE = Manifest(
 )
 
 
-@pytest.fixture
-def params() -> Params:
-    return load_params(ROOT / "params.yaml")
-
-
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project as the current folder, with its own store."""
     (tmp_path / ".dvc").mkdir()
     monkeypatch.chdir(tmp_path)
-    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -77,6 +70,23 @@ def test_the_status_says_how_a_training_ended(params: Params, error: Exception, 
     with pytest.raises(type(error)), training_run(params, None, LINEAGE, {}) as record:
         raise error
     assert connect().get_run(record.run_id).info.status == status
+
+
+def test_a_loss_that_is_not_finite_is_a_red_flag_of_the_run(params: Params) -> None:
+    with pytest.raises(NumericError), training_run(params, None, LINEAGE, {}) as record:
+        raise NumericError("train: step 3: loss nan")
+    run = connect().get_run(record.run_id)
+    assert (run.info.status, run.data.tags["red_flag.not_finite"]) == ("FAILED", "train: step 3: loss nan")
+
+
+def test_a_run_names_the_commit_of_its_code(project: Path, params: Params) -> None:
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    with training_run(params, None, LINEAGE, {}) as record:
+        pass
+    assert connect().get_run(record.run_id).data.tags["mlflow.source.git.commit"] == head
 
 
 def test_what_a_dead_server_did_not_take_goes_out_later(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from gptpipe.config import ModelParams, Params, load_params
+from gptpipe.config import ModelParams, Params
 from gptpipe.files import FileEntry, Manifest, new_folder
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import save_model
@@ -16,7 +16,6 @@ from gptpipe.tracking.record import training_run
 from gptpipe.tracking.registry import record_evaluation
 from gptpipe.tracking.store import connect
 
-ROOT = Path(__file__).parents[2]
 LINEAGE = Manifest(
     schema_version=1,
     made_from={},
@@ -25,16 +24,10 @@ LINEAGE = Manifest(
 )
 
 
-@pytest.fixture
-def params() -> Params:
-    return load_params(ROOT / "params.yaml")
-
-
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".dvc").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     return tmp_path
 
