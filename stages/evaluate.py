@@ -19,6 +19,7 @@ def main() -> None:
         params,
         found.lineage,
         json.loads((reports / "mlflow_run.json").read_bytes())["run_id"],
+        step=found.step,
         metrics=found.metrics(),
         texts={"samples.md": found.samples, "model_card.md": found.card},
         card=found.card,

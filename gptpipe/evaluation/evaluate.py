@@ -33,6 +33,7 @@ class Evaluation:
     results: dict[str, Any]  # as in reports/eval.json
     card: str
     samples: str
+    step: int  # of the training, that the model is from
     lineage: Manifest  # of the split
 
     def metrics(self) -> dict[str, float]:
@@ -88,7 +89,7 @@ def evaluate_model(
     write_bytes(reports / "eval.sources.csv", pd.DataFrame(sources).to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
-    return Evaluation(results, card, page, lineage)
+    return Evaluation(results, card, page, made.counts["best_step"], lineage)
 
 
 def documents_digest(stream: Stream) -> str:

@@ -1,5 +1,6 @@
 """What evaluation leaves in the record: figures in the training's run, the model in the registry, and the champion."""
 
+import math
 import time
 from contextlib import suppress
 from importlib.metadata import version
@@ -34,6 +35,7 @@ def record_evaluation(
     lineage: Manifest,
     run_id: str | None,
     *,
+    step: int,
     metrics: dict[str, float],
     texts: dict[str, str],
     card: str,
@@ -42,6 +44,7 @@ def record_evaluation(
 ) -> str:
     """Log metrics and texts into the training's run, register `model` with its card, and say who is champion.
 
+    Metrics stand at `step`, that of the model, so that the figures of its validation fall on the curves of training.
     Where the store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that
     fails is said in the line that is returned: the figures are on disk all the same.
     """
@@ -55,8 +58,7 @@ def record_evaluation(
                 if run_id:
                     client.set_tag(found, "training_run_id", run_id)
                 client.set_terminated(found)
-            now = time.time_ns() // 1_000_000
-            client.log_batch(found, metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+            _log_new(client, found, step, metrics)
             for name, text in texts.items():
                 client.log_text(found, text, name)
             number = _register(client, found, model, params.evaluate)
@@ -64,6 +66,17 @@ def record_evaluation(
             return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)
     except StoreError as error:
         return f"warning: not recorded, the tracking store does not answer ({error}); later: `dvc repro -fs evaluate`"
+
+
+def _log_new(client: MlflowClient, run_id: str, step: int, metrics: dict[str, float]) -> None:
+    """Log metrics at a step, but for those that stand there with the same value, as training's own validation does."""
+    now = time.time_ns() // 1_000_000
+    new = []
+    for key, value in metrics.items():
+        there = (metric.value for metric in client.get_metric_history(run_id, key) if metric.step == step)
+        if not any(math.isclose(value, other, rel_tol=1e-6) for other in there):
+            new.append(Metric(key, value, now, step))
+    client.log_batch(run_id, metrics=new)
 
 
 def _register(client: MlflowClient, run_id: str, model: Path, params: EvaluateParams) -> str:

@@ -51,7 +51,7 @@ def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None
     metrics = {"val/loss": 1.0} | ({} if bits is None else {"test/bits_per_byte": bits})
     texts = {"samples.md": "samples"}
     return record_evaluation(
-        params, LINEAGE, run_id, metrics=metrics, texts=texts, card="# card", test_digest=digest, model=model
+        params, LINEAGE, run_id, step=7, metrics=metrics, texts=texts, card="# card", test_digest=digest, model=model
     )
 
 
@@ -81,6 +81,17 @@ def test_figures_go_to_the_run_of_the_training(params: Params, model: Path) -> N
     assert (run.data.metrics["test/bits_per_byte"], run.info.status) == (2.0, "FINISHED")
     version = client.get_model_version("gpt", "1")
     assert (version.run_id, version.description) == (record.run_id, "# card")
+
+
+def test_the_figures_of_the_best_validation_stand_once(params: Params, model: Path) -> None:
+    """Evaluation scores what training scored at the best step; a second point there would bend the curve."""
+    with training_run(params, None, LINEAGE, {}) as record:
+        record.metrics([(0, 1, {"val/loss": 8.0}), (7, 2, {"val/loss": 1.0 + 1e-9})])
+    evaluate(params, model, record.run_id, 2.0)
+    evaluate(params, model, record.run_id, 1.9)
+    history = {key: [(m.step, m.value) for m in connect().get_metric_history(record.run_id, key)]
+               for key in ("val/loss", "test/bits_per_byte")}  # fmt: skip
+    assert history == {"val/loss": [(0, 8.0), (7, 1.0 + 1e-9)], "test/bits_per_byte": [(7, 2.0), (7, 1.9)]}
 
 
 def test_a_run_that_the_store_does_not_know_gets_a_successor(params: Params, model: Path) -> None:
