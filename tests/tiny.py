@@ -8,11 +8,14 @@ import torch
 
 from gptpipe.config import ModelParams, Params
 from gptpipe.corpus.collect import collect
+from gptpipe.files import FileEntry, Manifest, new_folder
 from gptpipe.model.gpt import GPT
+from gptpipe.model.layout import save_model
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.encode import tokenize
 from gptpipe.tokens.streams import split
+from gptpipe.tokens.tokenizer import train_tokenizer
 from gptpipe.training.loop import Plan, TrainState, optimizer_step
 
 MODEL: dict[str, Any] = {
@@ -148,3 +151,23 @@ def make_split(folder: Path, n_documents: int = 90) -> Path:
     tokenize(folder / "raw", folder / "tokens", p.tokenize, p.split, p.seed)
     split(folder / "tokens", folder / "split", p.split, p.seed)
     return folder / "split"
+
+
+def make_model(folder: Path) -> Path:
+    """A model folder with a tokenizer of its own, untrained."""
+    tokenizer = train_tokenizer(["the cat sat on the mat, the dog sat on the log"] * 3, 270)
+    shape = model_params()
+    with new_folder(folder, {}) as new:
+        weights = dict(network(tokenizer.vocab_size).named_parameters())
+        save_model(new.path, shape, tokenizer.vocab_size, tokenizer.end_of_text, weights)
+        tokenizer.save(new.path)
+    return folder
+
+
+# The manifest of a split, for tests that only write it down.
+LINEAGE = Manifest(
+    schema_version=1,
+    made_from={"raw": "a" * 64, "tokens": "b" * 64},
+    counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
+    files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},
+)

@@ -6,28 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tiny import LINEAGE
 
 from gptpipe.config import Params
 from gptpipe.errors import Interrupted, NumericError
-from gptpipe.files import FileEntry, Manifest
 from gptpipe.tracking import record as record_module
 from gptpipe.tracking.record import training_run
 from gptpipe.tracking.store import connect
-
-LINEAGE = Manifest(
-    schema_version=1,
-    made_from={"raw": "a" * 64, "tokens": "b" * 64},
-    counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
-    files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},
-)
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project as the current folder, with its own store."""
-    (tmp_path / ".dvc").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def rows(project: Path) -> list[tuple[str, int, float]]:

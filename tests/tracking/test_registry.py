@@ -5,46 +5,17 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
-import torch
+from tiny import LINEAGE, make_model
 
-from gptpipe.config import ModelParams, Params
-from gptpipe.files import FileEntry, Manifest, new_folder
-from gptpipe.model.gpt import GPT
-from gptpipe.model.layout import save_model
-from gptpipe.tokens.tokenizer import Tokenizer, train_tokenizer
+from gptpipe.config import Params
 from gptpipe.tracking.record import training_run
 from gptpipe.tracking.registry import record_evaluation
 from gptpipe.tracking.store import connect
 
-LINEAGE = Manifest(
-    schema_version=1,
-    made_from={},
-    counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
-    files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},
-)
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / ".dvc").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    return tmp_path
-
 
 @pytest.fixture
 def model(project: Path) -> Path:
-    tokenizer: Tokenizer = train_tokenizer(["the cat sat on the mat, the dog sat on the log"] * 3, 270)
-    shape = ModelParams(
-        architecture="llama", context_length=16, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, head_dim=None,
-        n_inner=32, dropout=0.0, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with new_folder(project / "models/gpt", {}) as folder:
-        weights = dict(GPT(shape, tokenizer.vocab_size).named_parameters())
-        save_model(folder.path, shape, tokenizer.vocab_size, tokenizer.end_of_text, weights)
-        tokenizer.save(folder.path)
-    return project / "models/gpt"
+    return make_model(project / "models/gpt")
 
 
 def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:

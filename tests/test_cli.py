@@ -1,0 +1,59 @@
+"""What people meet first: `gptpipe`, the stages' help, and how errors end a program."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_model
+
+from gptpipe.errors import GptpipeError, IntegrityError, Interrupted, NumericError, ResourceError
+from gptpipe.stage import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def gptpipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return python("-c", "from gptpipe.cli import main; main()", *arguments)
+
+
+def test_generate_continues_the_prompt_by_its_seed(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "gpt")
+    command = ("generate", "the cat", "--model", str(model), "--max-new-tokens", "8")
+    first, again, other = gptpipe(*command), gptpipe(*command), gptpipe(*command, "--seed", "1")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.startswith("the cat")
+    assert first.stdout == again.stdout != other.stdout
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    result = gptpipe("generate", "hello", "--model", str(tmp_path / "none"))
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
+    assert str(tmp_path / "none") in result.stderr
+
+
+@pytest.mark.parametrize("stage", ["collect", "tokenize", "split", "train", "evaluate"])
+def test_a_stage_says_what_it_does(stage: str) -> None:
+    result = python("-m", f"stages.{stage}", "--help")
+    assert result.returncode == 0
+    assert f"{stage}: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(IntegrityError("m"), 4), (ResourceError("m"), 5), (NumericError("m"), 6), (Interrupted(15, "m"), 143)],
+)
+def test_an_error_becomes_a_line_and_its_exit_code(
+    error: GptpipeError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"error: {error}\n"
