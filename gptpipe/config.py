@@ -162,6 +162,9 @@ class TrainParams(Section):
     betas: tuple[Share, Share]
     weight_decay: Annotated[FiniteFloat, Field(ge=0)]
     grad_clip: PositiveFloat | None
+    z_loss: Annotated[FiniteFloat, Field(ge=0)]
+    on_spike: Literal["stop", "rollback"]
+    spike_sigmas: PositiveFloat | None
     schedule: Literal["cosine", "wsd", "linear", "constant"]
     warmup_steps: Count
     decay_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)]
@@ -169,6 +172,7 @@ class TrainParams(Section):
     batch_size: Positive
     micro_batch_size: Positive | None
     stride: Positive
+    document_masking: bool
     epochs: PositiveFloat | None
     max_steps: Positive | None
     eval_every: Positive

@@ -40,6 +40,9 @@ TRAIN: dict[str, Any] = {
     "betas": (0.9, 0.95),
     "weight_decay": 0.1,
     "grad_clip": 1.0,
+    "z_loss": 0.0,
+    "on_spike": "stop",
+    "spike_sigmas": None,
     "schedule": "cosine",
     "warmup_steps": 2,
     "decay_fraction": 0.4,
@@ -47,6 +50,7 @@ TRAIN: dict[str, Any] = {
     "batch_size": 4,
     "micro_batch_size": None,
     "stride": 8,
+    "document_masking": False,
     "epochs": None,
     "max_steps": 12,
     "eval_every": 4,
@@ -123,12 +127,11 @@ def trained_state(n_steps: int = 0, **changes: Any) -> tuple[TrainState, Batches
     p = params(**changes)
     torch.manual_seed(p.seed)
     model = GPT(p.model, 50)
-    state = TrainState(model, build_optimizers(model, p.train))
+    state = TrainState(model, build_optimizers(model, p.train), p.train.micro_batch_size or p.train.batch_size)
     tokens = np.random.default_rng(0).integers(50, size=500).astype(np.uint16)
     batches = Batches(tokens, context_length=16, stride=8, batch_size=p.train.batch_size, seed=p.seed)
-    micro_batch_size = p.train.micro_batch_size or p.train.batch_size
     n_total = p.train.n_steps(batches.n_windows)
-    plan = Plan(p.train, n_total, micro_batch_size, p.seed, torch.float32, model.loss)
+    plan = Plan(p.train, n_total, p.seed, torch.float32, model.loss)
     model.train()
     for _ in range(n_steps):
         optimizer_step(state, batches, plan)

@@ -26,6 +26,8 @@ from gptpipe.config import ModelParams
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross entropies of `hidden @ weight.T`, (R, D) and (V, D), with their gradients made in the same pass.
 
+    The gradients, not the value, also hold `z_loss` times the sum of squared log normalizers.
+
     A few rows of logits at a time stay in the processor's cache, where (R, V) logits, their log softmax and the
     gradients of both would go through memory (Wijmans et al., 2024, arXiv:2411.09009).
     """
@@ -33,7 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ROWS = 256  # of logits at a time
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
         hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
         total = hidden.new_zeros(())
         for start in range(0, len(hidden), LinearCrossEntropy.ROWS):
@@ -44,6 +46,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             # The largest probability is 1 / sum(exp(logits - max)) and cannot underflow, as that of the target can.
             log_sum = logits.amax(-1) - gradient.amax(-1).log()
             total += log_sum.sum() - logits.gather(-1, target).sum()
+            if z_loss:
+                gradient *= (1 + 2 * z_loss * log_sum)[:, None]
             gradient.scatter_add_(-1, target, -gradient.new_ones(target.shape))
             torch.mm(gradient, weight, out=hidden_gradient[rows])
             weight_gradient.addmm_(gradient.T, hidden[rows])
@@ -51,9 +55,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * gradients[0], weight_gradient * gradients[0], None
+        return hidden_gradient * gradients[0], weight_gradient * gradients[0], None, None
 
 
 @dataclass
@@ -78,6 +82,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def document_mask(tokens: Tensor, end_of_text: int) -> Tensor:
+    """Which tokens (B, T) may look at which, (B, 1, T, T): those before them in the same document, and themselves.
+
+    An end-of-text token closes its document. True: may look.
+    """
+    ends = (tokens == end_of_text).long()
+    document = ends.cumsum(1) - ends  # (B, T)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same.tril()
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (Ainslie et al., 2023, arXiv:2305.13245)."""
 
@@ -96,7 +111,9 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(params.head_width, eps=params.norm_eps)
             self.k_norm = nn.RMSNorm(params.head_width, eps=params.norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_width)  # (B, T, N, H)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_width)  # (B, T, K, H)
@@ -106,7 +123,6 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, N or K, T, H)
         if rotary is not None:
             q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
-        mask = None
         if cache is not None:
             k, v, mask = _extend(cache, layer, k, v)
         if self.n_kv_head < self.n_head:
@@ -159,9 +175,14 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward = _norm(params), FeedForward(params)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y
 
@@ -203,8 +224,11 @@ class GPT(nn.Module):
             nn.init.normal_(self.embedding.weight)
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states (B, T, D) of tokens (B, T). With a cache, tokens continue what it holds."""
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D) of tokens (B, T). With a cache, tokens continue what it holds.
+
+        `mask` (B, 1, T, T) says what may look at what, in place of all that came before.
+        """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         x = self.embedding(tokens)  # (B, T, D)
@@ -216,9 +240,9 @@ class GPT(nn.Module):
             rotary = (self.get_buffer("rotary_cos")[start:end], self.get_buffer("rotary_sin")[start:end])
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
-                x = block(x, rotary, cache, layer)
+                x = block(x, rotary, mask, cache, layer)
         if cache is not None:
             cache.length = end
         normed: Tensor = self.final_norm(x)
@@ -229,15 +253,24 @@ class GPT(nn.Module):
         logits: Tensor = self.head(self.hidden(tokens, cache))
         return logits
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32."""
-        hidden = self.hidden(tokens).flatten(0, 1)
+    def loss(self, tokens: Tensor, targets: Tensor, *, z_loss: float = 0.0, end_of_text: int | None = None) -> Tensor:
+        """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32.
+
+        Its gradient is also that of `z_loss` times the mean squared log normalizer (Chowdhery et al., 2022,
+        arXiv:2204.02311, section 5). With `end_of_text`, attention stays inside documents.
+        """
+        mask = None if end_of_text is None else document_mask(tokens, end_of_text)
+        hidden, wanted = self.hidden(tokens, mask=mask).flatten(0, 1), targets.flatten()
         by_eager_cpu = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
         if by_eager_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            total: Tensor = LinearCrossEntropy.apply(hidden, self.head.weight, targets.flatten())  # type: ignore[no-untyped-call]
+            total: Tensor = LinearCrossEntropy.apply(hidden, self.head.weight, wanted, z_loss)  # type: ignore[no-untyped-call]
             return total / targets.numel()
-        logits = self.head(hidden)
-        return F.cross_entropy(logits.float(), targets.flatten())
+        logits = self.head(hidden).float()
+        cross_entropy = F.cross_entropy(logits, wanted)
+        if z_loss:
+            penalty = z_loss * logits.logsumexp(-1).square().mean()
+            cross_entropy = cross_entropy + penalty - penalty.detach()
+        return cross_entropy
 
     def new_cache(self, batch_size: int, n_tokens: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `n_tokens` tokens, or as many as the context holds."""

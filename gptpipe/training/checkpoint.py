@@ -75,7 +75,8 @@ class Checkpoints:
                 "step": state.step,
                 "best_step": state.best.step if state.best else None,
                 "history": [asdict(validation) for validation in state.history],
-                "since_validation": state.since_validation,
+                "skipped": state.skipped,
+                "micro_batch_size": state.micro_batch_size,
                 "environment": self.environment,
                 "notes": notes,
             }
@@ -105,9 +106,10 @@ class Checkpoints:
             _load_tensors(state, weights_from_bytes((candidate / _TENSORS).read_bytes()))
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
-            state.since_validation = [(loss, norm) for loss, norm in content["since_validation"]]
+            state.skipped, state.micro_batch_size = content["skipped"], content["micro_batch_size"]
             lines = (candidate / _JOURNAL).read_bytes().splitlines()
             state.journal = [(step, time_ms, metrics) for step, time_ms, metrics in map(json.loads, lines)]
+            state.steps = [(m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m]
             for unsound in candidates[:i]:
                 _discard(unsound)
             notes: dict[str, Any] = content["notes"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gptpipe.config import TrainParams
-from gptpipe.errors import NumericError
+from gptpipe.console import complain
+from gptpipe.errors import NumericError, ResourceError
 from gptpipe.model.device import autocast
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import set_lr
@@ -23,6 +25,9 @@ Entry = tuple[int, int, Metrics]  # step, milliseconds since 1970, what was logg
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _REMEDY = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
+# A spike is told against so many steps before it, once there are enough; less spread than this is taken for this.
+_RECENT, _ENOUGH = 100, 20
+_LEAST_SPREAD = {"loss": 0.05, "gradient norm": 0.25}  # nats per token; of the norm's logarithm
 
 
 @dataclass
@@ -31,9 +36,11 @@ class TrainState:
 
     model: GPT
     optimizers: list[torch.optim.Optimizer]
+    micro_batch_size: int  # sequences at once; halved where memory runs out
     step: int = 0  # optimizer steps done
+    skipped: int = 0  # batches that were passed over after a spike
     history: list[Validation] = field(default_factory=list)
-    since_validation: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm) of each step
+    steps: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm) of each step
     journal: list[Entry] = field(default_factory=list)
 
     @property
@@ -57,8 +64,9 @@ class TrainState:
         return sum(v.step > self.best.step for v in self.history) >= patience
 
     def note_validation(self, val_loss: float, grad_clip: float | None) -> None:
-        losses = [loss for loss, _ in self.since_validation]
-        clipped = [norm > (grad_clip or math.inf) for _, norm in self.since_validation]
+        since = self.steps[self.history[-1].step if self.history else 0 :]
+        losses = [loss for loss, _ in since]
+        clipped = [norm > (grad_clip or math.inf) for _, norm in since]
         self.history.append(
             Validation(
                 step=self.step,
@@ -68,7 +76,6 @@ class TrainState:
                 clipped=sum(clipped) / len(clipped) if clipped else None,
             )
         )
-        self.since_validation = []
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,6 @@ class Plan:
 
     params: TrainParams
     n_steps: int
-    micro_batch_size: int
     seed: int
     precision: torch.dtype
     loss: LossFunction  # the model's own, or its compiled form
@@ -91,15 +97,18 @@ def train(
     validate: Callable[[], float],
     report: Callable[[], None],
     save: Callable[[], None],
+    roll_back: Callable[[NumericError], None],
     log: Callable[[int, Metrics], None],
     check_stop: Callable[[], None],
 ) -> None:
     """Advance `state` to the plan's last step, or until patience runs out; a restored state simply continues.
 
     `validate` returns the validation loss and is called at step 0, every `eval_every` steps and at the end, `report`
-    once that loss is in the state; `save` makes the state durable. `check_stop` may raise between steps, `validate` at
-    any moment: the state is then fit to be saved, and goes on from there.
-    Raises NumericError before an update that would not be finite, and for a validation loss that is not.
+    once that loss is in the state. `save` makes the state durable; `roll_back` makes it what was saved last, or raises
+    the error that it is given, and the batches since then are passed over, with the one that failed. `check_stop` may
+    raise between steps, `validate` at any moment: the state is then fit to be saved, and goes on from there.
+    Raises NumericError before an update that would not be finite, or after a spike, if `on_spike` is `stop`; and for a
+    validation loss that is not finite. Raises ResourceError if not even single sequences fit in memory.
     """
     params = plan.params
 
@@ -113,9 +122,19 @@ def train(
             report()
 
     validate_if_due()
+    if params.on_spike == "rollback" and state.step == 0:
+        save()
     while state.step < plan.n_steps and not state.is_out_of_patience(params.patience):
         check_stop()
-        metrics = optimizer_step(state, batches, plan)
+        try:
+            metrics = optimizer_step(state, batches, plan)
+        except NumericError as error:
+            if params.on_spike == "stop":
+                raise
+            position = state.step + state.skipped
+            roll_back(error)
+            state.skipped = position + 1 - state.step
+            continue
         log(state.step, metrics)
         validate_if_due()
         if state.step % params.save_every == 0 or state.step == plan.n_steps:
@@ -130,32 +149,75 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     started = time.perf_counter()
     params, model = plan.params, state.model
     device = model.embedding.weight.device
-    tokens, targets = (x.to(device, non_blocking=True) for x in batches.at(state.step))  # (B, T) each
+    # (B, T) each
+    tokens, targets = (x.to(device, non_blocking=True) for x in batches.at(state.step + state.skipped))
     lr = learning_rate(state.step, plan.n_steps, params)
     set_lr(state.optimizers, lr)
-    n_micro_batches = params.batch_size // plan.micro_batch_size
-    total = torch.zeros((), device=device)
-    for i, (x, y) in enumerate(zip(tokens.chunk(n_micro_batches), targets.chunk(n_micro_batches), strict=True)):
-        if model.params.dropout:
-            torch.manual_seed(_seed(plan.seed, state.step, i))  # resuming and sampling cannot disturb dropout
-        with autocast(device, plan.precision):
-            loss = plan.loss(x, y) / n_micro_batches
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf)
-    figures = {"train/loss": total.item(), "train/grad_norm": norm.item()}
-    if not all(map(math.isfinite, figures.values())):
-        raise NumericError(
-            f"train: step {state.step + 1}: loss {figures['train/loss']}, gradient norm {figures['train/grad_norm']}; "
-            f"stopped before the update: {_REMEDY}"
-        )
+    micro_batch_size = state.micro_batch_size
+    loss = _backward(state, plan, tokens, targets).item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf).item()
+    if fault := _fault(loss, norm, state.steps[-_RECENT:], params.spike_sigmas):
+        model.zero_grad(set_to_none=True)
+        raise NumericError(f"train: step {state.step + 1}: {fault}; stopped before the update: {_REMEDY}")
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.since_validation.append((figures["train/loss"], figures["train/grad_norm"]))
-    seconds = time.perf_counter() - started
-    return {**figures, "train/lr": lr, "train/tokens_per_second": tokens.numel() / seconds}
+    state.steps.append((loss, norm))
+    metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
+    if state.micro_batch_size < micro_batch_size:
+        metrics["train/micro_batch_size"] = state.micro_batch_size
+    return {**metrics, "train/tokens_per_second": tokens.numel() / (time.perf_counter() - started)}
+
+
+def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Gradients of the mean loss over (B, T) tokens, and that loss; in smaller micro-batches if memory runs out."""
+    model = state.model
+    n_micro_batches = plan.params.batch_size // state.micro_batch_size
+    total = torch.zeros((), device=tokens.device)
+    try:
+        for i, (x, y) in enumerate(zip(tokens.chunk(n_micro_batches), targets.chunk(n_micro_batches), strict=True)):
+            if model.params.dropout:
+                torch.manual_seed(_seed(plan.seed, state.step, i))  # resuming and sampling cannot disturb dropout
+            with autocast(tokens.device, plan.precision):
+                loss = plan.loss(x, y) / n_micro_batches
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+    except RuntimeError as error:
+        is_full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not is_full:
+            raise
+        if state.micro_batch_size == 1:
+            raise ResourceError(
+                f"train: step {state.step + 1}: out of memory with one sequence at a time; make the model or "
+                "model.context_length smaller, or set train.activation_checkpointing to true"
+            ) from error
+    # Outside of the handler: the error's traceback holds on to the activations.
+    model.zero_grad(set_to_none=True)
+    half = state.micro_batch_size // 2
+    state.micro_batch_size = next(n for n in range(half, 0, -1) if plan.params.batch_size % n == 0)
+    complain(f"warning: out of memory; going on with {state.micro_batch_size} sequences at a time")
+    return _backward(state, plan, tokens, targets)
+
+
+def _fault(loss: float, norm: float, recent: list[tuple[float, float]], sigmas: float | None) -> str | None:
+    """What forbids an update: a loss or gradient norm that is not finite, or far above those of recent steps."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return f"loss {loss}, gradient norm {norm}"
+    if sigmas is None or len(recent) < _ENOUGH:
+        return None
+    # Norms are compared by their logarithms: they vary by factors.
+    logs = [math.log(max(norm, 1e-30)) for _, norm in recent]
+    for name, value, compared, usual in (
+        ("loss", loss, loss, [loss for loss, _ in recent]),
+        ("gradient norm", norm, math.log(max(norm, 1e-30)), logs),
+    ):
+        spread = max(statistics.pstdev(usual), _LEAST_SPREAD[name])
+        if compared > statistics.fmean(usual) + sigmas * spread:
+            above = (compared - statistics.fmean(usual)) / spread
+            return f"{name} {value:.4g} spikes, {above:.1f} standard deviations above the last {len(recent)} steps"
+    return None
 
 
 def _seed(seed: int, step: int, micro_step: int) -> int:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from gptpipe.config import Params
 from gptpipe.console import Progress, complain, say
 from gptpipe.environment import allow_inexact, project_root
-from gptpipe.errors import ConfigError, InputError, Interrupted
+from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
@@ -28,10 +29,11 @@ from gptpipe.tokens.streams import Stream, open_stream
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.training import runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
-from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
+from gptpipe.training.loop import Entry, LossFunction, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
 from gptpipe.training.results import summarise, write_curves, write_model
 
+_ROLL_BACKS = 3  # to one checkpoint; more would not help
 _VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 
 
@@ -96,13 +98,15 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         notes = checkpoints.restore(state, allow_inexact=allow_inexact()) or {}
         if notes:
             say(f"train: resumed after step {state.step:,}")
-        # On resume as before, whatever memory is free by now: it decides how sums are rounded.
-        micro_batch = notes.get("micro_batch_size") or runtime.micro_batch_size(
-            section, model, runtime.free_bytes(where.device)
-        )
-        loss = torch.compile(model.loss, dynamic=False) if where.compiles else model.loss
-        plan = Plan(section, n_steps, micro_batch, params.seed, where.precision, loss)
-        environment = {**where.describe(), "micro_batch_size": micro_batch}
+        else:  # on resume as before, whatever memory is free by now: it decides how sums are rounded
+            free = runtime.free_bytes(where.device)
+            state.micro_batch_size = runtime.micro_batch_size(section, model, free)
+        end_of_text = tokenizer.end_of_text if section.document_masking else None
+        loss: LossFunction = partial(model.loss, z_loss=section.z_loss, end_of_text=end_of_text)
+        if where.compiles:
+            loss = torch.compile(loss, dynamic=False)
+        plan = Plan(section, n_steps, params.seed, where.precision, loss)
+        environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
         with open_record(notes.get("run_id"), made_from, environment) as record:
             with (
                 runtime.StopRequest() as stop,
@@ -132,7 +136,7 @@ def _new_state(params: Params, tokenizer: Tokenizer, device: torch.device) -> tu
         _check_tokenizer(tokenizer, folder)
         digests = {path.name: sha256_of(path) for path in weight_files(folder)}
     model.to(device)
-    return TrainState(model, build_optimizers(model, params.train)), digests
+    return TrainState(model, build_optimizers(model, params.train), params.train.batch_size), digests
 
 
 def _check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -167,6 +171,7 @@ class _Training:
     stop: runtime.StopRequest
     _n_sent: int = 0  # entries of the journal that went to the record
     _flags_said: set[str] = field(default_factory=set)
+    _rolled_back_to: list[int] = field(default_factory=list)
 
     def run(self, batches: Batches) -> None:
         """Train to the end. Raises Interrupted after a signal, the state saved."""
@@ -178,6 +183,7 @@ class _Training:
                 validate=self.validate,
                 report=self.report,
                 save=self.save,
+                roll_back=self.roll_back,
                 log=self.log,
                 check_stop=self.stop.check,
             )
@@ -208,12 +214,22 @@ class _Training:
         self._flags_said |= flags.keys()
         self.record.tags({f"red_flag.{name}": words for name, words in flags.items()})
         self.record.text(f"samples/step-{self.state.step:08d}.md", self._samples())
-        self._send()
+        if self.params.train.on_spike == "stop":  # else only what is never taken back: what is saved
+            self._send()
 
     def save(self) -> None:
-        notes = {"run_id": self.record.run_id, "micro_batch_size": self.plan.micro_batch_size}
-        self.checkpoints.save(self.state, notes)
+        self.checkpoints.save(self.state, {"run_id": self.record.run_id})
         self._send()
+
+    def roll_back(self, error: NumericError) -> None:
+        """Back to the last checkpoint, which passes over what failed; not for ever. Raises the error."""
+        failed = self.state.step + 1
+        self.checkpoints.restore(self.state, allow_inexact=allow_inexact())
+        self._rolled_back_to.append(self.state.step)
+        if self._rolled_back_to.count(self.state.step) > _ROLL_BACKS:
+            raise error
+        complain(f"warning: {str(error).split(';')[0]}; going on from step {self.state.step:,} with other batches")
+        self.record.tags({f"rolled_back.{failed:08d}": str(error)})
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.state.journal.append((step, time.time_ns() // 1_000_000, metrics))

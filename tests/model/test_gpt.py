@@ -8,7 +8,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from gptpipe.model.gpt import GPT, rotary_tables, rotate
+from gptpipe.model.gpt import GPT, document_mask, rotary_tables, rotate
 
 every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
 
@@ -75,6 +75,45 @@ def test_loss_and_its_gradients_are_those_of_cross_entropy(switches: dict[str, A
     torch.testing.assert_close(gradients(found), gradients(expected), atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(tokens, targets), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"], ids=["own kernel", "as compiled"])
+def test_z_loss_is_in_the_gradient_and_not_in_the_value(backend: str | None) -> None:
+    model = tiny.network(300)
+    tokens, targets = (tiny.token_ids(20, 16, vocab_size=300, seed=seed) for seed in (1, 2))
+    weights = list(model.parameters())
+    logits = model(tokens).flatten(0, 1)
+    cross_entropy = F.cross_entropy(logits, targets.flatten())
+    expected = torch.autograd.grad(cross_entropy + 0.1 * logits.logsumexp(-1).square().mean(), weights)
+    loss = torch.compile(model.loss, backend=backend) if backend else model.loss
+    found = loss(tokens, targets, z_loss=0.1)
+    torch.testing.assert_close(found, cross_entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found, weights), expected, atol=1e-5, rtol=1e-4)
+
+
+@every_architecture
+def test_with_document_masking_each_document_is_scored_as_if_alone(switches: dict[str, Any]) -> None:
+    """Rotary positions are relative; of learned ones, only the first document stands where it would stand alone."""
+    model, end = tiny.network(**switches), 49
+    tokens = tiny.token_ids(1, 12, vocab_size=49)
+    tokens[0, [4, 5, 9]] = end
+    with torch.no_grad():
+        found = model.hidden(tokens, mask=document_mask(tokens, end))
+        for a, b in ((0, 5), (5, 6), (6, 10), (10, 12)):
+            if a and switches["architecture"] == "gpt2":
+                continue
+            torch.testing.assert_close(found[:, a:b], model.hidden(tokens[:, a:b]), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(found[:, 6:], model.hidden(tokens)[:, 6:], atol=1e-2)
+
+
+def test_loss_with_an_end_of_text_masks_documents() -> None:
+    model, end = tiny.network(), 49
+    tokens, targets = tiny.token_ids(2, 12, vocab_size=49), tiny.token_ids(2, 12, seed=2)
+    tokens[:, 5] = end
+    with torch.no_grad():
+        logits = torch.cat([model(tokens[:, :6]), model(tokens[:, 6:])], dim=1)
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(model.loss(tokens, targets, end_of_text=end), expected)
 
 
 def test_loss_is_finite_where_the_target_is_all_but_impossible() -> None:

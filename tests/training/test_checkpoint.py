@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -
     assert notes == {"run_id": "abc"}
     assert (state.step, len(state.journal), [v.step for v in state.history]) == (6, 8, [0, 6])
     _, batches, plan = tiny.trained_state(**changes)
-    plan = type(plan)(plan.params, plan.n_steps, plan.micro_batch_size, plan.seed, plan.precision, state.model.loss)
+    plan = replace(plan, loss=state.model.loss)
     state.model.train()
     for step in range(7, 13):
         metrics = optimizer_step(state, batches, plan)

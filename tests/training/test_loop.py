@@ -1,13 +1,15 @@
 """The loop with plain functions around it: what happens when, and what a step is."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from gptpipe.errors import Interrupted, NumericError
+from gptpipe.errors import Interrupted, NumericError, ResourceError
 from gptpipe.tokens.batches import Batches
 from gptpipe.training.loop import Metrics, Plan, TrainState, optimizer_step, train
 from gptpipe.training.schedule import learning_rate
@@ -21,10 +23,24 @@ class Around:
         self.calls: list[str] = []
         self.logged: list[tuple[int, Metrics]] = []
         self.check_stop: Callable[[], None] = lambda: None
+        self.saved: TrainState | None = None
 
     def validate(self) -> float:
         self.calls.append(f"validate {self.state.step}")
         return next(self.losses) if self.losses else 4.0 - 0.01 * self.state.step
+
+    def save(self) -> None:
+        self.calls.append(f"save {self.state.step}")
+        self.saved = copy.deepcopy(self.state)
+
+    def roll_back(self, error: NumericError) -> None:
+        self.calls.append(f"back: {error.args[0].split(';')[0]}")
+        assert self.saved is not None
+        kept = copy.deepcopy(self.saved)
+        self.state.model.load_state_dict(kept.model.state_dict())
+        for ours, theirs in zip(self.state.optimizers, kept.optimizers, strict=True):
+            ours.load_state_dict(theirs.state_dict())
+        self.state.step, self.state.skipped, self.state.steps = kept.step, kept.skipped, kept.steps
 
     def run(self, batches: Batches, plan: Plan) -> None:
         train(
@@ -33,7 +49,8 @@ class Around:
             plan,
             validate=self.validate,
             report=lambda: self.calls.append(f"report {self.state.step}"),
-            save=lambda: self.calls.append(f"save {self.state.step}"),
+            save=self.save,
+            roll_back=self.roll_back,
             log=lambda step, metrics: self.logged.append((step, metrics)),
             check_stop=lambda: self.check_stop(),
         )
@@ -149,11 +166,96 @@ def test_what_is_not_finite_stops_before_the_update(where: str, value: float) ->
     else:
         calls = iter([0.0, 0.0, 0.0, value] if where == "last micro-batch" else [value] * 4)
         model = state.model
-        plan = Plan(plan.params, 12, 1, 7, torch.float32, lambda x, y: model.loss(x, y) + next(calls))
+        plan = replace(plan, loss=lambda x, y: model.loss(x, y) + next(calls))
     with pytest.raises(NumericError, match="step 4: loss") as caught:
         optimizer_step(state, batches, plan)
     assert caught.value.exit_code == 6
     assert (state.step, weights(state)) == (3, before)
+
+
+def spiked(plan: Plan, model: torch.nn.Module, calls: list[int], factor: float) -> Plan:
+    """The plan with the loss of some calls, counted from 1, multiplied."""
+    n = iter(range(1, 1000))
+    return replace(plan, loss=lambda x, y: model.loss(x, y) * (factor if next(n) in calls else 1.0))
+
+
+@pytest.mark.parametrize(("sigmas", "stops"), [(10.0, True), (1000.0, False), (None, False)])
+def test_a_spike_stops_before_the_update(sigmas: float | None, stops: bool) -> None:
+    state, batches, plan = tiny.trained_state(25, train__spike_sigmas=sigmas, train__max_steps=40)
+    before = weights(state)
+    plan = spiked(plan, state.model, [1], 1.3)  # 3.8 nats to 4.9
+    if stops:
+        with pytest.raises(NumericError, match=r"step 26: loss 4\.\d+ spikes, 1\d\.\d standard deviations .* 25 steps"):
+            optimizer_step(state, batches, plan)
+        assert (state.step, weights(state)) == (25, before)
+    else:
+        optimizer_step(state, batches, plan)
+        assert state.step == 26
+
+
+def test_a_gradient_far_above_the_usual_is_a_spike() -> None:
+    state, batches, plan = tiny.trained_state(25, train__spike_sigmas=10.0, train__max_steps=40)
+    state.model.blocks[0].attention.q_proj.weight.register_hook(lambda g: g * 1e4)
+    with pytest.raises(NumericError, match=r"step 26: gradient norm .* spikes"):
+        optimizer_step(state, batches, plan)
+
+
+def test_too_few_steps_tell_no_spike() -> None:
+    state, batches, plan = tiny.trained_state(19, train__spike_sigmas=1.0, train__max_steps=40)
+    optimizer_step(state, batches, spiked(plan, state.model, [1], 1.5))
+    assert state.step == 20
+
+
+def test_rolling_back_passes_over_the_batches_since_the_checkpoint() -> None:
+    changes = {"train__max_steps": 8, "train__save_every": 3, "train__eval_every": 100, "train__on_spike": "rollback"}
+    state, batches, plan = tiny.trained_state(**changes)
+    around = Around(state)
+    seen: list[int] = []
+    at = batches.at
+    batches.at = lambda step: (seen.append(step), at(step))[1]  # type: ignore[method-assign]
+    around.run(batches, spiked(plan, state.model, [5, 9], math.nan))
+    assert seen == list(range(11))  # 8 that count, 2 that failed, and 1 that was taken back with the first of them
+    faults = [call for call in around.calls if call.startswith(("back", "save"))]
+    assert faults == [
+        "save 0", "save 3", "back: train: step 5: loss nan, gradient norm nan", "save 6",
+        "back: train: step 7: loss nan, gradient norm nan", "save 8",
+    ]  # fmt: skip
+    assert (state.step, state.skipped) == (8, 3)
+    assert len(state.steps) == 8
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_out_of_memory_halves_the_micro_batches_and_goes_on(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Same gradients within rounding; a batch of 12 by 3 goes on by 1, its next divisor."""
+    changes = {"train__batch_size": 12, "train__micro_batch_size": size}
+    undisturbed, batches, plan = tiny.trained_state(1, **changes)
+    state, batches, plan = tiny.trained_state(**changes)
+    n_left, model = iter([True, False] + [True] * 100), state.model
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The allocator's own words, in the second micro-batch."""
+        if not next(n_left):
+            torch.empty(1 << 60)
+        return model.loss(x, y)
+
+    metrics = optimizer_step(state, batches, replace(plan, loss=loss))
+    assert state.micro_batch_size == metrics["train/micro_batch_size"] == size // 2
+    assert f"out of memory; going on with {size // 2} sequences at a time" in capsys.readouterr().err
+    assert state.steps[0] == pytest.approx(undisturbed.steps[0], rel=1e-5)
+    assert "train/micro_batch_size" not in optimizer_step(state, batches, plan)
+
+
+def test_out_of_memory_with_a_single_sequence_is_told() -> None:
+    state, batches, plan = tiny.trained_state(train__micro_batch_size=2)
+    with pytest.raises(ResourceError, match="step 1: out of memory with one sequence") as caught:
+        optimizer_step(state, batches, replace(plan, loss=lambda x, y: torch.empty(1 << 60)))
+    assert caught.value.exit_code == 5
+
+
+def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory() -> None:
+    state, batches, plan = tiny.trained_state()
+    with pytest.raises(RuntimeError, match="shape"):
+        optimizer_step(state, batches, replace(plan, loss=lambda x, y: torch.zeros(2) @ torch.zeros(3, 3)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

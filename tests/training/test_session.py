@@ -1,10 +1,12 @@
 """The whole of stage train on a toy split: what it writes, and that no interruption shows in it."""
 
 import json
+import math
 import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,8 @@ from gptpipe.errors import ConfigError, InputError, IntegrityError, Interrupted,
 from gptpipe.files import verify
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import load_model
+from gptpipe.tokens.batches import Batches
+from gptpipe.tokens.streams import open_stream
 from gptpipe.tokens.tokenizer import Tokenizer
 
 
@@ -185,6 +189,41 @@ def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> No
         project.train(params)
     assert caught.value.exit_code == 6
     assert not (project.root / "models").exists()
+
+
+def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that makes the loss infinite, wherever it is met, is passed over."""
+    real = GPT.loss
+    stream = open_stream(project.split, "train")
+    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(4)
+
+    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
+        found = real(self, tokens, targets, **options)
+        return found * math.inf if torch.equal(tokens, poison) else found
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    with pytest.raises(NumericError, match="step 5"):
+        project.train(tiny.params())
+    params = tiny.params(train__on_spike="rollback")
+    project.train(params)
+    whole, record = project.digests(), project.records[-1]
+    assert [step for step, _, m in record.entries if "train/loss" in m] == list(range(1, 13))
+    assert [tag for tag in record.tagged if tag.startswith("rolled")] == ["rolled_back.00000005"]
+    shutil.rmtree(project.root / "models")
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=7)
+    project.train(params)
+    assert project.digests() == whole
+
+
+def test_what_fails_again_and_again_is_not_rolled_back_for_ever(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT, "loss", lambda self, x, y, **_: self.hidden(x).sum() * math.nan)
+    with pytest.raises(NumericError, match="step 1"):
+        project.train(tiny.params(train__on_spike="rollback"))
 
 
 def start_from(project: Project) -> str:
