@@ -1,4 +1,4 @@
-"""The command `gptpipe`: what people do with a trained model, outside the pipeline."""
+"""The command `gptpipe`: what people do before and after the pipeline."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptpipe import __version__
+from gptpipe.console import complain
 from gptpipe.stage import run
 
 
@@ -14,9 +15,11 @@ def main() -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="gptpipe", description="Train a GPT from scratch with `dvc repro`; then:")
+    parser = argparse.ArgumentParser(prog="gptpipe", description="Before and after `dvc repro`, which trains a GPT from scratch.")
     parser.add_argument("--version", action="version", version=f"gptpipe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", help="what the training of params.yaml will take, by a few steps on this machine")
+    plan.set_defaults(command=_plan)
     generate = commands.add_parser(
         "generate",
         help="continue a prompt with a trained model",
@@ -34,8 +37,21 @@ def _dispatch(arguments: Sequence[str]) -> None:
     options.command(options)
 
 
+def _plan(_: argparse.Namespace) -> None:
+    from gptpipe.config import load_params
+
+    params = load_params()
+    from gptpipe.training.forecast import forecast  # late: importing torch takes seconds, bad parameters are told first
+
+    found = forecast(params, Path("data/split"))
+    for name, text in found.lines.items():
+        print(f"{name + ':':<22}{text}")
+    for warning in found.warnings:
+        complain(f"warning: {warning}")
+
+
 def _generate(options: argparse.Namespace) -> None:
-    from gptpipe.evaluation.continuations import continue_text  # late: importing torch takes seconds, --help must not
+    from gptpipe.evaluation.continuations import continue_text  # late: --help must not wait for torch
     from gptpipe.files import verify
     from gptpipe.model.device import best_device
     from gptpipe.model.generate import Sampling

@@ -1,5 +1,6 @@
 """What people meet first: `gptpipe`, the stages' help, and how errors end a program."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from gptpipe.stage import run
 ROOT = Path(__file__).parents[1]
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def gptpipe(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +29,13 @@ def test_generate_continues_the_prompt_by_its_seed(tmp_path: Path) -> None:
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.startswith("the cat")
     assert first.stdout == again.stdout != other.stdout
+
+
+def test_plan_needs_a_split_and_says_how_to_get_one(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    result = python("-c", "from gptpipe.cli import main; main()", "plan", folder=tmp_path)
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
+    assert "dvc repro" in result.stderr
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -282,3 +282,20 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         """Trained numbers, tied weights once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def n_multiplied(self) -> int:
+        """Parameters of the matrices that every token is multiplied with: tables are only looked up."""
+        tables = [] if self.params.tie_embeddings else [self.embedding]
+        if self.params.architecture == "gpt2":
+            tables.append(self.position_embedding)
+        matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
+        return matrices - sum(table.weight.numel() for table in tables)
+
+    def flops_per_token(self) -> float:
+        """Of a forward and a backward pass at full context, as for model FLOPs utilisation.
+
+        Chowdhery et al., 2022, arXiv:2204.02311, appendix B: attention over the whole context, nothing recomputed.
+        """
+        params = self.params
+        attention = params.n_layer * params.n_head * params.head_width * params.context_length
+        return 6 * self.n_multiplied() + 12 * attention

@@ -7,6 +7,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from gptpipe.model.gpt import GPT, document_mask, rotary_tables, rotate
 
@@ -158,3 +160,12 @@ def test_parameters_of_gpt2_small_are_counted_once() -> None:
     small = {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "n_inner": 3072}
     with torch.device("meta"):
         assert GPT(tiny.model_params(**small, architecture="gpt2"), 50257).n_parameters() == 124_439_808
+
+
+@every_architecture
+def test_flops_are_those_that_torch_counts(switches: dict[str, Any]) -> None:
+    """Of a forward pass, times three."""
+    model = tiny.network(**switches)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(tiny.token_ids(2, 16))
+    assert model.flops_per_token() == pytest.approx(3 * counter.get_total_flops() / (2 * 16))

@@ -1,0 +1,128 @@
+"""What a training will take, before it is started: size, data, memory, and time by a short probe on this machine."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptpipe.config import Params
+from gptpipe.evaluation.scoring import score
+from gptpipe.files import verify
+from gptpipe.model.gpt import GPT
+from gptpipe.model.optim import build_optimizers
+from gptpipe.tokens.batches import Batches
+from gptpipe.tokens.streams import Stream, open_stream
+from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.training import runtime
+from gptpipe.training.loop import Plan, TrainState, optimizer_step
+
+_WARM_UP, _PROBED = 2, 5  # steps
+_COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556, table 3)
+_REPEATS = 4  # passes that teach nearly as much as new text would (Muennighoff et al., 2023, arXiv:2305.16264)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Lines to read, and what looks lopsided."""
+
+    lines: dict[str, str]
+    warnings: list[str]
+
+
+def forecast(params: Params, split: Path) -> Forecast:
+    """Look at the split in `split` and take a few steps of the training that params.yaml describes; writes nothing.
+
+    Raises what a training of these parameters would raise before its first step.
+    """
+    section = params.train
+    runtime.be_deterministic()
+    runtime.keep_freed_memory()
+    where = runtime.resolve(section)
+    verify(split)
+    train, val = open_stream(split, "train"), open_stream(split, "val")
+    tokenizer = Tokenizer.load(split / TOKENIZER)
+    torch.manual_seed(params.seed)
+    model = GPT(params.model, tokenizer.vocab_size).to(where.device)
+    model.activation_checkpointing = section.activation_checkpointing
+    batches = Batches(
+        train.tokens,
+        context_length=params.model.context_length,
+        stride=section.stride,
+        batch_size=section.batch_size,
+        seed=params.seed,
+    )
+    n_steps = section.n_steps(batches.n_windows)
+    free = runtime.free_bytes(where.device)
+    micro_batch_size = runtime.micro_batch_size(section, model, free)
+    loss = torch.compile(model.loss, dynamic=False) if where.compiles else model.loss
+    state = TrainState(model, build_optimizers(model, section), micro_batch_size)
+    plan = Plan(section, n_steps, params.seed, where.precision, loss)
+    step_seconds = _step_seconds(state, batches, plan)
+    validation_seconds = _validation_seconds(model, val, where.precision)
+    n_validations = 1 + -(-n_steps // section.eval_every)
+    seconds = n_steps * step_seconds + n_validations * validation_seconds
+    tokens = n_steps * section.batch_size * params.model.context_length
+    passes = tokens / len(train.tokens)
+    flops = tokens * model.flops_per_token()
+    needed = runtime.estimated_bytes(model, micro_batch_size)
+    lines = {
+        "parameters": f"{model.n_parameters():,}, {model.n_multiplied():,} of them multiplied with every token",
+        "text": f"{len(train.tokens):,} train tokens, {train.n_bytes / max(1, len(train.tokens)):.2f} bytes each; "
+        f"{len(val.tokens):,} validation tokens in {len(val.documents):,} documents",
+        "training": f"{n_steps:,} steps of {section.batch_size} x {params.model.context_length} tokens: {tokens:,} "
+        f"tokens, {passes:.1f} passes over the text",
+        "tokens per parameter": f"{tokens / model.n_parameters():.1f} (compute-optimal: about {_COMPUTE_OPTIMAL})",
+        "compute": f"{flops:.3g} FLOPs, {flops / n_steps / step_seconds / 1e9:,.0f} GFLOP/s here",
+        "memory": f"about {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free, micro-batches of {micro_batch_size}",
+        "time": f"about {_duration(seconds)} on {where.device}: {step_seconds * 1e3:,.0f} ms a step, {n_validations} "
+        f"validations of {validation_seconds:.1f} s",
+    }
+    return Forecast(lines, _lopsided(params, train, val, tokens / model.n_multiplied(), passes))
+
+
+def _step_seconds(state: TrainState, batches: Batches, plan: Plan) -> float:
+    state.model.train()
+    times = []
+    for _ in range(_WARM_UP + _PROBED):
+        started = time.perf_counter()
+        optimizer_step(state, batches, plan)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[_WARM_UP:])
+
+
+def _validation_seconds(model: GPT, stream: Stream, precision: torch.dtype) -> float:
+    """By the first windows of the stream, at most 32."""
+    n = min(len(stream.tokens), 32 * model.params.context_length + 1)
+    if n < 2:
+        return 0.0
+    part = Stream(stream.tokens[:n], stream.documents)
+    started = time.perf_counter()
+    score(model, part, precision=precision)
+    return (time.perf_counter() - started) * len(stream.tokens) / n
+
+
+def _lopsided(params: Params, train: Stream, val: Stream, tokens_per_parameter: float, passes: float) -> list[str]:
+    """What a person who knows would ask about, each with what to change."""
+    context = params.model.context_length
+    mean_length = len(train.tokens) / max(1, len(train.documents))
+    checks = {
+        f"{tokens_per_parameter:.2f} tokens per multiplied parameter: too few to train so large a model; raise "
+        "train.max_steps or lower model.n_embd": tokens_per_parameter < 1,
+        f"{tokens_per_parameter:.0f} tokens per multiplied parameter: a larger model would learn more from the same "
+        "compute; raise model.n_embd or model.n_layer": tokens_per_parameter > 20 * _COMPUTE_OPTIMAL,
+        f"{passes:.1f} passes over the text: beyond about {_REPEATS} they teach little; add text, lower train.max_steps, "
+        "or set model.dropout to 0.1": passes > 2 * _REPEATS,
+        f"model.context_length {context} is {context / mean_length:.0f} times a document's mean length of "
+        f"{mean_length:.0f} tokens: a shorter context is faster, train.document_masking keeps strangers "
+        "apart": context > 8 * mean_length,
+        f"validation has {len(val.documents):,} documents and {len(val.tokens):,} tokens: its loss will say little; "
+        "raise split.val_fraction": len(val.documents) < 50 and len(val.tokens) < 20_000,
+    }
+    return [words for words, is_so in checks.items() if is_so]
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
