@@ -41,9 +41,7 @@ def test_it_is_quiet_about_what_is_in_proportion(toy_split: Path, monkeypatch: p
     assert [warning.split(" ")[0] for warning in warnings] == ["validation"]  # the toy split is what it is
 
 
-def test_it_raises_what_the_training_would(
-    toy_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_raises_what_the_training_would(toy_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(IntegrityError):
         forecast(tiny.params(), tmp_path)
     monkeypatch.setattr(runtime, "free_bytes", lambda _: 1000)

@@ -1,0 +1,226 @@
+"""Tokens per second of a training step beside `transformers` and a plain loop, at equal architecture and shape.
+
+    python -m benchmarks.training_speed [--compile] [--rounds 5] [--only SHAPE]
+
+A step is forward, backward, gradient clipping and AdamW's update, of random tokens. The plain loop is a GPT-2 in the
+way of nanoGPT under torch's fused AdamW. All contenders of a shape take turns in one process, so that what else the
+machine does falls on all alike; each one's figure is the median of its turns. The share is that of model FLOPs in the
+rate of large float32 matrix products, measured between the turns.
+
+On a GPU: `--gpt2` compares GPT-2's 124M shape at context 1,024 in bfloat16, compiled, and gives MFU against --peak.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import machine
+from gptpipe.config import ModelParams, load_params
+from gptpipe.model.device import autocast
+from gptpipe.model.gpt import GPT
+from gptpipe.model.optim import build_optimizers
+from gptpipe.training import runtime
+
+# name: layers, heads, width, context, batch, vocabulary
+SHAPES = {
+    "0.8M": (4, 4, 128, 64, 12, 256),
+    "4 x 256, vocabulary 4,096": (4, 4, 256, 256, 8, 4096),
+    "4 x 256, vocabulary 50,257": (4, 4, 256, 256, 8, 50257),
+    "30M": (6, 6, 384, 256, 8, 50257),
+}
+GPT2 = (12, 12, 768, 1024, 16, 50304)
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="also ours compiled")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--only", choices=list(SHAPES), help="one shape")
+    parser.add_argument("--gpt2", action="store_true", help="GPT-2's 124M shape, for a GPU")
+    parser.add_argument("--peak", type=float, default=989e12, help="the device's dense bfloat16 FLOP/s, for --gpt2")
+    options = parser.parse_args()
+    runtime.keep_freed_memory()  # for all contenders alike
+    device = torch.device("cuda" if options.gpt2 else "cpu")
+    print(machine.describe() + "\n")
+    print("| shape | contender | tokens/s | of theirs, ours makes | share of matrix products |\n|---|---|---|---|---|")
+    shapes = {"124M": GPT2} if options.gpt2 else {n: s for n, s in SHAPES.items() if options.only in (None, n)}
+    for name, shape in shapes.items():
+        compare(name, shape, device, options)
+
+
+def compare(name: str, shape: tuple[int, ...], device: torch.device, options: argparse.Namespace) -> None:
+    """All contenders at one shape, by turns; prints a row for each."""
+    n_layer, n_head, width, context, batch_size, vocab_size = shape
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": width, "context_length": context}
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compiles = device.type == "cuda"
+    gpt2 = ours(sizes, "gpt2", vocab_size)
+    flops = gpt2.flops_per_token()
+    contenders: dict[str, Step] = {
+        "gpt2: gptpipe": stepper(gpt2, gpt2.loss, device, precision, compiles),
+        "gpt2: transformers": peer(transformers_gpt2(sizes, vocab_size), device, precision, compiles),
+        "gpt2: plain loop": peer(PlainGPT(sizes, vocab_size), device, precision, compiles),
+    }
+    llama = ours(sizes, "llama", vocab_size)
+    contenders |= {
+        "llama: gptpipe": stepper(llama, llama.loss, device, precision, compiles),
+        "llama: transformers": peer(transformers_llama(sizes, vocab_size), device, precision, compiles),
+    }
+    if options.compile and not compiles:
+        model = ours(sizes, "gpt2", vocab_size)
+        contenders["gpt2: gptpipe, compiled"] = stepper(model, model.loss, device, precision, True)
+    tokens, targets = torch.randint(vocab_size, (2, batch_size, context), device=device)
+    for step in contenders.values():  # warm-up, and compilation
+        step(tokens, targets)
+        step(tokens, targets)
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    rates = []
+    for _ in range(options.rounds):
+        for contender, step in contenders.items():
+            seconds[contender].append(time_of(step, tokens, targets, device))
+        rates.append(options.peak if device.type == "cuda" else machine.matrix_product_rate())
+    fastest = {contender: statistics.median(turns) for contender, turns in seconds.items()}
+    for contender, turn in fastest.items():
+        of_theirs = "" if "gptpipe" in contender and "compiled" not in contender else (
+            f"{turn / fastest[contender.split(':')[0] + ': gptpipe']:.2f}")  # fmt: skip
+        share = flops * tokens.numel() / turn / statistics.median(rates)
+        of_peak = f"{share:.0%}" if contender.startswith("gpt2") else ""
+        print(f"| {name} | {contender} | {tokens.numel() / turn:,.0f} | {of_theirs} | {of_peak} |", flush=True)
+    contenders.clear()
+    gc.collect()
+
+
+def time_of(step: Step, tokens: Tensor, targets: Tensor, device: torch.device) -> float:
+    """Seconds of the faster of two steps."""
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        step(tokens, targets)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def ours(sizes: dict[str, int], architecture: str, vocab_size: int) -> GPT:
+    is_gpt2 = architecture == "gpt2"
+    inner = 4 * sizes["n_embd"] if is_gpt2 else inner_width(sizes["n_embd"])
+    extra: dict[str, Any] = {"architecture": architecture, "n_kv_head": sizes["n_head"], "n_inner": inner}
+    shared = load_params().model.model_dump()
+    return GPT(ModelParams(**{**shared, **sizes, **extra, "tie_embeddings": is_gpt2}), vocab_size)
+
+
+def inner_width(width: int) -> int:
+    """Llama's: 8/3 of the width, to a multiple of 32."""
+    return -(-8 * width // 96) * 32
+
+
+def stepper(
+    model: GPT, loss: Callable[..., Tensor], device: torch.device, precision: torch.dtype, compiles: bool
+) -> Step:
+    """A step as the training loop takes it."""
+    model.to(device).train()
+    section = load_params().train.model_copy(update={"optimizer": "adamw", "lr": 1e-4})
+    optimizers = build_optimizers(model, section)
+    compiled = torch.compile(loss, dynamic=False) if compiles else loss
+
+    def step(tokens: Tensor, targets: Tensor) -> None:
+        with autocast(device, precision):
+            found = compiled(tokens, targets)
+        found.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peer(model: nn.Module, device: torch.device, precision: torch.dtype, compiles: bool) -> Step:
+    """A step as a plain loop takes it."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    forward = torch.compile(model, dynamic=False) if compiles else model
+
+    def step(tokens: Tensor, targets: Tensor) -> None:
+        with autocast(device, precision):
+            logits = forward(tokens)
+            logits = getattr(logits, "logits", logits)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def transformers_gpt2(sizes: dict[str, int], vocab_size: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab_size, n_positions=sizes["context_length"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
+        n_embd=sizes["n_embd"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def transformers_llama(sizes: dict[str, int], vocab_size: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size, max_position_embeddings=sizes["context_length"], num_hidden_layers=sizes["n_layer"],
+        num_attention_heads=sizes["n_head"], hidden_size=sizes["n_embd"],
+        intermediate_size=inner_width(sizes["n_embd"]), tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+class PlainBlock(nn.Module):
+    """GPT-2's block with one product for queries, keys and values."""
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class PlainGPT(nn.Module):
+    """What one writes down in an afternoon."""
+
+    def __init__(self, sizes: dict[str, int], vocab_size: int) -> None:
+        super().__init__()
+        width = sizes["n_embd"]
+        self.tokens, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(sizes["context_length"], width)
+        self.blocks = nn.Sequential(*(PlainBlock(width, sizes["n_head"]) for _ in range(sizes["n_layer"])))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+if __name__ == "__main__":
+    main()
