@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks import machine
 from gptpipe.config import Params, load_params
 from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.splits import Side
@@ -50,8 +50,7 @@ def main() -> None:
         error = found["val"]["bits_per_byte_standard_error"]
         params = load_params(project / "params.yaml")
         tutorial, steps = tutorial_bits_per_byte(project, params, seconds["train"])
-    print(f"{platform.platform()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}")  # fmt: skip
+    print(f"{machine.describe()}, transformers {transformers.__version__}")
     stages = ", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items())
     print(f"dvc repro, stage by stage: {total:.0f} s ({stages})\n")
     print("| bits per byte on the validation documents | value | ours against it | asked for |\n|---|---|---|---|")

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from benchmarks import machine
 from gptpipe.config import load_params
 from gptpipe.evaluation.scoring import score
+from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
@@ -104,7 +105,7 @@ def train_ours(
     model_params = params.model.model_copy(update=settings["model"])
     section = params.train.model_copy(update={"stride": 1, **settings["train"]})
     runtime.be_deterministic()
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     torch.manual_seed(seed)
     model = GPT(model_params, n_characters)
     n_train = int(0.9 * len(tokens))

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from gptpipe.config import ModelParams, load_params
-from gptpipe.model.device import autocast
+from gptpipe.model.device import autocast, keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
-from gptpipe.training import runtime
 
 # name: layers, heads, width, context, batch, vocabulary
 SHAPES = {
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--gpt2", action="store_true", help="GPT-2's 124M shape, for a GPU")
     parser.add_argument("--peak", type=float, default=989e12, help="the device's dense bfloat16 FLOP/s, for --gpt2")
     options = parser.parse_args()
-    runtime.keep_freed_memory()  # for all contenders alike
+    keep_freed_memory()  # for all contenders alike
     device = torch.device("cuda" if options.gpt2 else "cpu")
     print(machine.describe() + "\n")
     print("| shape | contender | tokens/s | of theirs, ours makes | share of matrix products |\n|---|---|---|---|---|")

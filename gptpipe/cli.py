@@ -15,10 +15,14 @@ def main() -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="gptpipe", description="Before and after `dvc repro`, which trains a GPT from scratch.")
+    parser = argparse.ArgumentParser(
+        prog="gptpipe", description="Before and after `dvc repro`, which trains a GPT from scratch."
+    )
     parser.add_argument("--version", action="version", version=f"gptpipe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    plan = commands.add_parser("plan", help="what the training of params.yaml will take, by a few steps on this machine")
+    plan = commands.add_parser(
+        "plan", help="what the training of params.yaml will take, by a few steps on this machine"
+    )
     plan.set_defaults(command=_plan)
     generate = commands.add_parser(
         "generate",

@@ -16,7 +16,7 @@ from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_p
 from gptpipe.evaluation.report import full_card, samples_page
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import Manifest, verify, write_bytes, write_json
-from gptpipe.model.device import best_device
+from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.layout import load_model
 from gptpipe.tokens.splits import Side
@@ -51,6 +51,7 @@ def evaluate_model(
     model_folder: Path, split_folder: Path, reports: Path, params: EvaluateParams, seed: int
 ) -> Evaluation:
     """Score a model on what was held out, sample from it, and write the reports. Raises IntegrityError."""
+    keep_freed_memory()
     made, lineage = verify(model_folder), verify(split_folder)
     if made.made_from.get("split") != lineage.digest:
         raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")

@@ -1,8 +1,12 @@
-"""Where the network computes, and how precisely."""
+"""Where the network computes, how precisely, and with what memory."""
 
+import ctypes
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 def best_device() -> torch.device:
@@ -15,3 +19,14 @@ def best_device() -> torch.device:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
     """Matrix products in `precision`, everything that needs it in float32."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step, instead of giving it back to the system each time.
+
+    A step frees and takes the same large blocks again, and each first touch of a new page is a fault: measured at a
+    tenth of the default run's step. Does nothing where the C library has no such setting.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -10,6 +10,7 @@ import torch
 from gptpipe.config import Params
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import verify
+from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
@@ -38,7 +39,7 @@ def forecast(params: Params, split: Path) -> Forecast:
     """
     section = params.train
     runtime.be_deterministic()
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     where = runtime.resolve(section)
     verify(split)
     train, val = open_stream(split, "train"), open_stream(split, "val")
@@ -112,8 +113,8 @@ def _lopsided(params: Params, train: Stream, val: Stream, tokens_per_parameter: 
         "train.max_steps or lower model.n_embd": tokens_per_parameter < 1,
         f"{tokens_per_parameter:.0f} tokens per multiplied parameter: a larger model would learn more from the same "
         "compute; raise model.n_embd or model.n_layer": tokens_per_parameter > 20 * _COMPUTE_OPTIMAL,
-        f"{passes:.1f} passes over the text: beyond about {_REPEATS} they teach little; add text, lower train.max_steps, "
-        "or set model.dropout to 0.1": passes > 2 * _REPEATS,
+        f"{passes:.1f} passes over the text: beyond about {_REPEATS} they teach little; add text, lower "
+        "train.max_steps, or set model.dropout to 0.1": passes > 2 * _REPEATS,
         f"model.context_length {context} is {context / mean_length:.0f} times a document's mean length of "
         f"{mean_length:.0f} tokens: a shorter context is faster, train.document_masking keeps strangers "
         "apart": context > 8 * mean_length,

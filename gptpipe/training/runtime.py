@@ -1,10 +1,8 @@
 """Where and how a training computes: device, precision, compiler, and what must be the same to resume bit for bit."""
 
-import ctypes
 import os
 import platform
 import signal
-import sys
 import threading
 from dataclasses import dataclass, field
 from types import FrameType
@@ -17,8 +15,6 @@ from gptpipe.config import TrainParams
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.model.device import best_device
 from gptpipe.model.gpt import GPT
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 @dataclass(frozen=True)
@@ -65,17 +61,6 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling all new memory with NaN costs time at every step, to guard reads of unwritten memory that we do not make.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step, instead of giving it back to the system each time.
-
-    A step frees and takes the same large blocks again, and each first touch of a new page is a fault: measured at a
-    tenth of the default run's step. Does nothing where the C library has no such setting.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def estimated_bytes(model: GPT, sequences: int) -> int:

@@ -19,6 +19,7 @@ from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import Manifest, sha256_of, verify, write_json
+from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import initialise_from, weight_files
@@ -59,7 +60,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
     """
     section = params.train
     runtime.be_deterministic()
-    runtime.keep_freed_memory()
+    keep_freed_memory()
     where = runtime.resolve(section)
     made_from = verify(source)
     tokenizer = Tokenizer.load(source / TOKENIZER)
