@@ -99,13 +99,12 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     by_muon = {id(p) for p in muon}
     rest = {name: p for name, p in named.items() if id(p) not in by_muon}
     scales = {"embedding.weight": _EMBEDDING_LR, "head.weight": _HEAD_LR} if _scales_lr(model, params) else {}
-    groups = [
-        {"params": [p], "weight_decay": params.weight_decay, "lr_scale": scales.get(name, 1.0)}
-        for name, p in rest.items()
-        if p.dim() == 2
-    ]
-    groups.append({"params": [p for p in rest.values() if p.dim() != 2], "weight_decay": 0.0, "lr_scale": 1.0})
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, fused=True)]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # one group is one fused update
+    for name, parameter in rest.items():
+        kind = (scales.get(name, 1.0), params.weight_decay if parameter.dim() == 2 else 0.0)
+        groups.setdefault(kind, []).append(parameter)
+    kinds = [{"params": found, "lr_scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(kinds, lr=params.lr, betas=params.betas, fused=True)]
     if muon:
         optimizers.append(Muon(muon, params.lr, params.weight_decay))
     set_lr(optimizers, params.lr)
