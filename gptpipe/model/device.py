@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def best_device() -> torch.device:
@@ -15,3 +16,23 @@ def best_device() -> torch.device:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
     """Matrix products in `precision`, everything that needs it in float32."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold parts of the tensor. Without the import that names the class: it takes 2 s."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its parts; every process that holds one must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor that every process has, moved to where `other` is, and split as it is if of its shape."""
+    if not is_sharded(other) or tensor.shape != other.shape:
+        return tensor.to(other.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(other, DTensor)
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)

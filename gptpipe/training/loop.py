@@ -4,23 +4,25 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptpipe.config import TrainParams
+from gptpipe.environment import place
 from gptpipe.errors import NumericError
-from gptpipe.model.device import autocast
+from gptpipe.model.device import autocast, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import set_lr
 from gptpipe.tokens.batches import Batches
+from gptpipe.training import distributed
 from gptpipe.training.red_flags import Validation
 from gptpipe.training.schedule import learning_rate
 
 Metrics = dict[str, float]
 Entry = tuple[int, int, Metrics]  # step, milliseconds since 1970, what was logged
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _REMEDY = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
 
@@ -80,7 +82,7 @@ class Plan:
     micro_batch_size: int
     seed: int
     precision: torch.dtype
-    loss: LossFunction  # the model's own, or its compiled form
+    loss: distributed.LossFunction  # the model's own, or its compiled form
 
 
 def train(
@@ -130,20 +132,22 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     started = time.perf_counter()
     params, model = plan.params, state.model
     device = model.embedding.weight.device
-    tokens, targets = (x.to(device, non_blocking=True) for x in batches.at(state.step))  # (B, T) each
+    part = distributed.share(params)  # of the B sequences, over all ranks
+    tokens, targets = (x.to(device, non_blocking=True) for x in batches.at(state.step, part))  # (B / ranks, T) each
     lr = learning_rate(state.step, plan.n_steps, params)
     set_lr(state.optimizers, lr)
-    n_micro_batches = params.batch_size // plan.micro_batch_size
+    n_micro_batches = len(tokens) // plan.micro_batch_size
     total = torch.zeros((), device=device)
     for i, (x, y) in enumerate(zip(tokens.chunk(n_micro_batches), targets.chunk(n_micro_batches), strict=True)):
-        if model.params.dropout:
-            torch.manual_seed(_seed(plan.seed, state.step, i))  # resuming and sampling cannot disturb dropout
-        with autocast(device, plan.precision):
-            loss = plan.loss(x, y) / n_micro_batches
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf)
-    figures = {"train/loss": total.item(), "train/grad_norm": norm.item()}
+        if model.params.dropout:  # seeded by position in the batch: resuming and sampling cannot disturb it
+            torch.manual_seed(_seed(plan.seed, state.step, part.start // plan.micro_batch_size + i))
+        with nullcontext() if i == n_micro_batches - 1 else getattr(plan.loss, "no_sync", nullcontext)():  # of DDP
+            with autocast(device, plan.precision):
+                loss = plan.loss(x, y) / n_micro_batches
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach() / place().n_ranks
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf))
+    figures = {"train/loss": distributed.all_reduce(total).item(), "train/grad_norm": norm.item()}
     if not all(map(math.isfinite, figures.values())):
         raise NumericError(
             f"train: step {state.step + 1}: loss {figures['train/loss']}, gradient norm {figures['train/grad_norm']}; "
@@ -155,7 +159,7 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     state.step += 1
     state.since_validation.append((figures["train/loss"], figures["train/grad_norm"]))
     seconds = time.perf_counter() - started
-    return {**figures, "train/lr": lr, "train/tokens_per_second": tokens.numel() / seconds}
+    return {**figures, "train/lr": lr, "train/tokens_per_second": params.batch_size * tokens.shape[1] / seconds}
 
 
 def _seed(seed: int, step: int, micro_step: int) -> int:
