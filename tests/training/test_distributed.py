@@ -72,23 +72,23 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
     assert project.checkpoints() == []
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("parallel", "n", "optimizer"), [("ddp", 3, "muon"), ("fsdp", 2, "adamw")])
 def test_a_stop_of_one_rank_stops_all_and_they_go_on_bit_for_bit(
-    project: Project, parallel: str, tmp_path: Path
+    project: Project, tmp_path: Path, parallel: str, n: int, optimizer: str
 ) -> None:
-    """By three, whose sums depend on their order."""
-    params = tiny.params(train__parallel=parallel, train__batch_size=6, train__optimizer="muon", model__dropout=0.1)
-    assert exit_codes(start_ranks(3, params, project)) == [0, 0, 0]
+    """Also by three, whose sums depend on their order."""
+    params = tiny.params(train__parallel=parallel, train__batch_size=6, train__optimizer=optimizer, model__dropout=0.1)
+    assert exit_codes(start_ranks(n, params, project)) == [0] * n
     undisturbed = project.digests()
     project = Project(tmp_path / "again", project.split)
     project.root.mkdir()
-    assert exit_codes(start_ranks(3, params, project, stop_at=4)) == [143, 143, 143]
+    assert exit_codes(start_ranks(n, params, project, stop_at=4)) == [143] * n
     assert project.checkpoints()[-1] == "step-00000004"
-    told = "".join(said(project, rank) for rank in range(3))
+    told = "".join(said(project, rank) for rank in range(n))
     assert [line for line in told.splitlines() if "error" in line] == [
         "error: SIGTERM: train: stopped, all saved; rerun to go on from there"
     ]
-    assert exit_codes(start_ranks(3, params, project)) == [0, 0, 0]
+    assert exit_codes(start_ranks(n, params, project)) == [0] * n
     assert "resumed after step 4" in said(project, 0)
     assert project.digests() == undisturbed
 
