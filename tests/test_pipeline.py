@@ -199,7 +199,7 @@ def test_torchrun_starts_again_what_lost_a_rank(reproduced: Path, tmp_path: Path
     project = tmp_path / "copy"
     shutil.copytree(reproduced, project, symlinks=True)
     launcher = "torchrun --standalone --nproc-per-node=2 --max-restarts=1"
-    steps = {"train.max_steps": 1500, "train.eval_every": 1500, "train.save_every": 20}
+    steps = {"train.max_steps": 300, "train.eval_every": 300, "train.save_every": 20}
     set_params(project, {"train.launcher": launcher, **steps})
     command = ["dvc", "repro", "train"]
     with subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True) as process:
@@ -211,7 +211,7 @@ def test_torchrun_starts_again_what_lost_a_rank(reproduced: Path, tmp_path: Path
     assert process.returncode == 0, errors
     assert "rank 0 lost another rank" in errors
     assert "resumed after step" in errors
-    assert json.loads((project / "reports/train.json").read_bytes())["steps"] == 1500
+    assert json.loads((project / "reports/train.json").read_bytes())["steps"] == 300
 
 
 def is_rank(process: psutil.Process, rank: str) -> bool:

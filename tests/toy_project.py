@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,13 +74,26 @@ class Project:
         return sorted(p.name for p in (self.root / ".gptpipe/checkpoints").glob("*/*") if p.is_dir())
 
 
+def end_at_a_write(folder: Path) -> None:
+    """End this process, with exit code 99, when it changes anything in a folder."""
+
+    def check(event: str, arguments: tuple[Any, ...]) -> None:
+        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opens or event in ("os.rename", "os.mkdir", "os.remove")) and str(arguments[0]).startswith(str(folder)):
+            os._exit(99)
+
+    sys.addaudithook(check)
+
+
 def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None, environment: dict[str, str]) -> None:
     """A training as a process of its own, or one rank of it, whose words go to a file."""
     os.environ |= {"DVC_ROOT": str(root), **environment}
     if place().n_ranks > 1:
         torch.set_num_threads(1)  # as torchrun
         console.file = (root / f"rank-{place().rank}.err").open("a", buffering=1)
-        console.quiet = place().rank > 0  # as stages/train.py
+        if place().rank > 0:
+            console.quiet = True  # as stages/train.py
+            end_at_a_write(root)
 
     def main() -> None:
         Project(root, split).train(params, stop_at)
