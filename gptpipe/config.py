@@ -157,6 +157,7 @@ class ModelParams(Section):
 class TrainParams(Section):
     init_from: str | None
     launcher: str
+    parallel: Literal["ddp", "fsdp"]
     optimizer: Literal["adamw", "muon"]
     lr: PositiveFloat
     betas: tuple[Share, Share]

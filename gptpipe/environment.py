@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 from gptpipe.errors import ConfigError
 
@@ -27,6 +28,21 @@ def n_workers() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"GPTPIPE_WORKERS is {text!r}; set it to a whole number of processes, 1 or more")
     return int(text)
+
+
+class Place(NamedTuple):
+    """This process among those of one training, in all and on this machine."""
+
+    rank: int = 0
+    n_ranks: int = 1
+    local_rank: int = 0
+    n_local_ranks: int = 1
+
+
+def place() -> Place:
+    """What torchrun says; without it, rank 0 of 1."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Place(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else Place()
 
 
 def allow_inexact() -> bool:

@@ -4,11 +4,13 @@ from functools import partial
 from pathlib import Path
 
 from gptpipe.config import load_params
-from gptpipe.console import say
+from gptpipe.console import console, say
+from gptpipe.environment import place
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
+    console.quiet = place().rank > 0  # the others see and say the same
     params = load_params()
     from gptpipe.tracking.record import training_run  # late: bad parameters are told before the slow imports
     from gptpipe.training.session import train_model

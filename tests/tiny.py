@@ -35,6 +35,7 @@ MODEL: dict[str, Any] = {
 TRAIN: dict[str, Any] = {
     "init_from": None,
     "launcher": "python",
+    "parallel": "ddp",
     "optimizer": "adamw",
     "lr": 3e-3,
     "betas": (0.9, 0.95),

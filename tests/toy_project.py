@@ -3,16 +3,22 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed import TCPStore
+
 from gptpipe.config import Params
-from gptpipe.errors import GptpipeError
+from gptpipe.console import console
+from gptpipe.environment import place
 from gptpipe.evaluation.metrics import Figures
 from gptpipe.files import Manifest, sha256_of
+from gptpipe.stage import run
 from gptpipe.training.loop import Entry
 from gptpipe.training.session import train_model
 
@@ -49,6 +55,7 @@ class Project:
     def __init__(self, root: Path, split: Path) -> None:
         self.root, self.split = root, split
         self.records: list[ListRecord] = []
+        self.stores: list[TCPStore] = []  # that torchrun would keep
 
     def train(self, params: Params, stop_at: int | None = None) -> Figures:
         @contextmanager
@@ -67,21 +74,55 @@ class Project:
         return sorted(p.name for p in (self.root / ".gptpipe/checkpoints").glob("*/*") if p.is_dir())
 
 
-def train_and_exit(params: Params, split: Path, root: Path) -> None:
-    """A training as a process of its own."""
-    os.environ["DVC_ROOT"] = str(root)
-    try:
-        Project(root, split).train(params)
-    except GptpipeError as error:
-        raise SystemExit(error.exit_code) from error
+def end_at_a_write(folder: Path) -> None:
+    """End this process, with exit code 99, when it changes anything in a folder."""
+
+    def check(event: str, arguments: tuple[Any, ...]) -> None:
+        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opens or event in ("os.rename", "os.mkdir", "os.remove")) and str(arguments[0]).startswith(str(folder)):
+            os._exit(99)
+
+    sys.addaudithook(check)
 
 
-def start(params: Params, project: Project) -> multiprocessing.process.BaseProcess:
+def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None, environment: dict[str, str]) -> None:
+    """A training as a process of its own, or one rank of it, whose words go to a file."""
+    os.environ |= {"DVC_ROOT": str(root), **environment}
+    if place().n_ranks > 1:
+        torch.set_num_threads(1)  # as torchrun
+        console.file = (root / f"rank-{place().rank}.err").open("a", buffering=1)
+        if place().rank > 0:
+            console.quiet = True  # as stages/train.py
+            end_at_a_write(root)
+
+    def main() -> None:
+        Project(root, split).train(params, stop_at)
+
+    run(main)
+
+
+def start(
+    params: Params, project: Project, stop_at: int | None = None, **environment: str
+) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")  # imports torch once, for all children
-    context.set_forkserver_preload(["gptpipe.training.session", "gptpipe.corpus.collect", "torch._dynamo"])
-    process = context.Process(target=train_and_exit, args=(params, project.split, project.root))
+    preloaded = ["gptpipe.training.session", "gptpipe.corpus.collect", "torch._dynamo", "torch.distributed.fsdp"]
+    context.set_forkserver_preload(preloaded)
+    arguments = (params, project.split, project.root, stop_at, environment)
+    process = context.Process(target=train_and_exit, args=arguments)
     process.start()
     return process
+
+
+def start_ranks(
+    n: int, params: Params, project: Project, stop_at: int | None = None, **environment: str
+) -> list[multiprocessing.process.BaseProcess]:
+    """One training by `n` processes over loopback, with what torchrun would tell them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    project.stores.append(store)
+    common = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(store.port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+              **environment}  # fmt: skip
+    return [start(params, project, stop_at, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(n)]
 
 
 def wait_for_the_lock(project: Project, process: multiprocessing.process.BaseProcess) -> bool:

@@ -5,6 +5,7 @@ The last window is shorter. Nothing is sampled, and the batch size changes nothi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +38,12 @@ def score(
     stream: Stream,
     *,
     precision: torch.dtype = torch.float32,
+    part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
-    """Score a stream; `advance` hears of each batch how many tokens it scored.
+    """Score a stream, or part i of n, whose sums add up; they take turns, a batch each.
 
+    `advance` hears of each turn how many tokens all parts score in it.
     Memory: the logits of one batch or window, and three numbers per document.
     """
     context = model.params.context_length
@@ -49,24 +52,25 @@ def score(
     sums = {name: np.zeros(len(ends)) for name in ("nats", "correct", "n_tokens")}
     by_position = {name: np.zeros(context) for name in ("nats", "n_tokens")}
     n_targets = max(0, len(stream.tokens) - 1)
-    windows_per_batch = max(1, _LOGITS // (context * model.vocab_size))
+    n_full = n_targets // context * context  # in full windows; the rest is one shorter window
+    step = max(1, _LOGITS // (context * model.vocab_size)) * context
+    batches = list(pairwise(sorted({*range(0, n_full, step), n_full, n_targets})))
     was_training = model.training
     model.eval()
     try:
-        start = 0
-        while start < n_targets:
-            n_windows = min(windows_per_batch, (n_targets - start) // context)
-            n = n_windows * context if n_windows else n_targets - start  # the rest is one shorter window
-            chunk = torch.from_numpy(stream.tokens[start : start + n + 1].astype(np.int64)).to(device)
-            nats, correct = _score_windows(model, chunk, max(1, n_windows), precision)
-            document = np.searchsorted(ends, np.arange(start + 1, start + n + 1), side="right")
-            position = np.arange(n) % context
-            for name, values in (("nats", nats), ("correct", correct), ("n_tokens", np.ones(n))):
-                sums[name] += np.bincount(document, weights=values, minlength=len(ends))
-                if name in by_position:
-                    by_position[name] += np.bincount(position, weights=values, minlength=context)
-            start += n
-            advance(n)
+        for i in range(0, len(batches), part[1]):
+            turn = batches[i : i + part[1]]
+            for start, end in turn[part[0] :][:1]:
+                n = end - start
+                chunk = torch.from_numpy(stream.tokens[start : end + 1].astype(np.int64)).to(device)
+                nats, correct = _score_windows(model, chunk, max(1, n // context), precision)
+                document = np.searchsorted(ends, np.arange(start + 1, end + 1), side="right")
+                position = np.arange(n) % context
+                for name, values in (("nats", nats), ("correct", correct), ("n_tokens", np.ones(n))):
+                    sums[name] += np.bincount(document, weights=values, minlength=len(ends))
+                    if name in by_position:
+                        by_position[name] += np.bincount(position, weights=values, minlength=context)
+            advance(turn[-1][1] - turn[0][0])
     finally:
         model.train(was_training)
     return Scores(sums["nats"], sums["correct"], sums["n_tokens"], by_position["nats"], by_position["n_tokens"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gptpipe.config import TrainParams
+from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 
 # Quintic Newton-Schulz coefficients and their use: Jordan et al., 2024, kellerjordan.github.io/posts/muon
@@ -78,8 +79,8 @@ class Muon(torch.optim.Optimizer):
                 gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 buffers = [self._momentum(parameter) for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
-                nesterov = torch._foreach_lerp(gradients, buffers, _MOMENTUM)
-                updates = orthogonalise(torch.stack(nesterov)).unbind()
+                nesterov = [whole(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
+                updates = list(map(shard_like, orthogonalise(torch.stack(nesterov)), parameters))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 

@@ -87,8 +87,8 @@ class Batches:
             starts[epochs == epoch] = order(within[epochs == epoch]) * self.stride
         return np.minimum(starts, self._last_start)
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of a step, int64 (B, T) each; targets are the tokens one position on."""
-        windows = np.stack([self.tokens[s : s + self.context_length + 1] for s in self.starts_at(step)])
+    def at(self, step: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of a step or a part of it, int64 (B, T) each; targets are the tokens one position on."""
+        windows = np.stack([self.tokens[s : s + self.context_length + 1] for s in self.starts_at(step)[part]])
         window_tensor = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
         return window_tensor[:, :-1].contiguous(), window_tensor[:, 1:].contiguous()

@@ -25,8 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gptpipe.console import complain
+from gptpipe.environment import place
 from gptpipe.errors import IntegrityError, ResourceError
 from gptpipe.files import new_folder, to_json, verify, write_bytes, write_json
+from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import WEIGHTS, weights_from_bytes
 from gptpipe.training.loop import TrainState
@@ -66,10 +68,12 @@ class Checkpoints:
         self.folder, self.environment = folder, environment
 
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
-        """Make the state durable, then drop what is no longer needed."""
-        target = self.folder / f"step-{state.step:08d}"
+        """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
+        target, tensors = self.folder / f"step-{state.step:08d}", _tensors(state)
+        if place().rank > 0:
+            return
         with new_folder(target, {}) as new:
-            write_bytes(new.path / _TENSORS, save(_tensors(state)))
+            write_bytes(new.path / _TENSORS, save(tensors))
             write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
             content = {
                 "step": state.step,
@@ -90,7 +94,7 @@ class Checkpoints:
         Falls back to the one before with a warning. Raises IntegrityError where none is sound, ResourceError where
         this environment could not go on bit for bit, unless `allow_inexact`.
         """
-        for left_by_a_kill in self.folder.glob(".*.partial/"):
+        for left_by_a_kill in self.folder.glob(".*.partial/") if place().rank == 0 else ():
             shutil.rmtree(left_by_a_kill)
         candidates = sorted(self.folder.glob("step-*"), reverse=True)
         for i, candidate in enumerate(candidates):
@@ -110,7 +114,7 @@ class Checkpoints:
             lines = (candidate / _JOURNAL).read_bytes().splitlines()
             state.journal = [(step, time_ms, metrics) for step, time_ms, metrics in map(json.loads, lines)]
             state.steps = [(m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m]
-            for unsound in candidates[:i]:
+            for unsound in candidates[:i] if place().rank == 0 else ():
                 _discard(unsound)
             notes: dict[str, Any] = content["notes"]
             return notes
@@ -177,11 +181,11 @@ def _weights(model: GPT) -> dict[str, Tensor]:
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
-    tensors = {f"model.{name}": weight for name, weight in _weights(state.model).items()}
+    tensors = {f"model.{name}": whole(weight).cpu() for name, weight in _weights(state.model).items()}
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     for optimizer in state.optimizers:
         for parameter, values in optimizer.state.items():
-            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in values.items()}
+            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": whole(value).cpu() for key, value in values.items()}
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
@@ -191,14 +195,14 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 @torch.no_grad()
 def _load_tensors(state: TrainState, tensors: dict[str, Tensor]) -> None:
     for name, parameter in state.model.named_parameters():
-        parameter.copy_(tensors[f"model.{name}"])
+        parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 prefix = f"optimizer.{names[id(parameter)]}."
                 saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in saved.items()}
+                optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in saved.items()}
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["generator.cuda"])

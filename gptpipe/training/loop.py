@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 
 from gptpipe.config import TrainParams
 from gptpipe.console import complain
+from gptpipe.environment import place
 from gptpipe.errors import NumericError, ResourceError
-from gptpipe.model.device import autocast
+from gptpipe.model.device import autocast, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import set_lr
 from gptpipe.tokens.batches import Batches
+from gptpipe.training import distributed
 from gptpipe.training.red_flags import Validation
 from gptpipe.training.schedule import learning_rate
 
 Metrics = dict[str, float]
 Entry = tuple[int, int, Metrics]  # step, milliseconds since 1970, what was logged
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 _REMEDY = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
 # A spike is told against so many steps before it, once there are enough; less spread than this is taken for this.
@@ -86,7 +88,7 @@ class Plan:
     n_steps: int
     seed: int
     precision: torch.dtype
-    loss: LossFunction  # the model's own, or its compiled form
+    loss: distributed.LossFunction  # the model's own, or its compiled form
 
 
 def train(
@@ -149,13 +151,14 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     started = time.perf_counter()
     params, model = plan.params, state.model
     device = model.embedding.weight.device
-    # (B, T) each
-    tokens, targets = (x.to(device, non_blocking=True) for x in batches.at(state.step + state.skipped))
+    part = distributed.share(params)  # of the B sequences, over all ranks
+    windows = batches.at(state.step + state.skipped, part)  # (B / ranks, T) each
+    tokens, targets = (x.to(device, non_blocking=True) for x in windows)
     lr = learning_rate(state.step, plan.n_steps, params)
     set_lr(state.optimizers, lr)
     micro_batch_size = state.micro_batch_size
-    loss = _backward(state, plan, tokens, targets).item()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf).item()
+    loss = distributed.all_reduce(_backward(state, plan, tokens, targets, part.start)).item()
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf)).item()
     if fault := _fault(loss, norm, state.steps[-_RECENT:], params.spike_sigmas):
         model.zero_grad(set_to_none=True)
         raise NumericError(f"train: step {state.step + 1}: {fault}; stopped before the update: {_REMEDY}")
@@ -167,38 +170,43 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
     if state.micro_batch_size < micro_batch_size:
         metrics["train/micro_batch_size"] = state.micro_batch_size
-    return {**metrics, "train/tokens_per_second": tokens.numel() / (time.perf_counter() - started)}
+    seconds = time.perf_counter() - started
+    return {**metrics, "train/tokens_per_second": params.batch_size * tokens.shape[1] / seconds}
 
 
-def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Gradients of the mean loss over (B, T) tokens, and that loss; in smaller micro-batches if memory runs out."""
+def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, first: int) -> Tensor:
+    """Gradients of the mean loss over this rank's (B, T) tokens, and its share of the loss over all ranks.
+
+    In smaller micro-batches if memory runs out. `first` is the place in the batch of the first sequence.
+    """
     model = state.model
-    n_micro_batches = plan.params.batch_size // state.micro_batch_size
+    n_micro_batches = len(tokens) // state.micro_batch_size
     total = torch.zeros((), device=tokens.device)
     try:
         for i, (x, y) in enumerate(zip(tokens.chunk(n_micro_batches), targets.chunk(n_micro_batches), strict=True)):
-            if model.params.dropout:
-                torch.manual_seed(_seed(plan.seed, state.step, i))  # resuming and sampling cannot disturb dropout
-            with autocast(tokens.device, plan.precision):
-                loss = plan.loss(x, y) / n_micro_batches
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            if model.params.dropout:  # seeded by place in the batch: resuming and sampling cannot disturb it
+                torch.manual_seed(_seed(plan.seed, state.step, first // state.micro_batch_size + i))
+            with nullcontext() if i == n_micro_batches - 1 else getattr(plan.loss, "no_sync", nullcontext)():  # of DDP
+                with autocast(tokens.device, plan.precision):
+                    loss = plan.loss(x, y) / n_micro_batches
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() / place().n_ranks
         return total
     except RuntimeError as error:
         is_full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not is_full:
             raise
-        if state.micro_batch_size == 1:
+        if state.micro_batch_size == 1 or place().n_ranks > 1:  # ranks would have to agree
             raise ResourceError(
-                f"train: step {state.step + 1}: out of memory with one sequence at a time; make the model or "
-                "model.context_length smaller, or set train.activation_checkpointing to true"
+                f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; lower "
+                "train.micro_batch_size or the model, or set train.activation_checkpointing to true"
             ) from error
     # Outside of the handler: the error's traceback holds on to the activations.
     model.zero_grad(set_to_none=True)
     half = state.micro_batch_size // 2
-    state.micro_batch_size = next(n for n in range(half, 0, -1) if plan.params.batch_size % n == 0)
+    state.micro_batch_size = next(n for n in range(half, 0, -1) if len(tokens) % n == 0)
     complain(f"warning: out of memory; going on with {state.micro_batch_size} sequences at a time")
-    return _backward(state, plan, tokens, targets)
+    return _backward(state, plan, tokens, targets, first)
 
 
 def _fault(loss: float, norm: float, recent: list[tuple[float, float]], sigmas: float | None) -> str | None:

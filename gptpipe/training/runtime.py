@@ -12,9 +12,11 @@ import torch
 
 from gptpipe import __version__
 from gptpipe.config import TrainParams
+from gptpipe.environment import place
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
-from gptpipe.model.device import best_device
+from gptpipe.model.device import best_device, is_sharded
 from gptpipe.model.gpt import GPT
+from gptpipe.training import distributed
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Runtime:
     device: torch.device
     precision: torch.dtype
     compiles: bool
+    ranks: str
 
     def describe(self) -> dict[str, str | int | bool]:
         """What the bits of a result depend on, beside parameters and data."""
@@ -34,6 +37,7 @@ class Runtime:
             "compiled": self.compiles,
             "gptpipe": __version__,
             "torch": torch.__version__,
+            "ranks": self.ranks,
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
@@ -44,15 +48,19 @@ def resolve(params: TrainParams) -> Runtime:
     """Turn `auto` into what this machine has. Raises ConfigError for a device that is not there."""
     try:
         device = best_device() if params.device == "auto" else torch.device(params.device)
+        if device.type == "cuda" and place().n_ranks > 1:
+            device = torch.device("cuda", place().local_rank)
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"train.device: {params.device!r} is not to be had here; set it to auto or cpu") from error
     precision = params.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    # On a CPU, compiling costs about a minute and gains an eighth of the step time: only on request.
-    compiles = device.type == "cuda" if params.compile == "auto" else params.compile
-    return Runtime(device, getattr(torch, precision), compiles)
+    ranks = "1" if place().n_ranks == 1 else f"{place().n_ranks} by {params.parallel}"
+    # On a CPU, compiling costs about a minute and gains an eighth of the step time, and with FSDP it was never tried.
+    compiles = device.type == "cuda" and "fsdp" not in ranks if params.compile == "auto" else params.compile
+    return Runtime(device, getattr(torch, precision), compiles, ranks)
 
 
 def be_deterministic() -> None:
@@ -72,12 +80,14 @@ def estimated_bytes(model: GPT, sequences: int) -> int:
     params = model.params
     per_block = 2 * params.n_embd if model.activation_checkpointing else 12 * params.n_embd + 5 * params.n_inner
     per_token = params.n_layer * per_block + 3 * model.vocab_size
-    return 4 * (4 * model.n_parameters() + sequences * params.context_length * per_token)
+    held = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in model.parameters())  # type: ignore[attr-defined, misc]
+    return 4 * (4 * held + sequences * params.context_length * per_token)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that is free on the device for this process."""
+    of_machine = psutil.virtual_memory().available // place().n_local_ranks
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else of_machine
 
 
 def micro_batch_size(params: TrainParams, model: GPT, free: int) -> int:
@@ -115,9 +125,9 @@ class StopRequest:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came."""
-        if self.signum is not None:
-            raise Interrupted(self.signum, "train: stopped, all saved; rerun to go on from there")
+        """Raise Interrupted if a signal came, to this rank or to another."""
+        if signum := int(distributed.all_reduce(torch.tensor(self.signum or 0), torch.distributed.ReduceOp.MAX)):
+            raise Interrupted(signum, "train: stopped, all saved; rerun to go on from there")
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:

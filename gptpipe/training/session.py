@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch
 
 from gptpipe.config import Params
 from gptpipe.console import Progress, complain, say
-from gptpipe.environment import allow_inexact, project_root
-from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError
+from gptpipe.environment import allow_inexact, place, project_root
+from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError, ResourceError
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
@@ -28,9 +28,9 @@ from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.huggingface import byte_letters
 from gptpipe.tokens.streams import Stream, open_stream
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
-from gptpipe.training import runtime
+from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
-from gptpipe.training.loop import Entry, LossFunction, Metrics, Plan, TrainState, train
+from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
 from gptpipe.training.results import summarise, write_curves, write_model
 
@@ -52,16 +52,18 @@ class Record(Protocol):
 OpenRecord = Callable[[str | None, Manifest, dict[str, Any]], AbstractContextManager[Record]]
 
 
+@distributed.together()
 def train_model(params: Params, source: Path, target: Path, reports: Path, open_record: OpenRecord) -> Figures:
     """Train a model on the split in `source`; write it to `target`, its curves to `reports`.
 
     Continues where a stopped training of the same parameters and data left off. Returns the best validation figures.
-    Raises Interrupted after a signal, the state saved; and whatever the rooms below raise.
+    Under torchrun, every rank calls it and rank 0 writes. Raises Interrupted after a signal, the state saved; and
+    whatever the rooms below raise.
     """
     section = params.train
     runtime.be_deterministic()
     keep_freed_memory()
-    where = runtime.resolve(section)
+    where, share = runtime.resolve(section), distributed.share(section)
     made_from = verify(source)
     tokenizer = Tokenizer.load(source / TOKENIZER)
     train_stream, val_stream = open_stream(source, "train"), open_stream(source, "val")
@@ -79,36 +81,39 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         raise ConfigError(
             f"train.warmup_steps {section.warmup_steps} must be below the {n_steps} steps of train.epochs"
         )
-    state, initial = _new_state(params, tokenizer, where.device)
+    state, initial = _new_state(params, tokenizer, where)
     model = state.model
     say(
         f"train: {model.n_parameters():,} parameters, {len(train_stream.tokens):,} tokens, {n_steps:,} steps of "
         f"{section.batch_size} x {params.model.context_length} tokens "
-        f"({n_steps * section.batch_size / batches.n_windows:.1f} epochs), on {where.device}"
+        f"({n_steps * section.batch_size / batches.n_windows:.1f} epochs), on {where.device}, processes: {where.ranks}"
     )
-    determinants = {
-        "seed": params.seed,
-        "model": params.model.model_dump(),
-        "train": section.model_dump(),
-        "split": made_from.digest,
-        "init_from": initial,
-    }
+    determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
+    determinants |= {"split": made_from.digest, "init_from": initial}
     folder = project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
-    with locked(folder):
+    with locked(folder) if place().rank == 0 else nullcontext():
         checkpoints = Checkpoints(folder, where.describe())
         notes = checkpoints.restore(state, allow_inexact=allow_inexact()) or {}
+        if distributed.from_first((folder.name, state.step)) != (folder.name, state.step):
+            raise ResourceError(f"{folder}: rank {place().rank} sees other content than rank 0; share the folder")
         if notes:
             say(f"train: resumed after step {state.step:,}")
-        else:  # on resume as before, whatever memory is free by now: it decides how sums are rounded
-            free = runtime.free_bytes(where.device)
-            state.micro_batch_size = runtime.micro_batch_size(section, model, free)
+        n_own = share.stop - share.start
+        # On resume as before, whatever memory is free by now: it decides how sums are rounded.
+        if not notes or n_own % state.micro_batch_size:  # or the number of ranks is another
+            own = section.model_copy(update={"batch_size": n_own})
+            fitting = runtime.micro_batch_size(own, model, runtime.free_bytes(where.device))
+            state.micro_batch_size = distributed.from_first(fitting)
         end_of_text = tokenizer.end_of_text if section.document_masking else None
-        loss: LossFunction = partial(model.loss, z_loss=section.z_loss, end_of_text=end_of_text)
+        loss: distributed.LossFunction = partial(model.loss, z_loss=section.z_loss, end_of_text=end_of_text)
         if where.compiles:
             loss = torch.compile(loss, dynamic=False)
+        loss = distributed.averaging(model, loss, state.micro_batch_size)
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
-        with open_record(notes.get("run_id"), made_from, environment) as record:
+        run_id = notes.get("run_id")
+        opened: Any = open_record(run_id, made_from, environment) if place().rank == 0 else nullcontext()
+        with opened as record:
             with (
                 runtime.StopRequest() as stop,
                 Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
@@ -116,16 +121,18 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
                 training = _Training(params, plan, state, val_stream, tokenizer, checkpoints, record, progress, stop)
                 training.run(batches)
             summary = summarise(params, state, n_steps)
-            write_model(target, params, tokenizer, checkpoints, summary, made_from)
-            write_curves(reports, state, summary)
-            write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
-            record.tags({"best_step": str(summary["best_step"])})
-        checkpoints.remove()
+            if place().rank == 0:
+                write_model(target, params, tokenizer, checkpoints, summary, made_from)
+                write_curves(reports, state, summary)
+                write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
+                record.tags({"best_step": str(summary["best_step"])})
+        if place().rank == 0:
+            checkpoints.remove()
     best: Figures = summary["val"]
     return best
 
 
-def _new_state(params: Params, tokenizer: Tokenizer, device: torch.device) -> tuple[TrainState, dict[str, str]]:
+def _new_state(params: Params, tokenizer: Tokenizer, where: runtime.Runtime) -> tuple[TrainState, dict[str, str]]:
     """The state before the first step, and the digests of the weights that it starts from, if it does from any."""
     torch.manual_seed(params.seed)
     model = GPT(params.model, tokenizer.vocab_size)
@@ -136,7 +143,9 @@ def _new_state(params: Params, tokenizer: Tokenizer, device: torch.device) -> tu
         initialise_from(model, folder)
         _check_tokenizer(tokenizer, folder)
         digests = {path.name: sha256_of(path) for path in weight_files(folder)}
-    model.to(device)
+    model.to(where.device)
+    if place().n_ranks > 1 and params.train.parallel == "fsdp":
+        distributed.shard(model)
     return TrainState(model, build_optimizers(model, params.train), params.train.batch_size), digests
 
 
@@ -194,18 +203,23 @@ class _Training:
         self._send()
 
     def validate(self) -> float:
+        model, part = distributed.whole_model(self.state.model), place()[:2]
         scores = score(
-            self.state.model, self.val_stream, precision=self.plan.precision, advance=lambda _: self.stop.check()
+            model, self.val_stream, precision=self.plan.precision, part=part, advance=lambda _: self.stop.check()
         )
+        for sums in vars(scores).values():
+            distributed.all_reduce(torch.from_numpy(sums))
         found = figures(scores, self.val_stream.documents)
         self.log(self.state.step, {f"val/{name}": found[name] for name in _VALIDATION_FIGURES})
-        return found["loss"]
+        return distributed.from_first(found["loss"])
 
     def report(self) -> None:
         """After each validation: keep the best weights, say what is seen, sample, send."""
-        validation = self.state.history[-1]
+        validation, model = self.state.history[-1], distributed.whole_model(self.state.model)
+        if place().rank > 0:
+            return
         if self.state.best_is_now:
-            self.checkpoints.save_best(self.state.model, self.state.step)
+            self.checkpoints.save_best(model, self.state.step)
         train_loss = "" if validation.train_loss is None else f"train loss {validation.train_loss:.4f}, "
         mark = ", best so far" if self.state.best_is_now else ""
         say(f"train: step {validation.step:,}: {train_loss}val loss {validation.val_loss:.4f}{mark}")
@@ -214,12 +228,12 @@ class _Training:
             complain(f"red flag: {flags[name]}")
         self._flags_said |= flags.keys()
         self.record.tags({f"red_flag.{name}": words for name, words in flags.items()})
-        self.record.text(f"samples/step-{self.state.step:08d}.md", self._samples())
+        self.record.text(f"samples/step-{self.state.step:08d}.md", self._samples(model))
         if self.params.train.on_spike == "stop":  # else only what is never taken back: what is saved
             self._send()
 
     def save(self) -> None:
-        self.checkpoints.save(self.state, {"run_id": self.record.run_id})
+        self.checkpoints.save(self.state, {"run_id": getattr(self.record, "run_id", None)})
         self._send()
 
     def roll_back(self, error: NumericError) -> None:
@@ -230,7 +244,8 @@ class _Training:
         if self._rolled_back_to.count(self.state.step) > _ROLL_BACKS:
             raise error
         complain(f"warning: {str(error).split(';')[0]}; going on from step {self.state.step:,} with other batches")
-        self.record.tags({f"rolled_back.{failed:08d}": str(error)})
+        if place().rank == 0:
+            self.record.tags({f"rolled_back.{failed:08d}": str(error)})
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.state.journal.append((step, time.time_ns() // 1_000_000, metrics))
@@ -239,15 +254,16 @@ class _Training:
             self.progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}")
 
     def _send(self) -> None:
-        self.record.metrics(self.state.journal[self._n_sent :])
+        if place().rank == 0:
+            self.record.metrics(self.state.journal[self._n_sent :])
         self._n_sent = len(self.state.journal)
 
-    def _samples(self) -> str:
+    def _samples(self, model: GPT) -> str:
         """Continuations of the sample prompts, as Markdown; the same seed each time, so that they compare."""
         section = self.params.train
         sampling = Sampling(temperature=0.8, top_k=50, seed=self.params.seed)
         parts = []
         for prompt in section.sample_prompts:
-            pieces = continue_text(self.state.model, self.tokenizer, prompt, section.sample_tokens, sampling)
+            pieces = continue_text(model, self.tokenizer, prompt, section.sample_tokens, sampling)
             parts.append(f"**{prompt}**{''.join(pieces)}\n")
         return "\n---\n\n".join(parts)

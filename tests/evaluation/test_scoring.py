@@ -61,6 +61,20 @@ def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...
     assert scores.nats.sum() == pytest.approx(scores.nats_by_position.sum())
 
 
+@pytest.mark.parametrize("n_parts", [2, 3, 7])
+def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
+    """And each hears of the same turns, also the parts that have nothing left to score in the last."""
+    model, stream = tiny.network(), stream_of(1, 40, 3, 60)
+    monkeypatch.setattr(scoring, "_LOGITS", 16 * model.vocab_size)
+    whole, heard = score(model, stream), [[] for _ in range(n_parts)]
+    parts = [score(model, stream, part=(i, n_parts), advance=heard[i].append) for i in range(n_parts)]
+    for name, expected in vars(whole).items():
+        np.testing.assert_allclose(sum(getattr(part, name) for part in parts), expected, rtol=1e-12)
+    assert all(part.n_tokens.sum() > 0 for part in parts)
+    assert all(turns == heard[0] for turns in heard)
+    assert sum(heard[0]) == 103
+
+
 @pytest.mark.parametrize("lengths", [(), (1,)])
 def test_nothing_to_score(lengths: tuple[int, ...]) -> None:
     scores = score(tiny.network(), stream_of(*lengths))

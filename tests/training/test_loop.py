@@ -212,7 +212,7 @@ def test_rolling_back_passes_over_the_batches_since_the_checkpoint() -> None:
     around = Around(state)
     seen: list[int] = []
     at = batches.at
-    batches.at = lambda step: (seen.append(step), at(step))[1]  # type: ignore[method-assign]
+    batches.at = lambda step, part: (seen.append(step), at(step, part))[1]  # type: ignore[method-assign]
     around.run(batches, spiked(plan, state.model, [5, 9], math.nan))
     assert seen == list(range(11))  # 8 that count, 2 that failed, and 1 that was taken back with the first of them
     faults = [call for call in around.calls if call.startswith(("back", "save"))]
@@ -247,7 +247,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(size: int, capsys: p
 
 def test_out_of_memory_with_a_single_sequence_is_told() -> None:
     state, batches, plan = tiny.trained_state(train__micro_batch_size=2)
-    with pytest.raises(ResourceError, match="step 1: out of memory with one sequence") as caught:
+    with pytest.raises(ResourceError, match="step 1: out of memory with micro-batches of 1") as caught:
         optimizer_step(state, batches, replace(plan, loss=lambda x, y: torch.empty(1 << 60)))
     assert caught.value.exit_code == 5
 

@@ -1,0 +1,159 @@
+"""Training by two and three real processes over gloo: the same run as by one, whatever happens to one of them."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from toy_project import Project, start_ranks
+
+from gptpipe.config import Params
+from gptpipe.errors import ConfigError, Interrupted, ResourceError
+from gptpipe.files import verify
+from gptpipe.model.layout import load_model
+from gptpipe.training import distributed
+
+CHANGES = {"train__micro_batch_size": 1, "model__tie_embeddings": False}  # two micro-batches a rank
+
+
+@pytest.fixture
+def project(tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return Project(tmp_path, toy_split)
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def alone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_split: Path
+) -> Iterator[tuple[str, Project]]:
+    """The optimizer, and the training by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("alone")
+        patch.setenv("DVC_ROOT", str(root))
+        made = Project(root, toy_split)
+        made.train(tiny.params(train__optimizer=request.param, **CHANGES))
+    return request.param, made
+
+
+def exit_codes(ranks: list[BaseProcess]) -> list[int | None]:
+    for rank in ranks:
+        rank.join(120)
+    return [rank.exitcode for rank in ranks]
+
+
+def said(project: Project, rank: int) -> str:
+    return (project.root / f"rank-{rank}.err").read_text()
+
+
+def assert_alike(found: Project, expected: Project) -> None:
+    """Losses and gradient norms of all steps and validations, and the weights, to 1 part in 100,000 and 1e-5."""
+    for name in ("steps", "validations"):
+        tables = [pd.read_csv(project.root / f"reports/train.{name}.csv") for project in (found, expected)]
+        pd.testing.assert_frame_equal(*tables, check_exact=False, rtol=1e-5)
+    models = [dict(load_model(project.root / "models/gpt").named_parameters()) for project in (found, expected)]
+    for name, weight in models[1].items():
+        torch.testing.assert_close(models[0][name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, Project], parallel: str) -> None:
+    optimizer, expected = alone
+    params = tiny.params(train__optimizer=optimizer, train__parallel=parallel, **CHANGES)
+    assert exit_codes(start_ranks(2, params, project)) == [0, 0]
+    assert_alike(project, expected)
+    assert f"processes: 2 by {parallel}" in said(project, 0)
+    assert said(project, 1) == ""
+    assert project.checkpoints() == []
+
+
+@pytest.mark.parametrize(("parallel", "n", "optimizer"), [("ddp", 3, "muon"), ("fsdp", 2, "adamw")])
+def test_a_stop_of_one_rank_stops_all_and_they_go_on_bit_for_bit(
+    project: Project, tmp_path: Path, parallel: str, n: int, optimizer: str
+) -> None:
+    """Also by three, whose sums depend on their order."""
+    params = tiny.params(train__parallel=parallel, train__batch_size=6, train__optimizer=optimizer, model__dropout=0.1)
+    assert exit_codes(start_ranks(n, params, project)) == [0] * n
+    undisturbed = project.digests()
+    project = Project(tmp_path / "again", project.split)
+    project.root.mkdir()
+    assert exit_codes(start_ranks(n, params, project, stop_at=4)) == [143] * n
+    assert project.checkpoints()[-1] == "step-00000004"
+    told = "".join(said(project, rank) for rank in range(n))
+    assert [line for line in told.splitlines() if "error" in line] == [
+        "error: SIGTERM: train: stopped, all saved; rerun to go on from there"
+    ]
+    assert exit_codes(start_ranks(n, params, project)) == [0] * n
+    assert "resumed after step 4" in said(project, 0)
+    assert project.digests() == undisturbed
+
+
+def test_another_number_of_ranks_goes_on_if_allowed(
+    project: Project, alone: tuple[str, Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From two to one with AdamW, from one to two with Muon."""
+    optimizer, expected = alone
+    params = tiny.params(train__optimizer=optimizer, train__parallel="fsdp", **CHANGES)
+    if optimizer == "adamw":
+        assert exit_codes(start_ranks(2, params, project, stop_at=4)) == [143, 143]
+        with pytest.raises(ResourceError, match="ranks was 2 by fsdp, is 1"):
+            project.train(params)
+        monkeypatch.setenv("GPTPIPE_ALLOW_INEXACT", "1")
+        project.train(params)
+    else:
+        with pytest.raises(Interrupted):
+            project.train(params, stop_at=4)
+        assert exit_codes(start_ranks(2, params, project)) == [5, 5]
+        errors = [line for rank in range(2) for line in said(project, rank).splitlines() if "error" in line]
+        assert len(errors) == 1
+        assert "ranks was 1, is 2 by fsdp" in errors[0]
+        assert exit_codes(start_ranks(2, params, project, GPTPIPE_ALLOW_INEXACT="1")) == [0, 0]
+    assert_alike(project, expected)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_with_one_line_and_the_checkpoint_whole(project: Project, victim: int) -> None:
+    params = tiny.params(train__max_steps=100_000, train__eval_every=100_000, train__save_every=5)
+    ranks = start_ranks(2, params, project)
+    while not any(name.startswith("step-") for name in project.checkpoints()) and ranks[0].exitcode is None:
+        time.sleep(0.01)
+    os.kill(ranks[victim].pid or 0, signal.SIGKILL)
+    survivor = 1 - victim
+    assert exit_codes(ranks)[survivor] == 5
+    errors = [line for line in said(project, survivor).splitlines() if "error" in line]
+    assert errors == [f"error: train: rank {survivor} lost another rank; rerun to go on from the last checkpoint"]
+    verify(max(project.root.glob(".gptpipe/checkpoints/*/step-*")))
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, n_ranks: int) -> None:
+    values = {"TORCHELASTIC_RUN_ID": "test", "RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank}
+    for name, value in {**values, "LOCAL_WORLD_SIZE": n_ranks}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 6])
+def test_any_number_of_ranks_sees_the_batches_of_one(n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, batches, plan = tiny.trained_state(train__batch_size=6)
+    for step in range(20):
+        parts = []
+        for rank in range(n_ranks):
+            as_rank(monkeypatch, rank, n_ranks)
+            parts.append(batches.at(step, distributed.share(plan.params)))
+        for found, expected in zip(zip(*parts, strict=True), batches.at(step), strict=True):
+            assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize(("n_ranks", "micro_batch_size"), [(3, None), (2, 4)])
+def test_ranks_that_cannot_share_a_batch_are_told(
+    n_ranks: int, micro_batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, 0, n_ranks)
+    params: Params = tiny.params(train__micro_batch_size=micro_batch_size)
+    with pytest.raises(ConfigError, match=rf"train\.batch_size 4 must be a multiple of {n_ranks} processes") as caught:
+        distributed.share(params.train)
+    assert caught.value.exit_code == 2
