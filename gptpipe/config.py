@@ -77,7 +77,8 @@ class CollectParams(Section):
     encoding_errors: Literal["strict", "replace"]
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
-    dedup: Literal["none", "exact"]
+    dedup: Literal["none", "exact", "near"]
+    near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 
 
 class TokenizeParams(Section):

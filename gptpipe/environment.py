@@ -1,8 +1,10 @@
 """What the surroundings say: settings that change no result, all read here."""
 
+import importlib
 import os
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 from gptpipe.errors import ConfigError
 
@@ -27,6 +29,14 @@ def n_workers() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"GPTPIPE_WORKERS is {text!r}; set it to a whole number of processes, 1 or more")
     return int(text)
+
+
+def optional_module(name: str, extra: str) -> ModuleType:
+    """A module that an extra brings. Raises ConfigError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"params.yaml asks for what needs `{name}`: pip install -e '.[{extra}]'") from error
 
 
 def allow_inexact() -> bool:

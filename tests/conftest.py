@@ -37,6 +37,7 @@ def collect_params() -> Callable[..., CollectParams]:
             "min_document_bytes": 1,
             "max_document_bytes": 1_000_000,
             "dedup": "exact",
+            "near_similarity": 0.7,
         }
         return CollectParams.model_validate({**values, **changed})
 

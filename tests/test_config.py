@@ -111,7 +111,7 @@ def test_params_are_frozen(params: Params) -> None:
         ({"vocab_size": "256"}, "tokenize.vocab_size: Input should be greater than or equal to 257, got 256"),
         ({"vocab_size": "1e12"}, "tokenize.vocab_size: Input should be a valid integer, got 1000000000000.0"),
         ({"seed": "-1"}, "seed: Input should be greater than or equal to 0, got -1"),
-        ({"dedup": "fuzzy"}, "collect.dedup: Input should be 'none' or 'exact', got 'fuzzy'"),
+        ({"dedup": "fuzzy"}, "collect.dedup: Input should be 'none', 'exact' or 'near', got 'fuzzy'"),
         ({"max_document_bytes": "6"}, "collect.max_document_bytes: Input should be greater than or equal to 64, got 6"),
         ({"sample_prompts": "text\n  x:"}, "train.x: unknown key"),
     ],

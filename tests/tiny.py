@@ -92,6 +92,7 @@ def params(texts: tuple[str, ...] = ("none.txt",), **changes: Any) -> Params:
             "min_document_bytes": 1,
             "max_document_bytes": 100_000,
             "dedup": "exact",
+            "near_similarity": 0.7,
         },
         "tokenize": {"encoding": "trained", "vocab_size": 300},
         "split": {"val_fraction": 0.2, "test_fraction": 0.2},

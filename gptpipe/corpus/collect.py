@@ -1,5 +1,6 @@
 """Stage collect as one function: sources in, clean and distinct documents out, everything left out counted."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 from gptpipe.config import CollectParams
 from gptpipe.console import Progress
 from gptpipe.corpus.cleaning import Rejected, clean
-from gptpipe.corpus.dedup import ExactDedup
+from gptpipe.corpus.dedup import ExactDedup, near_duplicates
 from gptpipe.corpus.document import Document
-from gptpipe.corpus.shards import write_shards
+from gptpipe.corpus.shards import read_documents, shard_paths, write_shards
 from gptpipe.corpus.sources import fingerprint, read
 from gptpipe.errors import InputError
 from gptpipe.files import new_folder
@@ -23,7 +24,11 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
     counts: Counter[str] = Counter({"documents_in": 0, "documents": 0, "bytes": 0})
     made_from = fingerprint(params.sources)
     with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
-        write_shards(progress.track(_documents(params, counts)), folder.path)
+        near = params.dedup == "near"
+        write_shards(progress.track(_documents(params, counts)), folder.path / "all" if near else folder.path)
+        if near:
+            write_shards(_without_near_duplicates(folder.path / "all", params, counts), folder.path)
+            shutil.rmtree(folder.path / "all")
         folder.counts = dict(counts)
         if not counts["documents"]:
             raise InputError(f"collect: no document left of {counts['documents_in']} ({_in_words(counts)}); add text")
@@ -32,7 +37,7 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
 
 def _documents(params: CollectParams, counts: Counter[str]) -> Iterator[Document]:
     """Kept documents of all sources; notes in `counts` what comes in, stays and goes."""
-    exact = ExactDedup() if params.dedup == "exact" else None
+    exact = None if params.dedup == "none" else ExactDedup()
     names = [source.kind for source in params.sources]
     for position, source in enumerate(params.sources):
         name = source.kind if names.count(source.kind) == 1 else f"{source.kind}-{position}"
@@ -51,6 +56,19 @@ def _documents(params: CollectParams, counts: Counter[str]) -> Iterator[Document
             counts["bytes"] += document.n_bytes
             if params.encoding_errors == "replace" and "\ufffd" in document.text:
                 counts["with_replacement_character"] += 1
+            yield document
+
+
+def _without_near_duplicates(folder: Path, params: CollectParams, counts: Counter[str]) -> Iterator[Document]:
+    shards = shard_paths(folder)
+    repeats = near_duplicates(shards, params.near_similarity, folder / "signatures")
+    documents = (document for shard in shards for _, document in read_documents(shard))
+    for document, is_repeat in zip(documents, repeats, strict=True):
+        if is_repeat:
+            counts["rejected_near_duplicate"] += 1
+            counts["documents"] -= 1
+            counts["bytes"] -= document.n_bytes
+        else:
             yield document
 
 

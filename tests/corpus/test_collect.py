@@ -174,7 +174,7 @@ from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
 source = {"kind": "text", "paths": (sys.argv[1],), "document": "line"}
 params = CollectParams.model_validate({"sources": (source,), "encoding_errors": "strict", "min_document_bytes": 1,
-                                       "max_document_bytes": 100_000, "dedup": "none"})
+                                       "max_document_bytes": 100_000, "dedup": "none", "near_similarity": 0.7})
 parquet._GROUP_BYTES, shards.SHARD_BYTES = 1 << 18, 1 << 20  # a small corpus fills several
 collect(params, Path(sys.argv[2]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
