@@ -77,6 +77,7 @@ class CollectParams(Section):
     encoding_errors: Literal["strict", "replace"]
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
+    max_expansion: Positive
     dedup: Literal["none", "exact", "near"]
     near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 

@@ -91,6 +91,7 @@ def params(texts: tuple[str, ...] = ("none.txt",), **changes: Any) -> Params:
             "encoding_errors": "strict",
             "min_document_bytes": 1,
             "max_document_bytes": 100_000,
+            "max_expansion": 200,
             "dedup": "exact",
             "near_similarity": 0.7,
         },

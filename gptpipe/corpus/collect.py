@@ -25,7 +25,9 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
     made_from = fingerprint(params.sources)
     with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
         near = params.dedup == "near"
-        write_shards(progress.track(_documents(params, counts)), folder.path / "all" if near else folder.path)
+        write_shards(
+            progress.track(_documents(params, counts, made_from)), folder.path / "all" if near else folder.path
+        )
         if near:
             write_shards(_without_near_duplicates(folder.path / "all", params, counts), folder.path)
             shutil.rmtree(folder.path / "all")
@@ -35,13 +37,13 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def _documents(params: CollectParams, counts: Counter[str]) -> Iterator[Document]:
+def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Iterator[Document]:
     """Kept documents of all sources; notes in `counts` what comes in, stays and goes."""
     exact = None if params.dedup == "none" else ExactDedup()
     names = [source.kind for source in params.sources]
     for position, source in enumerate(params.sources):
         name = source.kind if names.count(source.kind) == 1 else f"{source.kind}-{position}"
-        for text in read(source, params, counts):
+        for text in read(source, params, counts, digests):
             counts["documents_in"] += 1
             try:
                 if isinstance(text, Rejected):
