@@ -8,7 +8,7 @@ from pathlib import Path
 from gptpipe.config import CollectParams
 from gptpipe.console import Progress
 from gptpipe.corpus.cleaning import Rejected, clean
-from gptpipe.corpus.dedup import ExactDedup, near_duplicates
+from gptpipe.corpus.dedup import near_duplicates
 from gptpipe.corpus.document import Document
 from gptpipe.corpus.shards import read_documents, shard_paths, write_shards
 from gptpipe.corpus.sources import fingerprint, read
@@ -39,18 +39,23 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
 
 def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Iterator[Document]:
     """Kept documents of all sources; notes in `counts` what comes in, stays and goes."""
-    exact = None if params.dedup == "none" else ExactDedup()
+    seen: set[bytes] = set()  # 16 bytes of each id: about 100 MB of memory per million documents
     names = [source.kind for source in params.sources]
     for position, source in enumerate(params.sources):
         name = source.kind if names.count(source.kind) == 1 else f"{source.kind}-{position}"
+        n_documents = n_bytes = 0
         for text in read(source, params, counts, digests):
             counts["documents_in"] += 1
             try:
                 if isinstance(text, Rejected):
                     raise text
                 document = Document(name, clean(text, params))
-                if exact and not exact.is_new(document.id):
-                    raise Rejected("duplicate")
+                if int(document.id[-8:], 16) >= source.weight * 2**32:
+                    raise Rejected("weighted_out")
+                if params.dedup != "none":
+                    if (key := bytes.fromhex(document.id[:32])) in seen:
+                        raise Rejected("duplicate")
+                    seen.add(key)
             except Rejected as rejected:
                 counts[f"rejected_{rejected.reason}"] += 1
                 continue
@@ -59,6 +64,9 @@ def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, s
             if params.encoding_errors == "replace" and "\ufffd" in document.text:
                 counts["with_replacement_character"] += 1
             yield document
+            n_documents, n_bytes = n_documents + 1, n_bytes + document.n_bytes
+            if n_documents == source.max_documents or (source.max_bytes and n_bytes >= source.max_bytes):
+                break
 
 
 def _without_near_duplicates(folder: Path, params: CollectParams, counts: Counter[str]) -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""Deduplication across all sources: exact while documents stream by, near over their finished shards."""
+"""Near-duplicates across all sources, found over finished shards."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
-from gptpipe.corpus.shards import n_documents, read_documents
+from gptpipe.corpus.shards import read_documents
 from gptpipe.environment import optional_module
 from gptpipe.parallel import map_in_order
 
@@ -23,21 +24,6 @@ _WORD = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\\W\u0e00-\u0eff
 Indices = npt.NDArray[np.int64]
 
 
-class ExactDedup:
-    """Remembers 16 bytes of each document id: about 100 MB of memory per million documents."""
-
-    def __init__(self) -> None:
-        self._seen: set[bytes] = set()
-
-    def is_new(self, document_id: str) -> bool:
-        """Whether the hex id comes for the first time; remembers it."""
-        key = bytes.fromhex(document_id[:32])
-        if key in self._seen:
-            return False
-        self._seen.add(key)
-        return True
-
-
 def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt.NDArray[np.bool_]:
     """For each document of the shards, in order: whether it belongs to the cluster of one before it.
 
@@ -47,13 +33,12 @@ def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt
     on two sides of a split. Per million documents: 512 MB in the file
     `scratch`, 110 MB of memory.
     """
-    sizes = [n_documents(shard) for shard in shards]
+    sizes = [pq.read_metadata(shard).num_rows for shard in shards]
     n = sum(sizes)
     with scratch.open("wb") as file:
         file.truncate(n * _VALUES * 4)
     jobs = [(shard, sum(sizes[:i])) for i, shard in enumerate(shards)]
-    for _ in map_in_order(partial(_write_signatures, scratch=scratch), jobs):
-        pass
+    list(map_in_order(partial(_write_signatures, scratch=scratch), jobs))
     first = np.arange(n)  # of each document's cluster
     for band in range(0, _VALUES, _BAND):
         for pairs in _candidates(scratch, n, band):
@@ -62,8 +47,7 @@ def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt
                 one, other = fresh[:, start : start + _ROWS]
                 alike = (_signatures(scratch, n)[one] == _signatures(scratch, n)[other]).mean(axis=1) >= similarity
                 _unite(first, one[alike], other[alike])
-    repeats: npt.NDArray[np.bool_] = first != np.arange(n)
-    return repeats
+    return np.not_equal(first, np.arange(n))
 
 
 def _write_signatures(job: tuple[Path, int], *, scratch: Path) -> None:

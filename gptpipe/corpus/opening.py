@@ -33,10 +33,13 @@ _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarE
             pa.ArrowException, RuntimeError, NotImplementedError)  # fmt: skip
 
 
+Note = Callable[[bytes], None]
+
+
 class _Stream(io.RawIOBase):
     """Reads in full from what may give less; calls `note` with each piece of bytes."""
 
-    def __init__(self, file: Any, note: Callable[[bytes], None]) -> None:
+    def __init__(self, file: Any, note: Note) -> None:
         self._file, self._note = file, note
 
     def readable(self) -> bool:
@@ -58,8 +61,8 @@ def is_remote(address: str) -> bool:
 def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Iterator[tuple[str, io.BufferedReader]]:
     """Name and content of a file, or of each file in an archive (tar or zip, its files compressed or not), in order.
 
-    Raises InputError where more comes out than `max_expansion` times what went in. A remote file is read once, start to
-    end; its SHA-256 is noted in `digests`. Run it inside `read_errors`.
+    Raises InputError where more comes out than `max_expansion` times what went in. A remote file is read once, and the
+    SHA-256 of what was read is noted in `digests`. Run it inside `read_errors`.
     """
     sha256, n_in, n_out = hashlib.sha256(), 0, 0
 
@@ -77,15 +80,15 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
 
     with _open(address) as raw:
         file = io.BufferedReader(_Stream(raw, count_in), CHUNK) if is_remote(address) else raw
-        yield from _unpacked(address, _decompressed(file, count_out), count_out)
-        if is_remote(address):
+        try:
+            yield from _unpacked(address, _decompressed(file, count_out), count_out)
             _drain(file)
-            digests[address] = sha256.hexdigest()
+        finally:  # also where a source's limit ends it
+            if is_remote(address):
+                digests[address] = sha256.hexdigest()
 
 
-def _unpacked(
-    name: str, file: io.BufferedReader, note: Callable[[bytes], None]
-) -> Iterator[tuple[str, io.BufferedReader]]:
+def _unpacked(name: str, file: io.BufferedReader, note: Note) -> Iterator[tuple[str, io.BufferedReader]]:
     head = file.peek(512)
     if head[257:262] == b"ustar":
         with tarfile.open(fileobj=file, mode="r|") as tar:
@@ -103,13 +106,13 @@ def _unpacked(
         yield name, file
 
 
-def _decompressed(file: io.BufferedReader, note: Callable[[bytes], None]) -> io.BufferedReader:
+def _decompressed(file: io.BufferedReader, note: Note) -> io.BufferedReader:
     head = file.peek(16)
     opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
     return _noted(opener(file), note) if opener else file
 
 
-def _noted(file: Any, note: Callable[[bytes], None]) -> io.BufferedReader:
+def _noted(file: Any, note: Note) -> io.BufferedReader:
     return io.BufferedReader(_Stream(file, note), CHUNK)
 
 
@@ -130,16 +133,12 @@ def _drain(file: BinaryIO) -> None:
         pass
 
 
-@contextmanager
-def _open(address: str) -> Iterator[Any]:
+def _open(address: str) -> Any:
     if not is_remote(address):
-        with Path(address).open("rb", CHUNK) as file:
-            yield file
-        return
+        return Path(address).open("rb", CHUNK)
     system, path = _file_system(address)
     # Block size 0 lets HTTP stream: not every server can give ranges.
-    with system.open(path, "rb", **({"block_size": 0} if address.startswith("http") else {})) as file:
-        yield file
+    return system.open(path, "rb", **({"block_size": 0} if address.startswith("http") else {}))
 
 
 def remote_addresses(pattern: str) -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gptpipe.corpus.document import Document
 from gptpipe.parquet import new_parquet, read_parquet
@@ -38,7 +37,3 @@ def read_documents(shard: Path) -> Iterator[tuple[str, Document]]:
     for batch in read_parquet(shard, ["id", "source", "text"]):
         for row in batch.to_pylist():
             yield row["id"], Document(row["source"], row["text"])
-
-
-def n_documents(shard: Path) -> int:
-    return int(pq.read_metadata(shard).num_rows)

@@ -18,10 +18,12 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.config import CollectParams, Jsonl, Parquet, PythonDocs, Source, Text
+from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, PythonDocs, Source, Text, Url
 from gptpipe.corpus.cleaning import Rejected, cut, plain_line_ends
+from gptpipe.corpus.downloads import download
 from gptpipe.corpus.opening import CHUNK, is_remote, open_files, read_errors, remote_addresses, seekable
 from gptpipe.corpus.python_docs import python_docs
+from gptpipe.environment import optional_module
 from gptpipe.errors import InputError, first_line
 from gptpipe.files import sha256_of
 
@@ -56,17 +58,20 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
     if isinstance(source, PythonDocs):
         yield from python_docs()
         return
-    for address in _addresses(source.paths):
+    if isinstance(source, HuggingFace):
+        yield from _huggingface(source)
+        return
+    for address in _addresses(source):
         with read_errors(address):
             for name, file in open_files(address, params.max_expansion, digests):
                 match source:
-                    case Text():
-                        separator = {"file": None, "line": "\n", "separator": source.separator}[source.document]
+                    case Text() | Url(format="text"):
+                        separator = "\n" if source.document == "line" else getattr(source, "separator", None)
                         yield from _text_file(name, file, separator, params, counts)
-                    case Jsonl():
+                    case Jsonl() | Url(format="jsonl"):
                         yield from _jsonl_file(name, file, source.text_key, params)
-                    case Parquet():
-                        yield from _parquet_file(name, file, source.text_column, params)
+                    case Parquet(text_column=column) | Url(text_key=column):
+                        yield from _parquet_file(name, file, column, params)
 
 
 def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
@@ -77,18 +82,24 @@ def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
     digests: dict[str, str] = {}
     if any(isinstance(source, PythonDocs) for source in sources):
         digests["python-docs"] = f"{platform.python_implementation()} {platform.python_version()}"
-    patterns = [pattern for source in sources if not isinstance(source, PythonDocs) for pattern in source.paths]
-    for address in _addresses(patterns):
-        if not is_remote(address):
-            with read_errors(address):
-                digests[os.fsencode(address).decode(errors="backslashreplace")] = sha256_of(Path(address))
+    for source in sources:
+        if isinstance(source, HuggingFace):
+            digests[_hub_address(source)] = source.revision
+        elif isinstance(source, Url):
+            digests[source.url] = source.sha256
+    patterns = [pattern for source in sources if isinstance(source, Text | Jsonl | Parquet) for pattern in source.paths]
+    for path in matching_files(pattern for pattern in patterns if not is_remote(pattern)):
+        with read_errors(str(path)):
+            digests[os.fsencode(path).decode(errors="backslashreplace")] = sha256_of(path)
     return digests
 
 
-def _addresses(patterns: Iterable[str]) -> list[str]:
-    """Local files, then remote ones."""
-    local = [pattern for pattern in patterns if not is_remote(pattern)]
-    remote = {address for pattern in patterns if is_remote(pattern) for address in remote_addresses(pattern)}
+def _addresses(source: Text | Jsonl | Parquet | Url) -> list[str]:
+    """Local files, then remote ones; a download is fetched."""
+    if isinstance(source, Url):
+        return [str(download(source.url, source.sha256))]
+    local = [pattern for pattern in source.paths if not is_remote(pattern)]
+    remote = {address for pattern in source.paths if is_remote(pattern) for address in remote_addresses(pattern)}
     return [*map(str, matching_files(local)), *sorted(remote)]
 
 
@@ -214,3 +225,21 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
         ) from error
     except pa.ArrowException as error:
         raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
+
+
+def _hub_address(source: HuggingFace) -> str:
+    return f"huggingface://{source.dataset}/{source.name or 'default'}/{source.split}"
+
+
+def _huggingface(source: HuggingFace) -> Texts:
+    datasets = optional_module("datasets", "huggingface")
+    with read_errors(_hub_address(source)):
+        rows = datasets.load_dataset(
+            source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
+        )
+        for row in rows:
+            if source.text_column not in row:
+                names = ", ".join(row)
+                raise InputError(f"{source.dataset}: no column `{source.text_column}` among {names}; set text_column")
+            text = row[source.text_column]
+            yield text if isinstance(text, str) else Rejected("no_text")

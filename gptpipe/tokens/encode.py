@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -58,14 +57,10 @@ def _encode_shard(shard: Path, *, tokenizer_folder: Path, target: Path) -> dict[
     with new_parquet(target / shard.name.replace("docs", "tokens"), schema) as rows:
         for document_id, document in read_documents(shard):
             tokens = tokenizer.encode_document(document.text)
-            row: dict[str, Any] = {
-                "id": document_id,
-                "source": document.source,
-                "n_bytes": document.n_bytes,
-                "tokens": tokens,
-            }
+            n_bytes = document.n_bytes
+            row = {"id": document_id, "source": document.source, "n_bytes": n_bytes, "tokens": tokens}
             rows.append(row, tokens.nbytes)
             counts["documents"] += 1
             counts["tokens"] += len(tokens)
-            counts["bytes"] += row["n_bytes"]
+            counts["bytes"] += n_bytes
     return counts
