@@ -12,6 +12,7 @@ from gptpipe.corpus.dedup import near_duplicates
 from gptpipe.corpus.document import Document
 from gptpipe.corpus.shards import read_documents, shard_paths, write_shards
 from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.environment import optional_module
 from gptpipe.errors import InputError
 from gptpipe.files import new_folder
 
@@ -21,16 +22,16 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
 
     Raises InputError where a source cannot be read or nothing is left.
     """
+    if near := params.dedup == "near":
+        optional_module("rensa", "near")  # said now, not after the first pass
     counts: Counter[str] = Counter({"documents_in": 0, "documents": 0, "bytes": 0})
     made_from = fingerprint(params.sources)
     with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
-        near = params.dedup == "near"
-        write_shards(
-            progress.track(_documents(params, counts, made_from)), folder.path / "all" if near else folder.path
-        )
+        exact = folder.path / "exact" if near else folder.path
+        write_shards(progress.track(_documents(params, counts, made_from)), exact)
         if near:
-            write_shards(_without_near_duplicates(folder.path / "all", params, counts), folder.path)
-            shutil.rmtree(folder.path / "all")
+            write_shards(_without_near_duplicates(exact, params, counts), folder.path)
+            shutil.rmtree(exact)
         folder.counts = dict(counts)
         if not counts["documents"]:
             raise InputError(f"collect: no document left of {counts['documents_in']} ({_in_words(counts)}); add text")

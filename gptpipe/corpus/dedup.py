@@ -30,8 +30,7 @@ def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt
     MinHash (Broder, 1997) over shingles of five words. Documents whose signatures agree in a band, and in a share of
     all values of at least `similarity` (an estimate of their Jaccard similarity, standard error at most 0.045), are in
     one cluster, and so is whatever else is so close to one of them. Only the first of a cluster stays, so none can lie
-    on two sides of a split. Per million documents: 512 MB in the file
-    `scratch`, 110 MB of memory.
+    on two sides of a split. Per million documents: 512 MB in the file `scratch`, 110 MB of memory.
     """
     sizes = [pq.read_metadata(shard).num_rows for shard in shards]
     n = sum(sizes)

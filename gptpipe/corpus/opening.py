@@ -79,13 +79,15 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
                              "collect.max_expansion")  # fmt: skip
 
     with _open(address) as raw:
-        file = io.BufferedReader(_Stream(raw, count_in), CHUNK) if is_remote(address) else raw
+        if not is_remote(address):
+            yield from _unpacked(address, _decompressed(raw, count_out), count_out)
+            return
+        file = _noted(raw, count_in)
         try:
             yield from _unpacked(address, _decompressed(file, count_out), count_out)
             _drain(file)
         finally:  # also where a source's limit ends it
-            if is_remote(address):
-                digests[address] = sha256.hexdigest()
+            digests[address] = sha256.hexdigest()
 
 
 def _unpacked(name: str, file: io.BufferedReader, note: Note) -> Iterator[tuple[str, io.BufferedReader]]:
@@ -161,10 +163,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": timeout}
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
-    except (
-        ImportError,
-        ValueError,
-    ) as error:  # no package for s3 or gs, or no such protocol
+    except (ImportError, ValueError) as error:  # no package for s3 or gs, or no such protocol
         raise InputError(f"{address}: {first_line(error)}; for s3: pip install s3fs") from error
     return system, path
 

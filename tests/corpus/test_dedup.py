@@ -1,7 +1,6 @@
 """Near-duplicates: one document of each cluster stays, found whatever lies between, in little memory."""
 
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from gptpipe.corpus.collect import collect
 from gptpipe.corpus.dedup import near_duplicates
 from gptpipe.corpus.document import Document
 from gptpipe.corpus.shards import shard_paths, write_shards
+from gptpipe.errors import ConfigError
 from gptpipe.files import verify
 
 MakeParams = Callable[..., CollectParams]
@@ -109,16 +109,10 @@ def test_collect_counts_them_and_any_number_of_workers_gives_the_same_bytes(
     }  # fmt: skip
 
 
-def test_without_the_extra_one_line_says_how_to_get_it(tmp_path: Path) -> None:
-    program = """
-import sys
-sys.modules["rensa"] = None
-from gptpipe.environment import optional_module
-from gptpipe.errors import ConfigError
-try:
-    optional_module("rensa", "near")
-except ConfigError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "params.yaml asks for what needs `rensa`: pip install -e '.[near]'\n"
+def test_without_the_extra_one_line_says_how_to_get_it(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(ConfigError, match=r"asks for what needs `rensa`: pip install -e '\.\[near\]'"):
+        collect(collect_params({"kind": "python-docs"}, dedup="near"), tmp_path / "raw")
+    assert list(tmp_path.iterdir()) == []
