@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
@@ -31,13 +31,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class PythonDocs(Section):
+class AnySource(Section):
+    """What every source may have."""
+
+    max_documents: Positive | None = None  # kept ones, then the source ends
+    max_bytes: Positive | None = None  # the same, in bytes of text
+    weight: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0  # share of its documents to keep, drawn by id
+
+
+class PythonDocs(AnySource):
     """Help topics and docstrings of the standard library of the running Python."""
 
     kind: Literal["python-docs"]
 
 
-class Text(Section):
+class Text(AnySource):
     """Plain text files."""
 
     kind: Literal["text"]
@@ -53,7 +61,7 @@ class Text(Section):
         return separator
 
 
-class Jsonl(Section):
+class Jsonl(AnySource):
     """One JSON object per line."""
 
     kind: Literal["jsonl"]
@@ -61,7 +69,7 @@ class Jsonl(Section):
     text_key: str = "text"
 
 
-class Parquet(Section):
+class Parquet(AnySource):
     """A column of Parquet files."""
 
     kind: Literal["parquet"]
@@ -69,7 +77,29 @@ class Parquet(Section):
     text_column: str = "text"
 
 
-Source = Annotated[PythonDocs | Text | Jsonl | Parquet, Field(discriminator="kind")]
+class Url(AnySource):
+    """One file to download."""
+
+    kind: Literal["url"]
+    url: Annotated[str, Field(pattern="^https?://")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    format: Literal["text", "jsonl", "parquet"] = "text"
+    text_key: str = "text"  # or column
+    document: Literal["file", "line"] = "file"
+
+
+class HuggingFace(AnySource):
+    """One split of a dataset of the Hugging Face hub, or of a dataset folder."""
+
+    kind: Literal["huggingface"]
+    dataset: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a commit: branches and tags move
+    name: str | None = None  # of the dataset's configuration
+    split: str = "train"
+    text_column: str = "text"
+
+
+Source = Annotated[PythonDocs | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]
 
 
 class CollectParams(Section):
@@ -77,7 +107,9 @@ class CollectParams(Section):
     encoding_errors: Literal["strict", "replace"]
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
-    dedup: Literal["none", "exact"]
+    max_expansion: Positive
+    dedup: Literal["none", "exact", "near"]
+    near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 
 
 class TokenizeParams(Section):
@@ -286,7 +318,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     if len(location) == 1:
         return list(Params.model_fields)
     if location[:2] == ("collect", "sources"):
-        kinds: dict[str, type[Section]] = {"python-docs": PythonDocs, "text": Text, "jsonl": Jsonl, "parquet": Parquet}
+        kinds = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in AnySource.__subclasses__()}
         return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
     section = Params.model_fields[str(location[0])].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []

@@ -1,8 +1,10 @@
 """What the surroundings say: settings that change no result, all read here."""
 
+import importlib
 import os
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from gptpipe.errors import ConfigError
@@ -43,6 +45,14 @@ def place() -> Place:
     """What torchrun says; without it, rank 0 of 1."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Place(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else Place()
+
+
+def optional_module(name: str, extra: str) -> ModuleType:
+    """A module that an extra brings. Raises ConfigError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"params.yaml asks for what needs `{name}`: pip install -e '.[{extra}]'") from error
 
 
 def allow_inexact() -> bool:

@@ -26,18 +26,31 @@ class ParquetRows:
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
         self._rows: list[dict[str, Any]] = []
-        self._n_bytes = 0
+        self._batches: list[pa.RecordBatch] = []
+        self._n_rows = self._n_bytes = 0
 
     def append(self, row: dict[str, Any], n_bytes: int = 0) -> None:
         """Add a row; `n_bytes` is about what its large values take in memory."""
         self._rows.append(row)
-        self._n_bytes += n_bytes
-        if len(self._rows) >= _GROUP_ROWS or self._n_bytes >= _GROUP_BYTES:
+        self._count(1, n_bytes)
+
+    def extend(self, batch: pa.RecordBatch) -> None:
+        """Add many rows at once; a file is made by `append` or by `extend`."""
+        self._batches.append(batch)
+        self._count(len(batch), batch.nbytes)
+
+    def _count(self, n_rows: int, n_bytes: int) -> None:
+        self._n_rows, self._n_bytes = self._n_rows + n_rows, self._n_bytes + n_bytes
+        if self._n_rows >= _GROUP_ROWS or self._n_bytes >= _GROUP_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows, self._n_bytes = [], 0
+        if self._batches:
+            table = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
+        else:
+            table = pa.Table.from_pylist(self._rows, self._schema)
+        self._writer.write_table(table)
+        self._rows, self._batches, self._n_rows, self._n_bytes = [], [], 0, 0
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def collect_params() -> Callable[..., CollectParams]:
             "encoding_errors": "strict",
             "min_document_bytes": 1,
             "max_document_bytes": 1_000_000,
+            "max_expansion": 200,
             "dedup": "exact",
+            "near_similarity": 0.7,
         }
         return CollectParams.model_validate({**values, **changed})
 

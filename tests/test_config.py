@@ -111,7 +111,7 @@ def test_params_are_frozen(params: Params) -> None:
         ({"vocab_size": "256"}, "tokenize.vocab_size: Input should be greater than or equal to 257, got 256"),
         ({"vocab_size": "1e12"}, "tokenize.vocab_size: Input should be a valid integer, got 1000000000000.0"),
         ({"seed": "-1"}, "seed: Input should be greater than or equal to 0, got -1"),
-        ({"dedup": "fuzzy"}, "collect.dedup: Input should be 'none' or 'exact', got 'fuzzy'"),
+        ({"dedup": "fuzzy"}, "collect.dedup: Input should be 'none', 'exact' or 'near', got 'fuzzy'"),
         ({"max_document_bytes": "6"}, "collect.max_document_bytes: Input should be greater than or equal to 64, got 6"),
         ({"sample_prompts": "text\n  x:"}, "train.x: unknown key"),
     ],
@@ -124,7 +124,9 @@ def test_a_bad_value_is_named(tmp_path: Path, lines: dict[str, str], fault: str)
     ("source", "fault"),
     [
         ("{kind: texts, paths: [a]}", "collect.sources.0: Input tag 'texts' found using 'kind' does not match any of "
-         "the expected tags: 'python-docs', 'text', 'jsonl', 'parquet'"),
+         "the expected tags: 'python-docs', 'text', 'jsonl', 'parquet', 'url', "
+         "'huggingface'"),
+        ("{kind: huggingface, dataset: a/b}", "collect.sources.0.huggingface.revision: missing"),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),
         ("{kind: text, path: [a]}", "collect.sources.0.text.path: unknown key; did you mean `paths`?"),
         ("{kind: text, paths: a.txt}", "collect.sources.0.text.paths: Input should be a valid array, got 'a.txt'"),

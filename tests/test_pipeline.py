@@ -7,11 +7,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
-import psutil
 import pytest
 from ruamel.yaml import YAML
 
@@ -192,27 +190,3 @@ def test_a_flipped_bit_stops_the_stage_that_reads_it(reproduced: Path, tmp_path:
     result = run(project, sys.executable, "-m", "stages.train", check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (4, False)
     assert "data/split/train/tokens.npy" in result.stderr
-
-
-def test_torchrun_starts_again_what_lost_a_rank(reproduced: Path, tmp_path: Path) -> None:
-    """Two processes; one dies by SIGKILL when there is a checkpoint, and `--max-restarts` goes on from there."""
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    launcher = "torchrun --standalone --nproc-per-node=2 --max-restarts=1"
-    steps = {"train.max_steps": 300, "train.eval_every": 300, "train.save_every": 20}
-    set_params(project, {"train.launcher": launcher, **steps})
-    command = ["dvc", "repro", "train"]
-    with subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(project.glob(".gptpipe/checkpoints/*/step-*")):
-            time.sleep(0.02)
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child, "1")]
-        ranks[0].kill()
-        errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, errors
-    assert "rank 0 lost another rank" in errors
-    assert "resumed after step" in errors
-    assert json.loads((project / "reports/train.json").read_bytes())["steps"] == 300
-
-
-def is_rank(process: psutil.Process, rank: str) -> bool:
-    return process.cmdline()[-1:] == ["stages.train"] and process.environ().get("RANK") == rank

@@ -25,15 +25,18 @@ def clean(text: str, params: CollectParams) -> str:
     Of more than 1,000 white characters in a row the rest goes: a million of them make tiktoken's matcher overflow its
     stack. Raises Rejected: `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`.
     """
-    if _SURROGATE.search(text):
+    if not text.isascii() and _SURROGATE.search(text):
         raise Rejected("lone_surrogates")
     text = plain_line_ends(text.removeprefix("\ufeff"))
     text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
-    text = "\n".join(line.rstrip(" \t") for line in text.split("\n")).strip("\n")
-    text = _LONG_SPACE.sub(r"\1", text)
+    if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
+        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    text = text.strip("\n")
+    if len(text) > 1000:
+        text = _LONG_SPACE.sub(r"\1", text)
     if not text.strip():
         raise Rejected("empty")
-    if len(text.encode()) < params.min_document_bytes:
+    if len(text) < params.min_document_bytes and len(text.encode()) < params.min_document_bytes:
         raise Rejected("too_short")
     return text
 
@@ -47,6 +50,8 @@ def cut(text: str, max_bytes: int) -> list[str]:
 
     A last piece shorter than that may go on where the text goes on: cut it again with what follows.
     """
+    if text and 4 * len(text) <= max_bytes:  # most texts
+        return [text]
     pieces: list[str] = []
     start = 0
     while start < len(text):

@@ -8,7 +8,7 @@ import pyarrow as pa
 from gptpipe.corpus.document import Document
 from gptpipe.parquet import new_parquet, read_parquet
 
-SHARD_BYTES = 32 << 20  # of text; a shard is the unit of work and of memory
+SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory
 _SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
 
 

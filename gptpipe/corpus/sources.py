@@ -12,20 +12,22 @@ import platform
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.config import CollectParams, Jsonl, Parquet, PythonDocs, Source, Text
+from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, PythonDocs, Source, Text, Url
 from gptpipe.corpus.cleaning import Rejected, cut, plain_line_ends
+from gptpipe.corpus.downloads import download
+from gptpipe.corpus.opening import CHUNK, is_remote, open_files, read_errors, remote_addresses, seekable
 from gptpipe.corpus.python_docs import python_docs
+from gptpipe.environment import optional_module
 from gptpipe.errors import InputError, first_line
 from gptpipe.files import sha256_of
 
-_CHUNK = 1 << 20  # bytes read at once
+_BATCH_BYTES = 16 << 20  # of rows of Parquet in memory, about
 _SNIFFED = 8192  # bytes that decide whether a file is text
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -33,12 +35,13 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 Texts = Iterator["str | Rejected"]
 
 
-def read(source: Source, params: CollectParams, counts: Counter[str]) -> Texts:
-    """All texts of a source, each of at most `max_document_bytes`; notes in `counts` how often one was `cut` for that.
+def read(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
+    """All texts of a source, each of at most `max_document_bytes`; notes in `counts` how often one was `cut` for that,
+    and in `digests` what `fingerprint` could not know.
 
-    Raises InputError for what cannot be read.
+    Raises InputError for what cannot be read, ResourceError for what cannot be reached.
     """
-    for text in _texts(source, params, counts):
+    for text in _texts(source, params, counts, digests):
         if isinstance(text, Rejected) or not text:
             yield text
         else:
@@ -51,35 +54,53 @@ def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]
     return pieces
 
 
-def _texts(source: Source, params: CollectParams, counts: Counter[str]) -> Texts:
+def _texts(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
     if isinstance(source, PythonDocs):
         yield from python_docs()
         return
-    for path in matching_files(source.paths):
-        with _read_errors(path):
-            match source:
-                case Text():
-                    separator = {"file": None, "line": "\n", "separator": source.separator}[source.document]
-                    yield from _text_file(path, separator, params, counts)
-                case Jsonl():
-                    yield from _jsonl_file(path, source.text_key, params)
-                case Parquet():
-                    yield from _parquet_file(path, source.text_column, params)
+    if isinstance(source, HuggingFace):
+        yield from _huggingface(source)
+        return
+    for address in _addresses(source):
+        with read_errors(address):
+            for name, file in open_files(address, params.max_expansion, digests):
+                match source:
+                    case Text() | Url(format="text"):
+                        separator = "\n" if source.document == "line" else getattr(source, "separator", None)
+                        yield from _text_file(name, file, separator, params, counts)
+                    case Jsonl() | Url(format="jsonl"):
+                        yield from _jsonl_file(name, file, source.text_key, params)
+                    case Parquet(text_column=column) | Url(text_key=column):
+                        yield from _parquet_file(name, file, column, params)
 
 
 def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
-    """What the sources' text was, as name -> digest: SHA-256 of each file, or the version of Python.
+    """What the sources' text was, as name -> digest: SHA-256 of each local file, or the version of Python.
 
     Raises InputError that names every file that cannot be read.
     """
     digests: dict[str, str] = {}
     if any(isinstance(source, PythonDocs) for source in sources):
         digests["python-docs"] = f"{platform.python_implementation()} {platform.python_version()}"
-    patterns = [pattern for source in sources if not isinstance(source, PythonDocs) for pattern in source.paths]
-    for path in matching_files(patterns):
-        with _read_errors(path):
+    for source in sources:
+        if isinstance(source, HuggingFace):
+            digests[_hub_address(source)] = source.revision
+        elif isinstance(source, Url):
+            digests[source.url] = source.sha256
+    patterns = [pattern for source in sources if isinstance(source, Text | Jsonl | Parquet) for pattern in source.paths]
+    for path in matching_files(pattern for pattern in patterns if not is_remote(pattern)):
+        with read_errors(str(path)):
             digests[os.fsencode(path).decode(errors="backslashreplace")] = sha256_of(path)
     return digests
+
+
+def _addresses(source: Text | Jsonl | Parquet | Url) -> list[str]:
+    """Local files, then remote ones; a download is fetched."""
+    if isinstance(source, Url):
+        return [str(download(source.url, source.sha256))]
+    local = [pattern for pattern in source.paths if not is_remote(pattern)]
+    remote = {address for pattern in source.paths if is_remote(pattern) for address in remote_addresses(pattern)}
+    return [*map(str, matching_files(local)), *sorted(remote)]
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
@@ -118,28 +139,21 @@ def _links_to_folders(pattern: str) -> list[str]:
     return links
 
 
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; mend the file, or collect.sources") from error
-
-
-def _not_utf8(path: Path, offset: int) -> InputError:
+def _not_utf8(name: str, offset: int) -> InputError:
     mend = "convert the file, or set collect.encoding_errors to replace"
-    return InputError(f"{path}: not UTF-8 at byte {offset}; {mend}")
+    return InputError(f"{name}: not UTF-8 at byte {offset}; {mend}")
 
 
-def _text_file(path: Path, separator: str | None, params: CollectParams, counts: Counter[str]) -> Texts:
+def _text_file(
+    name: str, file: io.BufferedReader, separator: str | None, params: CollectParams, counts: Counter[str]
+) -> Texts:
     """Documents of a text file: the whole of it, or what stands between separators; a long one in pieces."""
-    with path.open("rb") as file:
-        head = file.read(_SNIFFED)
+    head = file.peek(_SNIFFED)[:_SNIFFED]
     if not head.startswith(_UTF16_MARKS) and (b"\0" in head or head.startswith(b"%PDF-")):
         yield Rejected("binary")
         return
     rest = ""
-    for chunk in _decoded(path, params.encoding_errors):
+    for chunk in _decoded(name, file, params.encoding_errors):
         rest += chunk
         if separator is not None:
             *documents, rest = rest.split(plain_line_ends(separator))
@@ -151,54 +165,81 @@ def _text_file(path: Path, separator: str | None, params: CollectParams, counts:
         yield rest
 
 
-def _decoded(path: Path, errors: str) -> Iterator[str]:
+def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
     """The file's text in chunks, with plain line ends. Raises InputError at the first byte that is not UTF-8."""
     utf8 = codecs.getincrementaldecoder("utf-8")(errors)
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    offset = 0  # of the first byte that is not decoded yet
-    with path.open("rb") as file:
-        while True:
-            data = file.read(_CHUNK)
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, offset + error.start) from error
-            yield text if offset else text.removeprefix("\ufeff")
-            if not data:
-                return
-            offset = file.tell() - len(utf8.getstate()[0])
+    offset = read = 0  # of the first byte that is not decoded yet, and of the first not read
+    while True:
+        data = file.read(CHUNK)
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, offset + error.start) from error
+        yield text if offset else text.removeprefix("\ufeff")
+        if not data:
+            return
+        read += len(data)
+        offset = read - len(utf8.getstate()[0])
 
 
-def _jsonl_file(path: Path, key: str, params: CollectParams) -> Texts:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> Texts:
+    longest = CHUNK + 16 * params.max_document_bytes  # of a line held in memory
+    offset = number = 0
+    while line := file.readline(longest):
+        number, start, offset = number + 1, offset, offset + len(line)
+        if len(line) == longest and not line.endswith(b"\n"):
+            while rest := file.readline(CHUNK):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield Rejected("line_too_long")
+        elif line.strip():
             try:
                 value: Any = json.loads(line.decode(errors=params.encoding_errors).removeprefix("\ufeff"))
             except UnicodeDecodeError as error:
-                raise _not_utf8(path, file.tell() - len(line) + error.start) from error
+                raise _not_utf8(name, start + error.start) from error
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not JSON: {error}; mend or remove the line") from error
+                raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
             text = value.get(key) if isinstance(value, dict) else None
             yield text if isinstance(text, str) else Rejected("no_text")
 
 
-def _parquet_file(path: Path, column: str, params: CollectParams) -> Texts:
+def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with seekable(opened) as whole, pq.ParquetFile(whole, page_checksum_verification=True) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
-                raise InputError(f"{path}: no column `{column}` among {names}; set text_column of the source")
+                raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
             kind = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise InputError(f"{path}: column `{column}` holds {kind}, not text; set text_column of the source")
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                raise InputError(f"{name}: column `{column}` holds {kind}, not text; set text_column of the source")
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+            for batch in file.iter_batches(max(1, min(1024, _BATCH_BYTES // (widest + 1))), columns=[column]):
                 for content in batch.column(0).cast(pa.large_binary()).to_pylist():  # Parquet does not check UTF-8
                     yield Rejected("no_text") if content is None else content.decode(errors=params.encoding_errors)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: column `{column}` is not UTF-8; mend the file, or set collect.encoding_errors to replace"
+            f"{name}: column `{column}` is not UTF-8; mend the file, or set collect.encoding_errors to replace"
         ) from error
     except pa.ArrowException as error:
-        raise InputError(f"{path}: not a readable Parquet file: {first_line(error)}; replace the file") from error
+        raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
+
+
+def _hub_address(source: HuggingFace) -> str:
+    return f"huggingface://{source.dataset}/{source.name or 'default'}/{source.split}"
+
+
+def _huggingface(source: HuggingFace) -> Texts:
+    datasets = optional_module("datasets", "huggingface")
+    with read_errors(_hub_address(source)):
+        rows = datasets.load_dataset(
+            source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
+        )
+        for row in rows:
+            if source.text_column not in row:
+                names = ", ".join(row)
+                raise InputError(f"{source.dataset}: no column `{source.text_column}` among {names}; set text_column")
+            text = row[source.text_column]
+            yield text if isinstance(text, str) else Rejected("no_text")

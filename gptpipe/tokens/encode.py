@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.console import Progress
@@ -14,7 +15,7 @@ from gptpipe.corpus.shards import read_documents, shard_paths
 from gptpipe.errors import InputError
 from gptpipe.files import new_folder, verify
 from gptpipe.parallel import map_in_order
-from gptpipe.parquet import new_parquet
+from gptpipe.parquet import new_parquet, read_parquet
 from gptpipe.tokens.splits import side_of
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
 
@@ -56,16 +57,17 @@ def _encode_shard(shard: Path, *, tokenizer_folder: Path, target: Path) -> dict[
     )
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
     with new_parquet(target / shard.name.replace("docs", "tokens"), schema) as rows:
-        for document_id, document in read_documents(shard):
-            tokens = tokenizer.encode_document(document.text)
-            row: dict[str, Any] = {
-                "id": document_id,
-                "source": document.source,
-                "n_bytes": document.n_bytes,
-                "tokens": tokens,
-            }
-            rows.append(row, tokens.nbytes)
-            counts["documents"] += 1
-            counts["tokens"] += len(tokens)
-            counts["bytes"] += row["n_bytes"]
+        for batch in read_parquet(shard, ["id", "source", "n_bytes", "text"]):
+            ids: list[int] = []
+            ends = [0]
+            for text in batch.column("text").to_pylist():
+                ids += tokenizer.encode(text)
+                ids.append(tokenizer.end_of_text)
+                ends.append(len(ids))
+            tokens = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.array(ids, tokenizer.dtype)))
+            columns = [batch.column("id"), batch.column("source"), batch.column("n_bytes"), tokens]
+            rows.extend(pa.RecordBatch.from_arrays(columns, schema=schema))
+            counts["documents"] += len(batch)
+            counts["tokens"] += len(ids)
+            counts["bytes"] += pc.sum(batch.column("n_bytes")).as_py()
     return counts

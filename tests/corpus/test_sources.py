@@ -30,7 +30,7 @@ def texts(tmp_path: Path, collect_params: MakeParams) -> Callable[..., list[str]
         options = {name: keys.pop(name) for name in ("encoding_errors", "max_document_bytes") if name in keys}
         (tmp_path / "file").write_bytes(content)
         params = collect_params({"kind": kind, "paths": (str(tmp_path / "file"),), **keys}, **options)
-        found = read(params.sources[0], params, Counter() if counts is None else counts)
+        found = read(params.sources[0], params, Counter() if counts is None else counts, {})
         return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in found]
 
     return read_one

@@ -1,0 +1,63 @@
+"""Downloads: resumed where they broke off, checked against the SHA-256 that the user names, kept for the next time."""
+
+import http.client
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from gptpipe.corpus.opening import CHUNK
+from gptpipe.environment import project_root
+from gptpipe.errors import InputError, IntegrityError, ResourceError, first_line
+from gptpipe.files import disk_errors, new_file, sha256_of
+
+_TRIES = 5
+_PAUSE = 1.0  # seconds before the second try, doubled before each further one
+_TIMEOUT = 30.0  # seconds without a byte
+
+
+def download(url: str, sha256: str) -> Path:
+    """The file in the project's `.gptpipe/downloads`, fetched unless it is there.
+
+    Raises InputError where the server refuses, ResourceError after five tries, IntegrityError for another content.
+    """
+    target = project_root() / ".gptpipe" / "downloads" / sha256
+    if target.is_file() and sha256_of(target) == sha256:
+        return target
+    part = target.with_suffix(".part")
+    with disk_errors(target):
+        part.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(_TRIES):
+        reason = "the answer is cut short"
+        try:
+            missing = _fetch(url, part) > 0
+        except (OSError, http.client.HTTPException) as error:
+            code = error.code if isinstance(error, urllib.error.HTTPError) else 500
+            if code < 500 and code not in (408, 416, 429):  # 416: the part is the whole already, or worth nothing
+                raise InputError(f"{url}: {first_line(error)}; mend the address in collect.sources") from error
+            missing, reason = code != 416, first_line(error)
+        if not missing:
+            break
+        time.sleep(_PAUSE * 2**attempt)
+    else:
+        raise ResourceError(f"{url}: {reason}, in {_TRIES} tries; rerun to go on where it broke off")
+    found = sha256_of(part)
+    if found == sha256:
+        with part.open("rb") as source, new_file(target) as file:
+            shutil.copyfileobj(source, file, CHUNK)
+    part.unlink()
+    if found != sha256:
+        raise IntegrityError(f"{url}: SHA-256 is {found}, collect.sources names {sha256}; mend one of the two")
+    return target
+
+
+def _fetch(url: str, part: Path) -> int:
+    """Append to `part` what it lacks; how many bytes are missing still."""
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, part.open("ab") as file:
+        if answer.status != 206:
+            file.truncate(0)
+        shutil.copyfileobj(answer, file, CHUNK)
+        return answer.length or 0

@@ -1,0 +1,178 @@
+"""Downloads against a real server that misbehaves: the whole file, or nothing and the right exit code."""
+
+import hashlib
+import http.server
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptpipe.config import CollectParams
+from gptpipe.corpus import downloads
+from gptpipe.corpus.collect import collect
+from gptpipe.corpus.downloads import download
+from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.errors import InputError, IntegrityError, ResourceError
+
+MakeParams = Callable[..., CollectParams]
+BODY = b"".join(b"line %d\n" % i for i in range(20_000))
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers each request by the next of its scripts; the last one stays."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = ["whole"]
+        self.asked: list[str | None] = []  # the Range of each request
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        script = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        self.server.asked.append(self.headers["Range"])
+        if script.isdecimal():
+            self.send_error(int(script))
+        elif script == "to a file":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname")
+            self.end_headers()
+        elif script == "stalled":
+            self.server.released.wait()
+        else:
+            start = int((self.headers["Range"] or "bytes=0-")[6:-1]) if script != "no ranges" else 0
+            if start >= len(BODY):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(BODY) - start))
+            self.end_headers()
+            self.wfile.write(BODY[start : int(0.9 * len(BODY)) if script == "breaks off" else None])
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(downloads, "_PAUSE", 0.001)
+    monkeypatch.setattr(downloads, "_TIMEOUT", 0.3)
+    serving = Server()
+    serving.released = threading.Event()
+    thread = threading.Thread(target=serving.serve_forever, args=[0.05])
+    thread.start()
+    yield serving
+    serving.released.set()
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
+
+
+def address(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_port}/a.txt"
+
+
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [
+        (["whole"], [None]),
+        (["500", "429", "whole"], [None, None, None]),
+        (["stalled", "whole"], [None, None]),
+        (["breaks off", "whole"], [None, f"bytes={int(0.9 * len(BODY))}-"]),
+        (["breaks off", "no ranges"], [None, f"bytes={int(0.9 * len(BODY))}-"]),
+    ],
+)
+def test_it_comes_whole_in_the_end_and_is_kept(server: Server, script: list[str], asked: list[str | None]) -> None:
+    server.script = script
+    path = download(address(server), SHA256)
+    assert path.read_bytes() == BODY
+    assert server.asked == asked
+    assert [file.name for file in path.parent.iterdir()] == [SHA256]
+    assert download("http://127.0.0.1:1/nobody", SHA256) == path  # from the cache
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "words", "n_asked"),
+    [
+        ("404", InputError, "HTTP Error 404: Not Found; mend the address", 1),
+        ("to a file", InputError, "not allowed", 1),
+        ("503", ResourceError, "HTTP Error 503: Service Unavailable, in 5 tries; rerun", 5),
+        ("stalled", ResourceError, "timed out, in 5 tries", 5),
+    ],
+)
+def test_what_cannot_be_had(
+    server: Server, tmp_path: Path, script: str, error: type[Exception], words: str, n_asked: int
+) -> None:
+    server.script = [script]
+    with pytest.raises(error, match=words):
+        download(address(server), SHA256)
+    assert len(server.asked) == n_asked
+    assert not (tmp_path / ".gptpipe/downloads" / SHA256).exists()
+
+
+def test_another_content_is_an_integrity_error_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=f"SHA-256 is {SHA256}, collect.sources names 0000"):
+        download(address(server), "0" * 64)
+    assert list((tmp_path / ".gptpipe/downloads").iterdir()) == []
+
+
+def test_a_part_that_was_whole_already(server: Server, tmp_path: Path) -> None:
+    part = tmp_path / ".gptpipe/downloads" / f"{SHA256}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(BODY)
+    assert download(address(server), SHA256).read_bytes() == BODY
+
+
+def test_source_url(server: Server, collect_params: MakeParams) -> None:
+    params = collect_params({"kind": "url", "url": address(server), "sha256": SHA256, "document": "line"})
+    assert list(read(params.sources[0], params, Counter(), {})) == BODY.decode().splitlines()
+    assert fingerprint(params.sources) == {address(server): SHA256}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    for part in range(2):
+        lines = [json.dumps({"text": f"story {part} {i}", "body": None}) for i in range(3)]
+        (folder / f"train-{part}.jsonl").write_text("\n".join(lines))
+    return {"kind": "huggingface", "dataset": str(folder), "revision": "a" * 40}
+
+
+@pytest.mark.filterwarnings("ignore")  # of datasets
+def test_source_huggingface(tmp_path: Path, dataset: dict[str, Any], collect_params: MakeParams) -> None:
+    params = collect_params(dataset)
+    assert list(read(params.sources[0], params, Counter(), {})) == [
+        f"story {i} {j}" for i in range(2) for j in range(3)
+    ]
+    assert fingerprint(params.sources) == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
+    params = collect_params({**dataset, "text_column": "none"})
+    with pytest.raises(InputError, match="no column `none` among text, body"):
+        list(read(params.sources[0], params, Counter(), {}))
+
+
+def test_a_dataset_needs_a_commit(collect_params: MakeParams) -> None:
+    for revision in ({}, {"revision": "main"}):
+        with pytest.raises(ValueError, match="revision"):
+            collect_params({"kind": "huggingface", "dataset": "a/b", **revision})
+
+
+def test_limits_and_weights(tmp_path: Path, collect_params: MakeParams) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i:05d}" for i in range(10_000)))
+    source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
+    for limit, documents in (({"max_documents": 7}, 7), ({"max_bytes": 95}, 10)):  # ten bytes each
+        counts = collect(collect_params({**source, **limit}, {**source, "document": "file"}), tmp_path / "raw")
+        assert (counts["documents"], counts["documents_in"]) == (documents + 1, documents + 1)
+    counts = collect(collect_params({**source, "weight": 0.25}), tmp_path / "quarter")
+    assert counts["documents"] + counts["rejected_weighted_out"] == counts["documents_in"] == 10_000
+    assert 2300 < counts["documents"] < 2700

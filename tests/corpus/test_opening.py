@@ -1,0 +1,265 @@
+"""Compressed files, archives and remote addresses: the same texts as the plain file, and nothing that can hurt."""
+
+import bz2
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gptpipe.config import CollectParams
+from gptpipe.corpus import opening
+from gptpipe.corpus.cleaning import Rejected
+from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.errors import GptpipeError, InputError, ResourceError
+
+MakeParams = Callable[..., CollectParams]
+LINES = [f"line {i} of some text" for i in range(5000)]
+TEXT = "\n".join(LINES).encode()
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def zip_(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def parquet(texts: list[str]) -> bytes:
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts}), file)
+    return file.getvalue().to_pybytes()
+
+
+@pytest.fixture
+def texts(collect_params: MakeParams) -> Callable[..., list[str]]:
+    """Reads an address; a rejected text is given as `-reason`."""
+
+    def read_all(address: str, kind: str = "text", digests: dict[str, str] | None = None, **changed: Any) -> list[str]:
+        keys = {"document": "line"} if kind == "text" else {}
+        params = collect_params({"kind": kind, "paths": (address,), **keys}, **changed)
+        found = read(params.sources[0], params, Counter(), {} if digests is None else digests)
+        return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in found]
+
+    return read_all
+
+
+@pytest.mark.parametrize("name", [*COMPRESS, "tar", "tar.gz", "tar.zst", "zip", "gz in tar", "zst in zip"])
+def test_packed_text_is_the_plain_text(tmp_path: Path, texts, name: str) -> None:
+    half = TEXT.index(b"\n", len(TEXT) // 2)
+    members = {"b.txt": TEXT[:half], "a/../../c.txt": TEXT[half + 1 :]}
+    packed = {
+        **{kind: compress(TEXT) for kind, compress in COMPRESS.items()},
+        "tar": tar(members),
+        "tar.gz": gzip.compress(tar(members)),
+        "tar.zst": COMPRESS["zst"](tar(members)),
+        "zip": zip_(members),
+        "gz in tar": tar({name: gzip.compress(content) for name, content in members.items()}),
+        "zst in zip": zip_({name: COMPRESS["zst"](content) for name, content in members.items()}),
+    }
+    (tmp_path / "file").write_bytes(packed[name])
+    assert texts(str(tmp_path / "file")) == LINES
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_and_parquet_may_be_packed_too(tmp_path: Path, texts) -> None:
+    (tmp_path / "a").write_bytes(gzip.compress(b"\n".join(json.dumps({"text": line}).encode() for line in LINES)))
+    assert texts(f"{tmp_path}/a", "jsonl") == LINES
+    for content in (zip_({"x.parquet": parquet(LINES)}), tar({"x.parquet": parquet(LINES)}, "w:gz")):
+        (tmp_path / "b").write_bytes(content)
+        assert texts(f"{tmp_path}/b", "parquet") == LINES
+
+
+def test_two_frames_one_after_the_other_are_one_text(tmp_path: Path, texts) -> None:
+    for compress in COMPRESS.values():
+        (tmp_path / "file").write_bytes(compress(TEXT[:1000]) + compress(TEXT[1000:]))
+        assert texts(str(tmp_path / "file")) == LINES
+
+
+@pytest.mark.parametrize("name", [*COMPRESS, "tar.gz", "zip", "gz in zip"])
+def test_a_truncated_file_is_an_input_error(tmp_path: Path, texts, name: str) -> None:
+    whole = {
+        **{kind: compress(TEXT) for kind, compress in COMPRESS.items()},
+        "tar.gz": gzip.compress(tar({"a": TEXT})),
+        "zip": zip_({"a": TEXT}),
+        "gz in zip": zip_({"a": gzip.compress(TEXT)[:-500]}) + b"....",
+    }[name]
+    (tmp_path / "file").write_bytes(whole[:-4])
+    with pytest.raises(InputError, match=r"file.*: (damaged, truncated or encrypted|cannot read): "):
+        texts(str(tmp_path / "file"))
+
+
+def test_a_flipped_bit_in_a_compressed_file_is_an_input_error(tmp_path: Path, texts) -> None:
+    for kind in ("gz", "bz2", "xz"):  # zstd has a checksum only where its writer asked for one
+        content = bytearray(COMPRESS[kind](TEXT))
+        content[len(content) // 2] ^= 4
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(InputError, match="file: "):
+            texts(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", [*COMPRESS, "tar.gz", "zip", "gz in zip", "many in zip"])
+def test_a_bomb_stops_at_the_ratio(tmp_path: Path, texts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "_FREE_BYTES", 4 << 20)
+    zeros = b"a" * (8 << 20)
+    content = {
+        **{kind: compress(zeros) for kind, compress in COMPRESS.items()},
+        "tar.gz": gzip.compress(tar({"a": zeros})),
+        "zip": zip_({"a": zeros}),
+        "gz in zip": zip_({"a": gzip.compress(zeros)}),
+        "many in zip": zip_({str(i): zeros[: 1 << 20] for i in range(8)}),
+    }[name]
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InputError, match=r"file: grows to more than 50 times its size; .*collect.max_expansion"):
+        texts(str(tmp_path / "file"), max_expansion=50)
+    assert len(texts(str(tmp_path / "file"), max_expansion=1_000_000)) >= 8
+
+
+def test_links_and_devices_in_an_archive_are_passed_over(tmp_path: Path, texts) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for kind, target in ((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "../x"), (tarfile.FIFOTYPE, "")):
+            info = tarfile.TarInfo(f"member{ord(kind)}")
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    (tmp_path / "file.tar").write_bytes(file.getvalue())
+    assert texts(f"{tmp_path}/file.tar") == []
+
+
+def test_memory_does_not_grow_with_what_comes_out(tmp_path: Path) -> None:
+    """300 MB of one line in a small file: read in pieces, under a limit of the address space."""
+    with gzip.open(tmp_path / "line.gz", "wb", 1) as file:
+        for _ in range(300):
+            file.write(b"ab c" * (1 << 18))
+    program = """
+import resource, sys
+from collections import Counter
+from gptpipe.config import CollectParams
+from gptpipe.corpus.sources import read
+params = CollectParams.model_validate({"sources": ({"kind": "text", "paths": (sys.argv[1],)},),
+    "encoding_errors": "strict", "min_document_bytes": 1, "max_document_bytes": 1000, "max_expansion": 1000,
+    "dedup": "none", "near_similarity": 0.7})
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
+print(sum(map(len, read(params.sources[0], params, Counter(), {}))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "line.gz"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == 300 << 20
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The folder tmp_path over real HTTP, without ranges."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    thread = threading.Thread(target=serving.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{serving.server_port}"
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
+
+
+def test_http(tmp_path: Path, texts, server: str, collect_params: MakeParams) -> None:
+    packed = {"a.txt": TEXT, "b.txt.gz": gzip.compress(TEXT), "c.zip": zip_({"x": TEXT}), "d.tar": tar({"x": TEXT})}
+    for name, content in packed.items():
+        (tmp_path / name).write_bytes(content)
+        digests: dict[str, str] = {}
+        assert texts(f"{server}/{name}", digests=digests) == LINES
+        assert digests == {f"{server}/{name}": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "e.parquet").write_bytes(parquet(LINES))
+    assert texts(f"{server}/e.parquet", "parquet") == LINES
+    with pytest.raises(InputError, match=r"/none\.txt: cannot read: .*none\.txt; mend"):
+        texts(f"{server}/none.txt")
+    params = collect_params({"kind": "text", "paths": (f"{server}/a.txt",)})
+    assert fingerprint(params.sources) == {}
+
+
+def test_a_server_that_is_not_there_is_a_resource_error(texts, server: str) -> None:
+    with pytest.raises(ResourceError, match=r"http://127.0.0.1:1/a: cannot read: Cannot connect to host .*; rerun"):
+        texts("http://127.0.0.1:1/a")
+
+
+def test_an_unknown_protocol_is_an_input_error(texts) -> None:
+    with pytest.raises(GptpipeError, match="nonsense://a/b: Protocol not known: nonsense; for s3: pip install s3fs"):
+        texts("nonsense://a/b")
+
+
+@pytest.mark.filterwarnings("ignore")  # raised in a thread of moto or botocore, they leave the other waiting
+def test_s3(tmp_path: Path, texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against moto's server over HTTP: no S3-compatible server comes with the package registries."""
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    serving = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    serving.start()
+    try:
+        host, port = serving.get_host_and_port()
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "x"),
+            ("AWS_SECRET_ACCESS_KEY", "x"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ):
+            monkeypatch.setenv(name, value)
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        system.mkdir("bucket")
+        for name, content in (("b.txt", b"two"), ("a.txt.gz", gzip.compress(b"one")), ("c.md", b"three")):
+            system.pipe(f"bucket/x/{name}", content)
+        assert texts("s3://bucket/x/*.txt*") == ["one", "two"]
+        with pytest.raises(InputError, match="s3://bucket/x/none: no file matches"):
+            texts("s3://bucket/x/none")
+        with pytest.raises(InputError, match=r"s3://bucket/y/\*: no file matches"):
+            texts("s3://bucket/y/*")
+    finally:
+        serving.stop()
+
+
+def test_a_line_of_json_that_no_memory_holds_is_passed_over(tmp_path: Path, texts) -> None:
+    line = json.dumps({"text": "x" * (2 << 20)})
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n{{"text": "two"}}\n')
+    assert texts(f"{tmp_path}/a.jsonl", "jsonl", max_document_bytes=1000) == ["one", "-line_too_long", "two"]
+
+
+def test_a_pipe_is_never_opened(tmp_path: Path, texts) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not a regular file"):
+        texts(f"{tmp_path}/pipe")
