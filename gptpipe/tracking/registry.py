@@ -38,11 +38,12 @@ def record_evaluation(
     step: int,
     metrics: dict[str, float],
     texts: dict[str, str],
+    figures: dict[str, str],
     card: str,
     test_digest: str,
     model: Path,
 ) -> str:
-    """Log metrics and texts into the training's run, register `model` with its card, and say who is champion.
+    """Log metrics, texts and figures (title -> SVG) into the training's run, register `model`, and say who is champion.
 
     Metrics stand at `step`, that of the model, so that the figures of its validation fall on the curves of training.
     Where the store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that
@@ -59,7 +60,8 @@ def record_evaluation(
                     client.set_tag(found, "training_run_id", run_id)
                 client.set_terminated(found)
             _log_new(client, found, step, metrics)
-            for name, text in texts.items():
+            drawn = {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
+            for name, text in (texts | drawn).items():
                 client.log_text(found, text, name)
             number = _register(client, found, model, params.evaluate)
             client.update_model_version(MODEL_NAME, number, description=card)
