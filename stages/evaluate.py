@@ -12,14 +12,14 @@ from gptpipe.stage import run_stage
 def main() -> None:
     params = load_params()
     from gptpipe.evaluation.evaluate import evaluate_model  # late: bad parameters are told before the slow imports
-    from gptpipe.evaluation.page import draw_figures, write_page
+    from gptpipe.evaluation.report import draw_figures, write_page
     from gptpipe.tracking.registry import record_evaluation
 
     model, reports = Path("models/gpt"), Path("reports")
     run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
     found = evaluate_model(model, Path("data/split"), reports, params.evaluate, params.seed)
     figures = draw_figures(reports)
-    page = write_page(reports, figures, params, found.lineage, read_manifest(Path("data/raw")).counts, run_id)
+    page = write_page(reports, params, found.lineage, read_manifest(Path("data/raw")).counts, run_id, figures)
     champion = record_evaluation(
         params,
         found.lineage,

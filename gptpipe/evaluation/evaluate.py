@@ -105,8 +105,8 @@ def evaluate_model(
 
 def _lengths(side: str, stream: Stream) -> pd.DataFrame:
     """Share of a side's documents by length, up to each power of 2 tokens."""
-    up_to = 2 ** np.ceil(np.log2(stream.documents["n_tokens"]))
-    shares = up_to.astype(int).value_counts(normalize=True).sort_index()
+    up_to = (2 ** np.ceil(np.log2(stream.documents["n_tokens"]))).astype(int)
+    shares = up_to.value_counts(normalize=True).sort_index()
     return pd.DataFrame({"split": side, "n_tokens": shares.index, "share": shares.to_numpy()})
 
 

@@ -18,10 +18,20 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from gptpipe.config import EvaluateParams, Params
 from gptpipe.files import Manifest
 from gptpipe.tracking.record import send_outbox
-from gptpipe.tracking.store import StoreError, connect, create_run, describe_run, find_run, store_errors
+from gptpipe.tracking.store import (
+    REPRODUCE,
+    StoreError,
+    connect,
+    create_run,
+    describe_run,
+    find_run,
+    store_errors,
+    write_note,
+)
 
 MODEL_NAME = "gpt"
 CHAMPION = "champion"
+_KEPT = ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")  # what neither git nor DVC's cache has by now
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SERVED_MODEL = Path(__file__).parent / "served_model.py"
 _SERVING_REQUIREMENTS = (
@@ -61,8 +71,10 @@ def record_evaluation(
                 client.set_terminated(found)
             _log_new(client, found, step, metrics)
             drawn = {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
-            for name, text in (texts | drawn).items():
+            kept = {f"{REPRODUCE}/{p}": p.read_text("utf-8") for p in map(Path, _KEPT) if p.exists()}
+            for name, text in (texts | drawn | kept).items():
                 client.log_text(found, text, name)
+            write_note(client, found)
             number = _register(client, found, model, params.evaluate)
             client.update_model_version(MODEL_NAME, number, description=card)
             return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)

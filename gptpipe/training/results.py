@@ -16,8 +16,6 @@ from gptpipe.training.checkpoint import Checkpoints
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import red_flags
 
-_SAMPLES = "samples.json"
-
 
 def write_model(
     target: Path,
@@ -42,25 +40,21 @@ def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:
 
     A resumed training comes by a step again: its rows replace those that are there.
     """
-    rows = [row for row in _sample_rows(folder) if row[0] < step] + [[step, *pair] for pair in samples.items()]
-    table = to_json({"columns": ["step", "prompt", "continuation"], "data": rows})
-    write_bytes(folder / _SAMPLES, table)
-    return table.decode()
-
-
-def _sample_rows(folder: Path) -> list[list[Any]]:
-    """Rows so far; none at the start, nor where the file is damaged, for no figure hangs on it."""
+    path = folder / "samples.json"
     try:
-        rows: list[list[Any]] = json.loads((folder / _SAMPLES).read_bytes())["data"]
-    except (OSError, ValueError):
-        return []
-    return rows
+        rows = json.loads(path.read_bytes())["data"]
+    except (OSError, ValueError):  # the first, or damaged: no figure hangs on it
+        rows = []
+    rows = [row for row in rows if row[0] < step] + [[step, *pair] for pair in samples.items()]
+    table = to_json({"columns": ["step", "prompt", "continuation"], "data": rows})
+    write_bytes(path, table)
+    return table.decode()
 
 
 def write_curves(reports: Path, state: TrainState, summary: dict[str, Any], checkpoints: Checkpoints) -> None:
     """The summary, the curves of steps and validations as CSV, and the samples."""
     write_json(reports / "train.json", summary)
-    write_json(reports / "train.samples.json", _sample_rows(checkpoints.folder))
+    write_bytes(reports / "train.samples.json", note_samples(checkpoints.folder, state.step + 1, {}).encode())
     for name, table in (("steps", _steps(state)), ("validations", _validations(state))):
         write_bytes(reports / f"train.{name}.csv", table.to_csv(index=False).encode())
 

@@ -11,7 +11,7 @@ from toy_project import Project
 
 from gptpipe.evaluation import charts
 from gptpipe.evaluation.evaluate import evaluate_model
-from gptpipe.evaluation.page import draw_figures, write_page
+from gptpipe.evaluation.report import draw_figures, write_page
 from gptpipe.files import read_manifest
 
 TITLES = ["Loss", "Learning rate", "Gradient norm", "Loss by position", "Accuracy by position",
@@ -30,7 +30,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
         folder = root / "reports"
         found = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)
         counts = read_manifest(toy_split.parent / "raw").counts
-        write_page(folder, draw_figures(folder), params, found.lineage, counts, "run-1")
+        write_page(folder, params, found.lineage, counts, "run-1", draw_figures(folder))
     return folder
 
 
