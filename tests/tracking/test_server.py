@@ -24,9 +24,11 @@ from gptpipe.tracking.store import connect
 WRITER = """
 import sys
 from pathlib import Path
-import tiny
+from gptpipe.config import load_params
+from gptpipe.files import Manifest
 from gptpipe.tracking.record import training_run
-with training_run(tiny.params(), None, tiny.LINEAGE, {}) as record:
+params, lineage = load_params(Path(sys.argv[1])), Manifest.model_validate_json(sys.argv[2])
+with training_run(params, None, lineage, {}) as record:
     record.metrics([(step, step, {"train/loss": float(step)}) for step in range(50)])
 print(record.run_id)
 """
@@ -122,14 +124,13 @@ def test_a_server_that_comes_late_gets_all(server: Server, params: Params) -> No
     assert server.counts() == {(record.run_id, step): 1 for step in (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_four_writers_at_a_fresh_store(project: Path) -> None:
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    command = [sys.executable, "-c", WRITER, str(root / "params.yaml"), LINEAGE.model_dump_json()]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER], cwd=project, env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(4)
+        subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
     run_ids = [writer.communicate()[0].strip() for writer in writers]
     assert [writer.returncode for writer in writers] == [0] * 4
