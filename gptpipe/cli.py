@@ -37,6 +37,14 @@ def _dispatch(arguments: Sequence[str]) -> None:
     generate.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that make up this probability")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     generate.set_defaults(command=_generate)
+    compare = commands.add_parser("compare", help="table of runs: mean, standard error and significance over seeds")
+    compare.add_argument("names", nargs="*", help="run ids, names, experiments or sweeps; none: all runs")
+    compare.add_argument("--metric", default="test/bits_per_byte", help="default: test/bits_per_byte")
+    compare.set_defaults(command=_compare)
+    restore = commands.add_parser("restore", help="bring back a run's code, parameters, data and model in a new folder")
+    restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
+    restore.add_argument("folder", type=Path, nargs="?", help="default: beside this project, with the run's id")
+    restore.set_defaults(command=_restore)
     options = parser.parse_args(arguments)
     options.command(options)
 
@@ -71,3 +79,20 @@ def _generate(options: argparse.Namespace) -> None:
     for piece in continue_text(model, tokenizer, options.prompt, options.max_new_tokens, sampling):
         print(piece, end="", flush=True)
     print()
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from gptpipe.tracking.compare import compare
+
+    print(compare(options.names, options.metric))
+
+
+def _restore(options: argparse.Namespace) -> None:
+    from gptpipe.tracking.restore import restore
+
+    beside = Path.cwd().resolve()
+    restore(options.run_id, options.folder or beside.with_name(f"{beside.name}-{options.run_id[:8]}"))
+
+
+if __name__ == "__main__":
+    main()

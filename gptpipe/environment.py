@@ -78,8 +78,13 @@ def provenance() -> dict[str, str]:
     """
     names = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
     tags = {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
+    head = git("rev-parse", "HEAD")
+    return {**tags, "mlflow.source.git.commit": head.strip()} if head else tags
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints; none where there is no git, it refuses, or prints what is not UTF-8."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
-        return tags
-    return {**tags, "mlflow.source.git.commit": head.stdout.strip()}
+        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True).stdout
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
+        return None

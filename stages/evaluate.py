@@ -5,32 +5,38 @@ from pathlib import Path
 
 from gptpipe.config import load_params
 from gptpipe.console import say
+from gptpipe.files import read_manifest
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
     params = load_params()
     from gptpipe.evaluation.evaluate import evaluate_model  # late: bad parameters are told before the slow imports
+    from gptpipe.evaluation.report import draw_figures, write_page
     from gptpipe.tracking.registry import record_evaluation
 
     model, reports = Path("models/gpt"), Path("reports")
+    run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
     found = evaluate_model(model, Path("data/split"), reports, params.evaluate, params.seed)
+    figures = draw_figures(reports)
+    page = write_page(reports, params, found.lineage, read_manifest(Path("data/raw")).counts, run_id, figures)
     champion = record_evaluation(
         params,
         found.lineage,
-        json.loads((reports / "mlflow_run.json").read_bytes())["run_id"],
+        run_id,
         step=found.step,
         metrics=found.metrics(),
-        texts={"samples.md": found.samples, "model_card.md": found.card},
+        texts={"samples.md": found.samples, "model_card.md": found.card, "report.html": page},
+        figures=figures,
         card=found.card,
         test_digest=found.results["test_digest"],
         model=model,
     )
     for side in ("val", "test"):
         if side in found.results:
-            figures, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
-            bits = f"{figures['bits_per_byte']:.4f} ± {figures['bits_per_byte_standard_error']:.4f} bits per byte"
-            say(f"evaluate: {side} {bits} (xz -9e: {xz:.4f}), perplexity {figures['perplexity']:.2f}")
+            result, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
+            bits = f"{result['bits_per_byte']:.4f} ± {result['bits_per_byte_standard_error']:.4f} bits per byte"
+            say(f"evaluate: {side} {bits} (xz -9e: {xz:.4f}), perplexity {result['perplexity']:.2f}")
     say(f"evaluate: {champion}")
 
 

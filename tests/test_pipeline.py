@@ -156,6 +156,52 @@ def finished_runs(project: Path) -> list[str]:
         return [row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")]
 
 
+@pytest.mark.parametrize("how", [[], ["--temp"]], ids=["in place", "temp"])
+def test_a_run_comes_back_with_its_code_parameters_data_and_model(
+    reproduced: Path, tmp_path: Path, how: list[str]
+) -> None:
+    """By the command that its description in MLflow gives, also when the workspace has moved on since."""
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    with (project / "gptpipe/errors.py").open("a") as file:
+        file.write("# a change that is in no commit\n")
+    run(project, "dvc", "exp", "run", *how, "-n", "tried", "-S", "train.lr=1e-4")
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        query = "select t.key, t.value from tags t join tags n using (run_uuid) where n.value = 'tried'"
+        found = dict(database.execute(query).fetchall())
+    assert found["changed"] == "train.lr=0.0001"
+    assert found["sweep"].endswith(": train.lr")
+    command = found["mlflow.note.content"].split("    gptpipe restore ")[1].split()
+    if how:
+        run(project, "dvc", "exp", "apply", "tried")
+    made = digests(project)
+    run(project, "git", "stash", "-q")
+    run(project, "dvc", "checkout")
+    run(project, sys.executable, "-m", "gptpipe.cli", "restore", *command)
+    restored = tmp_path / f"copy-{command[0][:8]}"
+    assert (restored / "gptpipe/errors.py").read_text().endswith("# a change that is in no commit\n")
+    trained = {
+        name: digest for name, digest in made.items() if not name.startswith(("reports/eval", "reports/samples"))
+    }
+    assert len(trained) > 15
+    assert {name: digest for name, digest in digests(restored).items() if name in trained} == trained
+    assert "Running stage 'train'" not in run(restored, "dvc", "repro").stdout
+    assert digests(restored) == made
+
+
+def test_what_is_pushed_to_a_remote_comes_back(reproduced: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    run(project, "dvc", "remote", "add", "-d", "shelf", str(tmp_path / "shelf"))
+    run(project, "dvc", "push")
+    made = digests(project)
+    for lost in (".dvc/cache", "data/raw", "data/tokens", "data/split", "models/gpt"):
+        shutil.rmtree(project / lost)
+    assert digests(project) != made
+    run(project, "dvc", "pull")
+    assert digests(project) == made
+
+
 @pytest.mark.slow
 def test_queued_experiments_run_side_by_side_into_one_store(reproduced: Path, tmp_path: Path) -> None:
     project = tmp_path / "copy"

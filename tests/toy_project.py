@@ -23,7 +23,7 @@ from gptpipe.training.loop import Entry
 from gptpipe.training.session import train_model
 
 STEADY = ("models/gpt/model.safetensors", "models/gpt/manifest.json", "reports/train.steps.csv",
-          "reports/train.validations.csv", "reports/train.json")  # fmt: skip
+          "reports/train.validations.csv", "reports/train.json", "reports/train.samples.json")  # fmt: skip
 
 
 class ListRecord:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gptpipe.config import EvaluateParams
 from gptpipe.console import Progress
 from gptpipe.errors import IntegrityError
 from gptpipe.evaluation.continuations import continue_documents, continue_text, overlap_scores
-from gptpipe.evaluation.metrics import figures, figures_by_source
+from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source
 from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_per_byte
 from gptpipe.evaluation.report import full_card, samples_page
 from gptpipe.evaluation.scoring import score
@@ -60,16 +61,20 @@ def evaluate_model(
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
     results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
     xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
-    positions, sources = [], []
+    positions, sources, calibration = [], [], []
     with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
         for side, stream in held_out.items():
             scores = score(model, stream, advance=progress.advance)
             results[side] = figures(scores, stream.documents)
             results["by_source"][side] = figures_by_source(scores, stream.documents)
-            loss_by_position = scores.nats_by_position / scores.n_by_position.clip(min=1)
-            positions += [{"split": side, "position": i, "loss": loss} for i, loss in enumerate(loss_by_position)]
+            by_confidence = calibration_table(scores)
+            results[side]["calibration_error"] = calibration_error(by_confidence)
+            calibration.append(by_confidence.assign(split=side))
+            n = scores.n_by_position.clip(min=1)
+            found = {"loss": scores.nats_by_position / n, "token_accuracy": scores.correct_by_position / n}
+            positions.append(pd.DataFrame({"split": side, "position": np.arange(len(n)), **found}))
             sources += [
-                {"split": side, "source": source, **found} for source, found in results["by_source"][side].items()
+                {"split": side, "source": source, **values} for source, values in results["by_source"][side].items()
             ]
             results["reference_bits_per_byte"][side] = {
                 "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
@@ -86,11 +91,24 @@ def evaluate_model(
     card = full_card((model_folder / "README.md").read_text(encoding="utf-8"), results)
     page = samples_page(samples, continuations)
     write_json(reports / "eval.json", results)
-    write_bytes(reports / "eval.positions.csv", pd.DataFrame(positions).to_csv(index=False).encode())
-    write_bytes(reports / "eval.sources.csv", pd.DataFrame(sources).to_csv(index=False).encode())
+    tables = {
+        "positions": pd.concat(positions),
+        "sources": pd.DataFrame(sources),
+        "calibration": pd.concat(calibration),
+        "lengths": pd.concat([_lengths(side, stream) for side, stream in streams.items()]),
+    }
+    for name, table in tables.items():
+        write_bytes(reports / f"eval.{name}.csv", table.to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
     return Evaluation(results, card, page, made.counts["best_step"], lineage)
+
+
+def _lengths(side: str, stream: Stream) -> pd.DataFrame:
+    """Share of a side's documents by length, up to each power of 2 tokens."""
+    up_to = (2 ** np.ceil(np.log2(stream.documents["n_tokens"]))).astype(int)
+    shares = up_to.value_counts(normalize=True).sort_index()
+    return pd.DataFrame({"split": side, "n_tokens": shares.index, "share": shares.to_numpy()})
 
 
 def documents_digest(stream: Stream) -> str:

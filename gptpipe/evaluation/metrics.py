@@ -50,6 +50,18 @@ def figures_by_source(scores: Scores, documents: pd.DataFrame) -> dict[str, Figu
     return by_source
 
 
+def calibration_table(scores: Scores) -> pd.DataFrame:
+    """How sure the model was of its most probable token, and how often it was right, by tenths of that confidence."""
+    confidence, correct, n_tokens = scores.by_confidence[:, scores.by_confidence[2] > 0]
+    return pd.DataFrame({"confidence": confidence / n_tokens, "accuracy": correct / n_tokens, "n_tokens": n_tokens})
+
+
+def calibration_error(table: pd.DataFrame) -> float:
+    """Expected calibration error (Guo et al., 2017, arXiv:1706.04599): the mean gap of accuracy and confidence."""
+    gaps = (table["confidence"] - table["accuracy"]).abs()
+    return float((gaps * table["n_tokens"]).sum() / max(1.0, table["n_tokens"].sum()))
+
+
 def ratio(numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64]) -> tuple[float, float]:
     """sum(numerators) / sum(denominators), and its standard error over units.
 

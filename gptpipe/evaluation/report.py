@@ -1,63 +1,83 @@
-"""What evaluation writes for people: samples and the full model card, as Markdown."""
+"""What evaluation writes for people, from `templates/`: samples, model card, and report.html, which fetches nothing."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import jinja2
+import pandas as pd
+
+from gptpipe.config import Params
+from gptpipe.evaluation import charts
 from gptpipe.evaluation.continuations import Continuation
+from gptpipe.files import Manifest, write_bytes
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=jinja2.select_autoescape(["html"]),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def samples_page(samples: dict[str, str], continuations: list[Continuation]) -> str:
     """Continuations of the prompts, then of held-out documents beside the real text."""
-    parts = ["# Samples\n"]
-    parts += [_quote(f"**{prompt}**{text}") for prompt, text in samples.items()]
-    if continuations:
-        parts.append("# Held-out documents\n\nGreedy continuations: the start, the real text, the model's.\n")
-    for c in continuations[:8]:
-        parts.append(
-            "\n".join(
-                (
-                    "```text",
-                    _fenced(c.prompt),
-                    "--- real",
-                    _fenced(c.reference),
-                    "--- model",
-                    _fenced(c.generated),
-                    "```\n",
-                )
-            )
-        )
-    return "\n".join(parts)
+    return _TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
 
 
 def full_card(card: str, results: dict[str, Any]) -> str:
     """The model card of training with a table of what evaluation found."""
     sides = [side for side in ("val", "test") if side in results]
-    rows = [
-        ("loss (nats per token)", "loss", "{:.4f}"),
-        ("perplexity", "perplexity", "{:.2f}"),
-        ("bits per byte", "bits_per_byte", "{:.4f}"),
-        ("token accuracy", "token_accuracy", "{:.4f}"),
-    ]
-    lines = [f"| | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"]
-    for label, key, form in rows:
-        cells = [
-            f"{form.format(results[side][key])} ± {form.format(results[side][f'{key}_standard_error'])}"
-            for side in sides
-        ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    references = results["reference_bits_per_byte"]
-    for name in ("unigram", "xz"):
-        lines.append(f"| bits per byte of {name} | {' | '.join(f'{references[side][name]:.4f}' for side in sides)} |")
-    for name, label in (("bleu", "BLEU"), ("rouge_l", "ROUGE-L")):
-        if name in results["continuations"]:
-            lines.append(
-                f"| {label} of continuations | {results['continuations'][name]:.4f} |" + " |" * (len(sides) - 1)
-            )
-    return f"{card}\n## Evaluation\n\nEach figure with its standard error over documents.\n\n" + "\n".join(lines) + "\n"
+    return _TEMPLATES.get_template("model_card.md").render(card=card, results=results, sides=sides)
 
 
-def _quote(text: str) -> str:
-    return "".join(f"> {line}  \n" for line in text.splitlines()) + "\n"
+def draw_figures(reports: Path) -> dict[str, str]:
+    """Title -> SVG, from the tables that train and evaluate left in `reports`."""
+    names = ("train.steps", "train.validations", "eval.positions", "eval.sources", "eval.calibration", "eval.lengths")
+    steps, validations, positions, sources, calibration, lengths = (pd.read_csv(reports / f"{n}.csv") for n in names)
+
+    def by_split(table: pd.DataFrame, x: str, y: str) -> dict[str, charts.Line]:
+        return {str(split): (rows[x].tolist(), rows[y].tolist()) for split, rows in table.groupby("split", sort=False)}
+
+    def by_step(table: pd.DataFrame, y: str) -> charts.Line:
+        return table["step"].tolist(), table[y].tolist()
+
+    loss = {"train": by_step(steps, "loss"), "val": by_step(validations, "val_loss")}
+    held_out = {f"{row['source']}, {row['split']}": row["bits_per_byte"] for row in sources.to_dict("records")}
+    by_position, sure = by_split(positions, "position", "loss"), by_split(calibration, "confidence", "accuracy")
+    right = by_split(positions, "position", "token_accuracy")
+    length = by_split(lengths, "n_tokens", "share")
+    return {
+        "Loss": charts.lines("step", "nats per token", loss),
+        "Learning rate": charts.lines("step", "learning rate", {"lr": by_step(steps, "lr")}),
+        "Gradient norm": charts.lines("step", "norm before clipping", {"norm": by_step(steps, "grad_norm")}),
+        "Loss by position": charts.lines("position", "nats per token", by_position),
+        "Accuracy by position": charts.lines("position", "token accuracy", right),
+        "Bits per byte by source": charts.bars("bits per byte", held_out),
+        "Calibration": charts.lines("confidence", "accuracy", sure, diagonal=True),
+        "Length of documents": charts.lines("tokens, up to", "share of documents", length, log_x=True),
+    }
 
 
-def _fenced(text: str) -> str:
-    return text.replace("```", "'''")
+def write_page(reports: Path, params: Params, lineage: Manifest, collected: dict[str, Any], run_id: str | None,
+               figures: dict[str, str]) -> str:  # fmt: skip
+    """Write report.html and return it; `lineage` is the split's manifest, `collected` the counts of stage collect."""
+    results, trained, samples = (
+        json.loads((reports / f"{name}.json").read_bytes()) for name in ("eval", "train", "train.samples")
+    )
+    page = _TEMPLATES.get_template("report.html").render(
+        results=results,
+        trained=trained,
+        samples=samples["data"],
+        sides=[side for side in ("test", "val") if side in results],
+        figures=figures,
+        after=(reports / "samples.md").read_text(encoding="utf-8"),
+        params=params.model_dump(mode="json"),
+        collected=collected,
+        split=lineage.counts,
+        ancestors=sorted(lineage.lineage("split").items()),
+        run_id=run_id,
+    )
+    write_bytes(reports / "report.html", page.encode())
+    return page

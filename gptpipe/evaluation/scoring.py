@@ -17,6 +17,7 @@ from gptpipe.model.device import autocast
 from gptpipe.model.gpt import GPT
 from gptpipe.tokens.streams import Stream
 
+CONFIDENCE_BINS = 10  # of equal width, from 0 to 1
 _LOGITS = 1 << 24  # numbers of logits that one forward pass may make: 64 MB in float32
 
 Array = npt.NDArray[np.float64]
@@ -30,7 +31,9 @@ class Scores:
     correct: Array  # tokens whose most probable prediction is right
     n_tokens: Array  # tokens scored
     nats_by_position: Array
+    correct_by_position: Array
     n_by_position: Array
+    by_confidence: Array  # (3, CONFIDENCE_BINS): probability of the likeliest token, summed; correct; tokens scored
 
 
 def score(
@@ -44,13 +47,14 @@ def score(
     """Score a stream, or part i of n, whose sums add up; they take turns, a batch each.
 
     `advance` hears of each turn how many tokens all parts score in it.
-    Memory: the logits of one batch or window, and three numbers per document.
+    Memory: the logits of one batch or window, three numbers per document and as many per position.
     """
     context = model.params.context_length
     device = model.embedding.weight.device
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
     sums = {name: np.zeros(len(ends)) for name in ("nats", "correct", "n_tokens")}
-    by_position = {name: np.zeros(context) for name in ("nats", "n_tokens")}
+    by_position = {name: np.zeros(context) for name in sums}
+    by_confidence = np.zeros((3, CONFIDENCE_BINS))
     n_targets = max(0, len(stream.tokens) - 1)
     n_full = n_targets // context * context  # in full windows; the rest is one shorter window
     step = max(1, _LOGITS // (context * model.vocab_size)) * context
@@ -63,25 +67,31 @@ def score(
             for start, end in turn[part[0] :][:1]:
                 n = end - start
                 chunk = torch.from_numpy(stream.tokens[start : end + 1].astype(np.int64)).to(device)
-                nats, correct = _score_windows(model, chunk, max(1, n // context), precision)
+                nats, correct, confidence = _score_windows(model, chunk, max(1, n // context), precision)
                 document = np.searchsorted(ends, np.arange(start + 1, end + 1), side="right")
                 position = np.arange(n) % context
                 for name, values in (("nats", nats), ("correct", correct), ("n_tokens", np.ones(n))):
                     sums[name] += np.bincount(document, weights=values, minlength=len(ends))
-                    if name in by_position:
-                        by_position[name] += np.bincount(position, weights=values, minlength=context)
+                    by_position[name] += np.bincount(position, weights=values, minlength=context)
+                bins = np.minimum(confidence * CONFIDENCE_BINS, CONFIDENCE_BINS - 1).astype(np.int64)
+                for row, values in zip(by_confidence, (confidence, correct, np.ones(n)), strict=True):
+                    row += np.bincount(bins, weights=values, minlength=CONFIDENCE_BINS)
             advance(turn[-1][1] - turn[0][0])
     finally:
         model.train(was_training)
-    return Scores(sums["nats"], sums["correct"], sums["n_tokens"], by_position["nats"], by_position["n_tokens"])
+    at = {f"{'n' if name == 'n_tokens' else name}_by_position": values for name, values in by_position.items()}
+    return Scores(**sums, **at, by_confidence=by_confidence)
 
 
 @torch.no_grad()
-def _score_windows(model: GPT, chunk: Tensor, n_windows: int, precision: torch.dtype) -> tuple[Array, Array]:
-    """Nats and correctness of chunk[1:], given chunk[:-1] cut into equal windows."""
+def _score_windows(model: GPT, chunk: Tensor, n_windows: int, precision: torch.dtype) -> tuple[Array, Array, Array]:
+    """Nats of chunk[1:], whether the most probable token is right, and its probability; windows of equal length."""
     tokens, targets = chunk[:-1].view(n_windows, -1), chunk[1:]
     with autocast(chunk.device, precision):
         logits = model(tokens).flatten(0, 1)  # (B * T, V)
     nats = F.cross_entropy(logits.float(), targets, reduction="none")
-    correct = logits.argmax(dim=-1) == targets
-    return nats.double().cpu().numpy(), correct.double().cpu().numpy()
+    best = logits.argmax(dim=-1)
+    lead = (logits.gather(-1, best[:, None]) - logits.gather(-1, targets[:, None]))[:, 0].float()
+    found = (nats, best == targets, (lead - nats).exp().clamp(max=1))
+    losses, correct, confidence = (x.double().cpu().numpy() for x in found)
+    return losses, correct, confidence

@@ -7,11 +7,16 @@ Operations go out in order on a thread of their own. What the store has not take
 import json
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
 from gptpipe.config import Params
 from gptpipe.console import complain, say
@@ -24,6 +29,7 @@ Metrics = dict[str, float]
 
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _RETRY_SECONDS = 15.0
+_SYSTEM_SECONDS = 10.0  # without news before a look at processor, memory, disk and GPUs
 _CLOSE_SECONDS = 30.0  # that the end of a training waits for the store
 
 
@@ -36,6 +42,9 @@ class RunRecord:
         self._unsent: list[Operation] = [("create", description)]  # taken from the queue, not yet by the store
         self._closing = threading.Event()
         self._has_complained = False
+        self._monitors = [CPUMonitor(), DiskMonitor()]
+        with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+            self._monitors.append(GPUMonitor())
         self._send_unsent()  # once here, so that the run's id is known from the start where that can be
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -81,9 +90,22 @@ class RunRecord:
                     return
                 self._closing.wait(_RETRY_SECONDS)
                 continue
-            if (operation := self._waiting.get()) is None:
+            try:
+                operation = self._waiting.get(timeout=_SYSTEM_SECONDS)
+            except queue.Empty:
+                operation = ("metrics", self._system_metrics())
+            if operation is None:
                 return
             self._unsent.append(operation)
+
+    def _system_metrics(self) -> list[tuple[str, float, int, int]]:
+        """How busy the machine is, at the second of the clock as the step: a resumed run never repeats one."""
+        now, found = time.time(), dict[str, float]()
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return [(f"system/{name}", value, int(now * 1000), int(now)) for name, value in found.items()]
 
     def _send_unsent(self) -> bool:
         """Send in order until all is sent or the store fails; returns whether all is."""

@@ -18,10 +18,20 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from gptpipe.config import EvaluateParams, Params
 from gptpipe.files import Manifest
 from gptpipe.tracking.record import send_outbox
-from gptpipe.tracking.store import StoreError, connect, create_run, describe_run, find_run, store_errors
+from gptpipe.tracking.store import (
+    REPRODUCE,
+    StoreError,
+    connect,
+    create_run,
+    describe_run,
+    find_run,
+    store_errors,
+    write_note,
+)
 
 MODEL_NAME = "gpt"
 CHAMPION = "champion"
+_KEPT = ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")  # what neither git nor DVC's cache has by now
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SERVED_MODEL = Path(__file__).parent / "served_model.py"
 _SERVING_REQUIREMENTS = (
@@ -38,11 +48,12 @@ def record_evaluation(
     step: int,
     metrics: dict[str, float],
     texts: dict[str, str],
+    figures: dict[str, str],
     card: str,
     test_digest: str,
     model: Path,
 ) -> str:
-    """Log metrics and texts into the training's run, register `model` with its card, and say who is champion.
+    """Log metrics, texts and figures (title -> SVG) into the training's run, register `model`, and say who is champion.
 
     Metrics stand at `step`, that of the model, so that the figures of its validation fall on the curves of training.
     Where the store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that
@@ -59,8 +70,11 @@ def record_evaluation(
                     client.set_tag(found, "training_run_id", run_id)
                 client.set_terminated(found)
             _log_new(client, found, step, metrics)
-            for name, text in texts.items():
+            drawn = {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
+            kept = {f"{REPRODUCE}/{p}": p.read_text("utf-8") for p in map(Path, _KEPT) if p.exists()}
+            for name, text in (texts | drawn | kept).items():
                 client.log_text(found, text, name)
+            write_note(client, found)
             number = _register(client, found, model, params.evaluate)
             client.update_model_version(MODEL_NAME, number, description=card)
             return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)

@@ -1,8 +1,10 @@
 """The tracking store: reaching it, and writing one run to it. What it refuses is raised as StoreError."""
 
+import hashlib
 import json
 import logging
 import os
+import platform
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,12 +23,22 @@ from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
 
-from gptpipe.config import Params
-from gptpipe.environment import experiment_name, project_root, provenance, tracking_uri
-from gptpipe.files import Manifest
+from gptpipe.config import PARAMS, Params
+from gptpipe.environment import experiment_name, git, project_root, provenance, tracking_uri
+from gptpipe.errors import ResourceError, first_line
+from gptpipe.files import Manifest, to_json
 
 _PARAMS_PER_BATCH, _TAG_CHARACTERS, _PARAM_CHARACTERS = 100, 5000, 6000  # MLflow's limits
+_PATCH_BYTES = 1 << 20  # of changed code beside the commit; more is data, not code
+REPRODUCE = "reproduce"  # artifacts of a run that `gptpipe restore` needs, beside the commit
+# What the MLflow UI shows of the experiment: training runs, sorted by what counts.
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "test/bits_per_byte",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+}
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)  # its notes on tables it creates say nothing to our user
 
@@ -34,8 +46,8 @@ logging.getLogger("mlflow").setLevel(logging.ERROR)  # its notes on tables it cr
 Operation = tuple[str, Any]
 
 
-class StoreError(Exception):
-    """The tracking store did not take what it was given."""
+class StoreError(ResourceError):
+    """The tracking store did not take or give what it was asked to."""
 
 
 @contextmanager
@@ -44,7 +56,7 @@ def store_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, sqlite3.Error) as error:
-        raise StoreError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+        raise StoreError(f"tracking store: {first_line(error)[:200]}") from error
 
 
 def connect() -> MlflowClient:
@@ -64,7 +76,7 @@ def connect() -> MlflowClient:
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment_name()) is None:
                 artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None
-                client.create_experiment(experiment_name(), artifact_location=artifacts)
+                client.create_experiment(experiment_name(), artifact_location=artifacts, tags=_EXPERIMENT_TAGS)
             if is_new:  # readers, such as the UI, then never block the writer
                 with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
                     database.execute("PRAGMA journal_mode=WAL")
@@ -118,6 +130,7 @@ class RunWriter:
                     self._client.log_batch(self.run_id, tags=tags)
                 case "end":
                     self._client.set_terminated(self.run_id, status=content)
+                    write_note(self._client, self.run_id)
 
 
 def _steps_by_metric(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
@@ -126,10 +139,22 @@ def _steps_by_metric(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
 
 
 def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
-    """Content of a `create` operation: parameters, tags, data and packages of a run."""
+    """Content of a `create` operation: parameters, tags, data, packages and changed code of a run."""
+    changed, start = _changed_params(), provenance()
+    tags = {
+        **start,
+        **{f"environment.{key}": str(value) for key, value in environment.items()},
+        "params_digest": hashlib.sha256(to_json(params.model_dump(mode="json"))).hexdigest()[:12],
+        "changed": ", ".join(f"{key}={value}" for key, value in changed.items())[:_TAG_CHARACTERS],
+        "process": f"{os.getpid()} on {platform.node()}",
+        "mlflow.loggedArtifacts": json.dumps([{"path": "samples.json", "type": "table"}]),
+    }
+    if "dvc.exp_name" in start:  # runs of one sweep differ in the same parameters from the same commit
+        tags["sweep"] = f"{start.get('dvc.baseline_rev', '')[:7]}: {', '.join(changed)}"[:_TAG_CHARACTERS]
+    patch = git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports")
     return {
         "name": os.environ.get("DVC_EXP_NAME"),
-        "tags": {**provenance(), **{f"environment.{key}": str(value) for key, value in environment.items()}},
+        "tags": tags,
         "params": flat(params.model_dump(mode="json")),
         "datasets": [
             {
@@ -146,8 +171,33 @@ def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any])
         "texts": {
             "environment.txt": "".join(sorted({f"{d.name}=={d.version}\n" for d in distributions()})),
             "lineage.json": lineage.to_bytes().decode(),
+            **({f"{REPRODUCE}/code.patch": patch} if patch is not None and len(patch) <= _PATCH_BYTES else {}),
         },
     }
+
+
+def _changed_params() -> dict[str, str]:
+    """Parameters that differ from those of the commit: what this run tries."""
+    committed = git("show", f"HEAD:./{PARAMS}")
+    if committed is None or not PARAMS.exists():
+        return {}
+    before, now = (flat(YAML(typ="safe", pure=True).load(text)) for text in (committed, PARAMS.read_bytes()))
+    return {key: value for key, value in now.items() if before.get(key) != value}
+
+
+def write_note(client: MlflowClient, run_id: str) -> None:
+    """The run's description in the UI: headline figures, red flags, and how to come back to this run."""
+    metrics, tags = (data := client.get_run(run_id).data).metrics, data.tags
+    names = [f"{side}/{name}" for side in ("test", "val") for name in ("bits_per_byte", "perplexity", "token_accuracy")]
+    rows = "".join(f"| {name} | {metrics[name]:.4f} |\n" for name in names if name in metrics)
+    flags = [words for name, words in sorted(tags.items()) if name.startswith("red_flag.")]
+    note = (
+        f"**{tags.get('changed') or 'parameters as committed'}**\n\n"
+        f"| figure | value |\n|---|---|\n{rows}\n"
+        f"Red flags: {'; '.join(flags) or 'none'}.\n\n"
+        f"Its code, parameters and data again, in a folder beside this one:\n\n    gptpipe restore {run_id}\n"
+    )
+    client.set_tag(run_id, "mlflow.note.content", note[:_TAG_CHARACTERS])
 
 
 def create_run(client: MlflowClient, description: dict[str, Any]) -> str:
@@ -167,6 +217,7 @@ def create_run(client: MlflowClient, description: dict[str, Any]) -> str:
     client.log_inputs(run_id, datasets=inputs)
     for name, text in description["texts"].items():
         client.log_text(run_id, text, name)
+    write_note(client, run_id)
     return run_id
 
 

@@ -1,12 +1,13 @@
 """What a finished training leaves: the model folder with its card, the curves and a summary."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from gptpipe.config import Params
-from gptpipe.files import Manifest, new_folder, write_bytes, write_json
+from gptpipe.files import Manifest, new_folder, to_json, write_bytes, write_json
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
 from gptpipe.tokens.tokenizer import Tokenizer
@@ -34,9 +35,26 @@ def write_model(
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
 
 
-def write_curves(reports: Path, state: TrainState, summary: dict[str, Any]) -> None:
-    """The summary, and the curves of steps and validations as CSV."""
+def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:
+    """Add a step's samples, prompt -> continuation, to the table in `folder`; returns it as the JSON that MLflow shows.
+
+    A resumed training comes by a step again: its rows replace those that are there.
+    """
+    path = folder / "samples.json"
+    try:
+        rows = json.loads(path.read_bytes())["data"]
+    except (OSError, ValueError):  # the first, or damaged: no figure hangs on it
+        rows = []
+    rows = [row for row in rows if row[0] < step] + [[step, *pair] for pair in samples.items()]
+    table = to_json({"columns": ["step", "prompt", "continuation"], "data": rows})
+    write_bytes(path, table)
+    return table.decode()
+
+
+def write_curves(reports: Path, state: TrainState, summary: dict[str, Any], checkpoints: Checkpoints) -> None:
+    """The summary, the curves of steps and validations as CSV, and the samples."""
     write_json(reports / "train.json", summary)
+    write_bytes(reports / "train.samples.json", note_samples(checkpoints.folder, state.step + 1, {}).encode())
     for name, table in (("steps", _steps(state)), ("validations", _validations(state))):
         write_bytes(reports / f"train.{name}.csv", table.to_csv(index=False).encode())
 

@@ -32,7 +32,7 @@ from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
-from gptpipe.training.results import summarise, write_curves, write_model
+from gptpipe.training.results import note_samples, summarise, write_curves, write_model
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
 _VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
@@ -123,7 +123,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             summary = summarise(params, state, n_steps)
             if place().rank == 0:
                 write_model(target, params, tokenizer, checkpoints, summary, made_from)
-                write_curves(reports, state, summary)
+                write_curves(reports, state, summary, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
                 record.tags({"best_step": str(summary["best_step"])})
         if place().rank == 0:
@@ -228,7 +228,8 @@ class _Training:
             complain(f"red flag: {flags[name]}")
         self._flags_said |= flags.keys()
         self.record.tags({f"red_flag.{name}": words for name, words in flags.items()})
-        self.record.text(f"samples/step-{self.state.step:08d}.md", self._samples(model))
+        samples = self._samples(model)
+        self.record.text("samples.json", note_samples(self.checkpoints.folder, self.state.step, samples))
         if self.params.train.on_spike == "stop":  # else only what is never taken back: what is saved
             self._send()
 
@@ -258,12 +259,11 @@ class _Training:
             self.record.metrics(self.state.journal[self._n_sent :])
         self._n_sent = len(self.state.journal)
 
-    def _samples(self, model: GPT) -> str:
-        """Continuations of the sample prompts, as Markdown; the same seed each time, so that they compare."""
+    def _samples(self, model: GPT) -> dict[str, str]:
+        """Continuations of the sample prompts; the same seed each time, so that they compare."""
         section = self.params.train
         sampling = Sampling(temperature=0.8, top_k=50, seed=self.params.seed)
-        parts = []
-        for prompt in section.sample_prompts:
-            pieces = continue_text(model, self.tokenizer, prompt, section.sample_tokens, sampling)
-            parts.append(f"**{prompt}**{''.join(pieces)}\n")
-        return "\n---\n\n".join(parts)
+        return {
+            prompt: "".join(continue_text(model, self.tokenizer, prompt, section.sample_tokens, sampling))
+            for prompt in section.sample_prompts
+        }

@@ -17,7 +17,7 @@ from gptpipe.tokens.streams import open_stream
 FIGURES = {
     *("loss", "perplexity", "bits_per_byte", "token_accuracy"),
     *(f"{name}_standard_error" for name in ("loss", "perplexity", "bits_per_byte", "token_accuracy")),
-    *("n_tokens", "n_bytes", "n_documents"),
+    *("n_tokens", "n_bytes", "n_documents", "calibration_error"),
 }
 
 

@@ -1,12 +1,13 @@
 """Figures from sums, by hand: two documents of 4 and 6 tokens, 8 and 12 bytes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from gptpipe.evaluation.metrics import figures, figures_by_source, ratio
+from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source, ratio
 from gptpipe.evaluation.scoring import Scores
 
 DOCUMENTS = pd.DataFrame({"source": ["b", "a"], "n_bytes": [8, 12]})
@@ -15,7 +16,9 @@ SCORES = Scores(
     correct=np.array([1.0, 3.0]),
     n_tokens=np.array([4.0, 6.0]),
     nats_by_position=np.zeros(16),
+    correct_by_position=np.zeros(16),
     n_by_position=np.zeros(16),
+    by_confidence=np.array([[0.0, 1.0, 0.0, 4.5], [0.0, 2.0, 0.0, 4.0], [0.0, 5.0, 0.0, 5.0]]),
 )
 
 
@@ -58,7 +61,15 @@ def test_a_ratio_of_nothing_is_nothing() -> None:
     assert ratio(np.zeros(0), np.zeros(0)) == (0.0, 0.0)
 
 
+def test_calibration() -> None:
+    """Sure at 0.2 and right at 0.4 in five tokens, sure at 0.9 and right at 0.8 in the other five."""
+    table = calibration_table(SCORES)
+    assert table.to_numpy().tolist() == [[0.2, 0.4, 5.0], [0.9, 0.8, 5.0]]
+    assert calibration_error(table) == pytest.approx(0.15)
+    assert calibration_error(table[:0]) == 0.0
+
+
 def test_a_hopeless_loss_has_a_finite_perplexity() -> None:
     """JSON knows no infinity."""
-    hopeless = Scores(np.array([1e6]), np.zeros(1), np.ones(1), np.zeros(16), np.zeros(16))
+    hopeless = replace(SCORES, nats=np.array([1e6]), correct=np.zeros(1), n_tokens=np.ones(1))
     assert math.isfinite(figures(hopeless, DOCUMENTS[:1])["perplexity"])

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from gptpipe.evaluation import scoring
-from gptpipe.evaluation.scoring import Scores, score
+from gptpipe.evaluation.scoring import CONFIDENCE_BINS, Scores, score
 from gptpipe.tokens.streams import Stream, open_stream
 
 
@@ -30,7 +30,8 @@ def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
     document = [i for i, n in enumerate(stream.documents["n_tokens"]) for _ in range(n)]
     sums: dict[str, list[float]] = {"nats": [0.0] * len(stream.documents), "n_tokens": [0.0] * len(stream.documents),
                                     "correct": [0.0] * len(stream.documents), "by_position": [0.0] * context,
-                                    "n_by_position": [0.0] * context}  # fmt: skip
+                                    "n_by_position": [0.0] * context, "confidence": [0.0] * CONFIDENCE_BINS,
+                                    "n_by_confidence": [0.0] * CONFIDENCE_BINS}  # fmt: skip
     for target in range(1, len(tokens)):
         start = (target - 1) // context * context
         with torch.no_grad():
@@ -41,6 +42,9 @@ def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
         sums["n_tokens"][document[target]] += 1
         sums["by_position"][(target - 1) % context] += nats
         sums["n_by_position"][(target - 1) % context] += 1
+        confidence = logits.softmax(-1).max().item()
+        sums["confidence"][int(confidence * CONFIDENCE_BINS)] += confidence
+        sums["n_by_confidence"][int(confidence * CONFIDENCE_BINS)] += 1
     return sums
 
 
@@ -57,6 +61,9 @@ def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...
     assert scores.correct.tolist() == expected["correct"]
     np.testing.assert_allclose(scores.nats, expected["nats"], rtol=1e-5)
     np.testing.assert_allclose(scores.nats_by_position, expected["by_position"], rtol=1e-5)
+    assert scores.correct_by_position.sum() == scores.by_confidence[1].sum() == sum(expected["correct"])
+    np.testing.assert_allclose(scores.by_confidence[0], expected["confidence"], rtol=1e-5)
+    assert scores.by_confidence[2].tolist() == expected["n_by_confidence"]
     assert scores.n_tokens.sum() == sum(heard) == len(stream.tokens) - 1
     assert scores.nats.sum() == pytest.approx(scores.nats_by_position.sum())
 

@@ -1,8 +1,10 @@
 """The record of a training in a real SQLite store, and what happens when the store is not there."""
 
+import os
 import socket
 import sqlite3
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from gptpipe.tracking.store import connect
 
 def rows(project: Path) -> list[tuple[str, int, float]]:
     with sqlite3.connect(project / "mlflow.db") as database:
-        return sorted(database.execute("select key, step, value from metrics"))
+        return sorted(database.execute("select key, step, value from metrics where key not like 'system/%'"))
 
 
 def test_a_run_holds_parameters_data_metrics_and_texts(project: Path, params: Params) -> None:
@@ -38,6 +40,51 @@ def test_a_run_holds_parameters_data_metrics_and_texts(project: Path, params: Pa
     }
     assert {f.path for f in client.list_artifacts(record.run_id)} == {"environment.txt", "lineage.json", "samples"}
     assert (project / "mlartifacts").is_dir()
+
+
+def test_its_description_says_what_counts_and_how_to_come_back(params: Params) -> None:
+    with training_run(params, None, LINEAGE, {"device": "cpu"}) as record:
+        record.metrics([(1, 1000, {"val/bits_per_byte": 2.5, "train/loss": 3.0})])
+        record.tags({"red_flag.overfitting": "overfitting: words"})
+    tags = connect().get_run(record.run_id).data.tags
+    note = tags["mlflow.note.content"]
+    assert "| val/bits_per_byte | 2.5000 |" in note
+    assert "Red flags: overfitting: words." in note
+    assert f"gptpipe restore {record.run_id}" in note
+    assert (tags["environment.device"], len(tags["params_digest"])) == ("cpu", 12)
+    assert tags["process"].startswith(f"{os.getpid()} on ")
+    experiment = connect().get_experiment_by_name("gptpipe")
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "test/bits_per_byte"
+
+
+def test_what_a_run_changes_is_told_from_its_commit(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    (project / "params.yaml").write_text("train: {lr: 1.0e-3, betas: [0.9, 0.95]}\nseed: 1\n")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "params.yaml"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    (project / "params.yaml").write_text("train: {lr: 1e-4, betas: [0.9, 0.95]}\nseed: 2\n")
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-newt")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "f00ba44" * 5)
+    with training_run(params, None, LINEAGE, {}) as record:
+        pass
+    client = connect()
+    tags = client.get_run(record.run_id).data.tags
+    assert tags["changed"] == "train.lr=0.0001, seed=2"
+    assert tags["sweep"] == "f00ba44: train.lr, seed"
+    patch = Path(client.download_artifacts(record.run_id, "reproduce/code.patch")).read_text()
+    assert "+train: {lr: 1e-4" in patch
+
+
+def test_how_busy_the_machine_is_stands_beside_the_curves(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "_SYSTEM_SECONDS", 0.2)
+    with training_run(params, None, LINEAGE, {}) as record:
+        time.sleep(1.5)
+    history = connect().get_metric_history(record.run_id, "system/system_memory_usage_percentage")
+    assert len(history) >= 1
+    assert all(0 < metric.value <= 100 and metric.step == metric.timestamp // 1000 for metric in history)
 
 
 def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> None:

@@ -22,7 +22,16 @@ def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None
     metrics = {"val/loss": 1.0} | ({} if bits is None else {"test/bits_per_byte": bits})
     texts = {"samples.md": "samples"}
     return record_evaluation(
-        params, LINEAGE, run_id, step=7, metrics=metrics, texts=texts, card="# card", test_digest=digest, model=model
+        params,
+        LINEAGE,
+        run_id,
+        step=7,
+        metrics=metrics,
+        texts=texts,
+        figures={"Loss by position": "<svg/>"},
+        card="# card",
+        test_digest=digest,
+        model=model,
     )
 
 

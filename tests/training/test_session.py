@@ -78,8 +78,10 @@ def test_what_it_records(project: Project) -> None:
     (record,) = project.records
     assert [step for step, _, metrics in record.entries if "train/loss" in metrics] == list(range(1, 13))
     assert [step for step, _, metrics in record.entries if "val/loss" in metrics] == [0, 4, 8, 12]
-    assert set(record.texts) == {f"samples/step-{step:08d}.md" for step in (0, 4, 8, 12)}
-    assert record.texts["samples/step-00000012.md"].startswith("**the **")
+    table = json.loads(record.texts["samples.json"])
+    assert table["columns"] == ["step", "prompt", "continuation"]
+    assert [row[:2] for row in table["data"]] == [[step, "the "] for step in (0, 4, 8, 12)]
+    assert table == json.loads((project.root / "reports/train.samples.json").read_bytes())
     assert record.tagged["best_step"] == "12"
     assert record.environment["micro_batch_size"] == 4
 
