@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import mlflow
+import pandas as pd
 from scipy.stats import ttest_ind
 
 from gptpipe.environment import experiment_name
@@ -30,14 +31,16 @@ def compare(names: Sequence[str], metric: str) -> str:
         raise InputError(f"compare: none of {len(found)} runs has {metric} and one of the names; see `mlflow ui`")
     params = runs.filter(regex=r"^params\.(?!seed$)").rename(columns=lambda key: str(key).removeprefix("params."))
     differing = params.loc[:, params.nunique() > 1].to_dict("records")
-    labels = [", ".join(f"{key}={value}" for key, value in row.items()) for row in differing]
-    groups = runs.groupby(labels)
-    values = groups[f"metrics.{metric}"]
-    table = values.agg(["count", "mean", "sem"]).sort_values("mean", ascending=not metric.endswith(_MORE_IS_BETTER))
+    changes = [", ".join(f"{key}={value}" for key, value in row.items()) for row in differing]
+    labels = pd.Series(changes, index=runs.index)
+    groups, values = runs.groupby(labels), runs[f"metrics.{metric}"]
+    table = groups[f"metrics.{metric}"].agg(["count", "mean", "sem"])
+    table = table.sort_values("mean", ascending=not metric.endswith(_MORE_IS_BETTER))
     table["sem"] = table["sem"].fillna(groups[f"metrics.{metric}_standard_error"].first())
-    best = values.get_group(table.index[0])
-    table["p"] = [float(ttest_ind(best, values.get_group(i), equal_var=False).pvalue) if min(len(best), n) > 1
-                  else float("nan") for i, n in table["count"].items()]  # fmt: skip
+    by_label = {label: values[labels == label] for label in table.index}
+    best = by_label[table.index[0]]
+    table["p"] = [float(ttest_ind(best, other, equal_var=False).pvalue) if min(len(best), len(other)) > 1
+                  else float("nan") for other in by_label.values()]  # fmt: skip
     table.iloc[0, -1] = float("nan")
     table.insert(0, "", ["best", *[""] * (len(table) - 1)])
     table.columns = ["", "runs", metric, "standard error", "p against best"]
