@@ -224,23 +224,25 @@ def test_rolling_back_passes_over_the_batches_since_the_checkpoint() -> None:
     assert len(state.steps) == 8
 
 
-@pytest.mark.parametrize("size", [4, 3])
-def test_out_of_memory_halves_the_micro_batches_and_goes_on(size: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Same gradients within rounding; a batch of 12 by 3 goes on by 1, its next divisor."""
-    changes = {"train__batch_size": 12, "train__micro_batch_size": size}
+@pytest.mark.parametrize(("batch_size", "size", "smaller"), [(12, 4, 2), (9, 9, 3)])
+def test_out_of_memory_halves_the_micro_batches_and_goes_on(
+    batch_size: int, size: int, smaller: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same gradients within rounding. A batch of 9 cannot go on by 4: by 3, its next divisor."""
+    changes = {"train__batch_size": batch_size, "train__micro_batch_size": size}
     undisturbed, batches, plan = tiny.trained_state(1, **changes)
     state, batches, plan = tiny.trained_state(**changes)
-    n_left, model = iter([True, False] + [True] * 100), state.model
+    is_fit, model = iter(([True] if size < batch_size else []) + [False] + [True] * 100), state.model
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The allocator's own words, in the second micro-batch."""
-        if not next(n_left):
+        """The allocator's own words, in the second micro-batch where there is one."""
+        if not next(is_fit):
             torch.empty(1 << 60)
         return model.loss(x, y)
 
     metrics = optimizer_step(state, batches, replace(plan, loss=loss))
-    assert state.micro_batch_size == metrics["train/micro_batch_size"] == size // 2
-    assert f"out of memory; going on with {size // 2} sequences at a time" in capsys.readouterr().err
+    assert state.micro_batch_size == metrics["train/micro_batch_size"] == smaller
+    assert f"out of memory; going on with {smaller} sequences at a time" in capsys.readouterr().err
     assert state.steps[0] == pytest.approx(undisturbed.steps[0], rel=1e-5)
     assert "train/micro_batch_size" not in optimizer_step(state, batches, plan)
 
