@@ -41,7 +41,7 @@ WANTED = 1.88  # nats per character
 # What differs from params.yaml.
 SHORT: dict[str, dict[str, Any]] = {
     "model": {"context_length": 64, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 128, "n_inner": 352},
-    "train": {"batch_size": 16, "lr": 1e-2, "warmup_steps": 20, "max_steps": 230},
+    "train": {"batch_size": 16, "lr": 1e-2, "warmup_steps": 20, "max_steps": 260},
 }
 LONG: dict[str, dict[str, Any]] = {
     "model": {"context_length": 256, "n_head": 3, "n_kv_head": 3, "n_embd": 192, "n_inner": 512},
