@@ -35,7 +35,7 @@ class ParquetRows:
         self._count(1, n_bytes)
 
     def extend(self, batch: pa.RecordBatch) -> None:
-        """Add many rows at once; a file is made by `append` or by `extend`."""
+        """Add many rows at once, to a file that nothing is appended to."""
         self._batches.append(batch)
         self._count(len(batch), batch.nbytes)
 
@@ -45,6 +45,7 @@ class ParquetRows:
             self.flush()
 
     def flush(self) -> None:
+        assert not (self._rows and self._batches), "a file is made by append or by extend"
         if self._batches:
             table = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
         else:

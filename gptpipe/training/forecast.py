@@ -35,7 +35,8 @@ class Forecast:
 def forecast(params: Params, split: Path) -> Forecast:
     """Look at the split in `split` and take a few steps of the training that params.yaml describes; writes nothing.
 
-    Raises what a training of these parameters would raise before its first step.
+    By one process, whatever `train.launcher` says. Raises IntegrityError, InputError for too few tokens, ConfigError
+    for a device that is not there, ResourceError for too little memory.
     """
     section = params.train
     runtime.be_deterministic()
@@ -57,7 +58,7 @@ def forecast(params: Params, split: Path) -> Forecast:
     n_steps = section.n_steps(batches.n_windows)
     free = runtime.free_bytes(where.device)
     micro_batch_size = runtime.micro_batch_size(section, model, free)
-    loss = torch.compile(model.loss, dynamic=False) if where.compiles else model.loss
+    loss = runtime.loss_function(model, section, tokenizer.end_of_text, compiles=where.compiles)
     state = TrainState(model, build_optimizers(model, section), micro_batch_size)
     plan = Plan(section, n_steps, params.seed, where.precision, loss)
     step_seconds = _step_seconds(state, batches, plan)

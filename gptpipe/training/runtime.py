@@ -5,6 +5,7 @@ import platform
 import signal
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 
 import psutil
@@ -69,6 +70,13 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling all new memory with NaN costs time at every step, to guard reads of unwritten memory that we do not make.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def loss_function(model: GPT, params: TrainParams, end_of_text: int, *, compiles: bool) -> distributed.LossFunction:
+    """The model's loss of (B, T) tokens and targets as `params` want it, compiled or not."""
+    document_end = end_of_text if params.document_masking else None
+    loss: distributed.LossFunction = partial(model.loss, z_loss=params.z_loss, end_of_text=document_end)
+    return torch.compile(loss, dynamic=False) if compiles else loss
 
 
 def estimated_bytes(model: GPT, sequences: int) -> int:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,10 +103,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             own = section.model_copy(update={"batch_size": n_own})
             fitting = runtime.micro_batch_size(own, model, runtime.free_bytes(where.device))
             state.micro_batch_size = distributed.from_first(fitting)
-        end_of_text = tokenizer.end_of_text if section.document_masking else None
-        loss: distributed.LossFunction = partial(model.loss, z_loss=section.z_loss, end_of_text=end_of_text)
-        if where.compiles:
-            loss = torch.compile(loss, dynamic=False)
+        loss = runtime.loss_function(model, section, tokenizer.end_of_text, compiles=where.compiles)
         loss = distributed.averaging(model, loss, state.micro_batch_size)
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
