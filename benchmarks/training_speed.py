@@ -26,6 +26,7 @@ from gptpipe.config import ModelParams, load_params
 from gptpipe.model.device import autocast, keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
+from gptpipe.training.loop import Plan, TrainState, optimizer_step
 
 # name: layers, heads, width, context, batch, vocabulary
 SHAPES = {
@@ -123,23 +124,28 @@ def inner_width(width: int) -> int:
     return -(-8 * width // 96) * 32
 
 
+class SameBatch:
+    """In place of training windows: one batch, at every step."""
+
+    def __init__(self, tokens: Tensor, targets: Tensor) -> None:
+        self._batch = tokens, targets
+
+    def at(self, step: int, part: slice) -> tuple[Tensor, Tensor]:
+        return self._batch
+
+
 def stepper(
     model: GPT, loss: Callable[..., Tensor], device: torch.device, precision: torch.dtype, compiles: bool
 ) -> Step:
-    """A step as the training loop takes it."""
+    """The training loop's own step."""
     model.to(device).train()
-    section = load_params().train.model_copy(update={"optimizer": "adamw", "lr": 1e-4})
-    optimizers = build_optimizers(model, section)
+    params = load_params().train.model_copy(update={"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 0})
     compiled = torch.compile(loss, dynamic=False) if compiles else loss
+    state, plan = TrainState(model, build_optimizers(model, params), 0), Plan(params, 10**6, 0, precision, compiled)
 
     def step(tokens: Tensor, targets: Tensor) -> None:
-        with autocast(device, precision):
-            found = compiled(tokens, targets)
-        found.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        state.micro_batch_size = len(tokens)
+        optimizer_step(state, SameBatch(tokens, targets), plan)
 
     return step
 

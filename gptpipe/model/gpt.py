@@ -28,15 +28,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The gradients, not the value, also hold `z_loss` times the sum of squared log normalizers.
 
-    A few rows of logits at a time stay in the processor's cache, where (R, V) logits, their log softmax and the
-    gradients of both would go through memory (Wijmans et al., 2024, arXiv:2411.09009).
+    Only some rows of logits are there at a time, where a plain loss holds all (R, V) of them, their log softmax and the
+    gradients of both (Wijmans et al., 2024, arXiv:2411.09009).
     """
 
-    ROWS = 256  # of logits at a time
+    ROWS = 1024  # of logits at a time; a quarter of it saves memory, and costs an eighth of this pass's speed
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
         total = hidden.new_zeros(())
         for start in range(0, len(hidden), LinearCrossEntropy.ROWS):
             rows = slice(start, start + LinearCrossEntropy.ROWS)
@@ -50,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 gradient *= (1 + 2 * z_loss * log_sum)[:, None]
             gradient.scatter_add_(-1, target, -gradient.new_ones(target.shape))
             torch.mm(gradient, weight, out=hidden_gradient[rows])
-            weight_gradient.addmm_(gradient.T, hidden[rows])
+            weight_gradient.addmm_(gradient.T, hidden[rows], beta=float(start > 0))
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import math
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -158,10 +158,13 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     set_lr(state.optimizers, lr)
     micro_batch_size = state.micro_batch_size
     loss = distributed.all_reduce(_backward(state, plan, tokens, targets, part.start)).item()
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf)).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients)).item()
     if fault := _fault(loss, norm, state.steps[-_RECENT:], params.spike_sigmas):
         model.zero_grad(set_to_none=True)
         raise NumericError(f"train: step {state.step + 1}: {fault}; stopped before the update: {_REMEDY}")
+    if params.grad_clip is not None and norm > params.grad_clip:
+        torch._foreach_mul_(gradients, params.grad_clip / norm)
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -215,15 +218,14 @@ def _fault(loss: float, norm: float, recent: list[tuple[float, float]], sigmas: 
         return f"loss {loss}, gradient norm {norm}"
     if sigmas is None or len(recent) < _ENOUGH:
         return None
+    losses, norms = np.array(recent).T
     # Norms are compared by their logarithms: they vary by factors.
-    logs = [math.log(max(norm, 1e-30)) for _, norm in recent]
     for name, value, compared, usual in (
-        ("loss", loss, loss, [loss for loss, _ in recent]),
-        ("gradient norm", norm, math.log(max(norm, 1e-30)), logs),
+        ("loss", loss, loss, losses),
+        ("gradient norm", norm, math.log(max(norm, 1e-30)), np.log(np.maximum(norms, 1e-30))),
     ):
-        spread = max(statistics.pstdev(usual), _LEAST_SPREAD[name])
-        if compared > statistics.fmean(usual) + sigmas * spread:
-            above = (compared - statistics.fmean(usual)) / spread
+        spread = max(float(usual.std()), _LEAST_SPREAD[name])
+        if (above := (compared - float(usual.mean())) / spread) > sigmas:
             return f"{name} {value:.4g} spikes, {above:.1f} standard deviations above the last {len(recent)} steps"
     return None
 
