@@ -9,15 +9,13 @@ import torch
 
 from gptpipe.config import Params
 from gptpipe.evaluation.scoring import score
-from gptpipe.files import verify
-from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.streams import Stream, open_stream
-from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.tokens.streams import Stream
 from gptpipe.training import runtime
 from gptpipe.training.loop import Plan, TrainState, optimizer_step
+from gptpipe.training.start import start
 
 _WARM_UP, _PROBED = 2, 5  # steps
 _COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556, table 3)
@@ -39,29 +37,17 @@ def forecast(params: Params, split: Path) -> Forecast:
     for a device that is not there, ResourceError for too little memory.
     """
     section = params.train
-    runtime.be_deterministic()
-    keep_freed_memory()
-    where = runtime.resolve(section)
-    verify(split)
-    train, val = open_stream(split, "train"), open_stream(split, "val")
-    tokenizer = Tokenizer.load(split / TOKENIZER)
+    begin = start(params, split)
+    where, train, val, n_steps = begin.where, begin.train, begin.val, begin.n_steps
     torch.manual_seed(params.seed)
-    model = GPT(params.model, tokenizer.vocab_size).to(where.device)
+    model = GPT(params.model, begin.tokenizer.vocab_size).to(where.device)
     model.activation_checkpointing = section.activation_checkpointing
-    batches = Batches(
-        train.tokens,
-        context_length=params.model.context_length,
-        stride=section.stride,
-        batch_size=section.batch_size,
-        seed=params.seed,
-    )
-    n_steps = section.n_steps(batches.n_windows)
     free = runtime.free_bytes(where.device)
     micro_batch_size = runtime.micro_batch_size(section, model, free)
-    loss = runtime.loss_function(model, section, tokenizer.end_of_text, compiles=where.compiles)
+    loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
     state = TrainState(model, build_optimizers(model, section), micro_batch_size)
     plan = Plan(section, n_steps, params.seed, where.precision, loss)
-    step_seconds = _step_seconds(state, batches, plan)
+    step_seconds = _step_seconds(state, begin.batches, plan)
     validation_seconds = _validation_seconds(model, val, where.precision)
     n_validations = 1 + -(-n_steps // section.eval_every)
     seconds = n_steps * step_seconds + n_validations * validation_seconds

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import threading
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.model.device import best_device, is_sharded
 from gptpipe.model.gpt import GPT
 from gptpipe.training import distributed
+
+# FLOPs from which compiling pays: of each thread of a CPU at 3e10 in a second, of a GPU at 1e14 (not measured).
+_HALF_AN_HOUR, _MINUTES_OF_A_GPU = 1800 * 3e10, 180 * 1e14
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,11 @@ class Runtime:
         }
 
 
-def resolve(params: TrainParams) -> Runtime:
-    """Turn `auto` into what this machine has. Raises ConfigError for a device that is not there."""
+def resolve(params: TrainParams, flops: float) -> Runtime:
+    """Turn `auto` into what this machine has and a training of so many FLOPs needs.
+
+    Raises ConfigError for a device that is not there.
+    """
     try:
         device = best_device() if params.device == "auto" else torch.device(params.device)
         if device.type == "cuda" and place().n_ranks > 1:
@@ -59,9 +66,21 @@ def resolve(params: TrainParams) -> Runtime:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     ranks = "1" if place().n_ranks == 1 else f"{place().n_ranks} by {params.parallel}"
-    # On a CPU, compiling costs about a minute and gains an eighth of the step time, and with FSDP it was never tried.
-    compiles = device.type == "cuda" and "fsdp" not in ranks if params.compile == "auto" else params.compile
+    compiles = _compiling_pays(params, device, flops) if params.compile == "auto" else params.compile
     return Runtime(device, getattr(torch, precision), compiles, ranks)
+
+
+def _compiling_pays(params: TrainParams, device: torch.device, flops: float) -> bool:
+    """Whether compiling, about a minute, is short beside what it saves: a twelfth of the steps' time on a CPU."""
+    if place().n_ranks > 1 and (device.type == "cpu" or params.parallel == "fsdp"):  # never tried
+        return False
+    has_compiler = any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
+    match device.type:
+        case "cpu":
+            return has_compiler and flops > _HALF_AN_HOUR * torch.get_num_threads()
+        case "cuda":
+            return flops > _MINUTES_OF_A_GPU
+    return False
 
 
 def be_deterministic() -> None:

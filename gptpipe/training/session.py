@@ -17,21 +17,19 @@ from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError, R
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
-from gptpipe.files import Manifest, sha256_of, verify, write_json
-from gptpipe.model.device import keep_freed_memory
+from gptpipe.files import Manifest, sha256_of, write_json
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import initialise_from, weight_files
 from gptpipe.model.optim import build_optimizers
-from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.huggingface import byte_letters
-from gptpipe.tokens.streams import Stream, open_stream
-from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.tokens.tokenizer import Tokenizer
 from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
 from gptpipe.training.results import note_samples, summarise, write_curves, write_model
+from gptpipe.training.start import Start, start
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
 _VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
@@ -59,36 +57,19 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
     Under torchrun, every rank calls it and rank 0 writes. Raises Interrupted after a signal, the state saved; and
     whatever the rooms below raise.
     """
-    section = params.train
-    runtime.be_deterministic()
-    keep_freed_memory()
-    where, share = runtime.resolve(section), distributed.share(section)
-    made_from = verify(source)
-    tokenizer = Tokenizer.load(source / TOKENIZER)
-    train_stream, val_stream = open_stream(source, "train"), open_stream(source, "val")
-    if len(val_stream.tokens) < 2:
-        raise InputError("train: the validation split is empty; raise split.val_fraction or add documents")
-    batches = Batches(
-        train_stream.tokens,
-        context_length=params.model.context_length,
-        stride=section.stride,
-        batch_size=section.batch_size,
-        seed=params.seed,
-    )
-    n_steps = section.n_steps(batches.n_windows)
-    if section.warmup_steps >= n_steps:
-        raise ConfigError(
-            f"train.warmup_steps {section.warmup_steps} must be below the {n_steps} steps of train.epochs"
-        )
-    state, initial = _new_state(params, tokenizer, where)
+    section, share = params.train, distributed.share(params.train)
+    begin = start(params, source)
+    where, n_steps = begin.where, begin.n_steps
+    state, initial = _new_state(params, begin.tokenizer, where)
     model = state.model
+    n_epochs = n_steps * section.batch_size / begin.batches.n_windows
     say(
-        f"train: {model.n_parameters():,} parameters, {len(train_stream.tokens):,} tokens, {n_steps:,} steps of "
-        f"{section.batch_size} x {params.model.context_length} tokens "
-        f"({n_steps * section.batch_size / batches.n_windows:.1f} epochs), on {where.device}, processes: {where.ranks}"
+        f"train: {model.n_parameters():,} parameters, {len(begin.train.tokens):,} tokens, {n_steps:,} steps of "
+        f"{section.batch_size} x {params.model.context_length} tokens ({n_epochs:.1f} epochs), on {where.device}"
+        f"{', compiled' if where.compiles else ''}, processes: {where.ranks}"
     )
     determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
-    determinants |= {"split": made_from.digest, "init_from": initial}
+    determinants |= {"split": begin.made_from.digest, "init_from": initial}
     folder = project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
     with locked(folder) if place().rank == 0 else nullcontext():
         checkpoints = Checkpoints(folder, where.describe())
@@ -103,22 +84,22 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             own = section.model_copy(update={"batch_size": n_own})
             fitting = runtime.micro_batch_size(own, model, runtime.free_bytes(where.device))
             state.micro_batch_size = distributed.from_first(fitting)
-        loss = runtime.loss_function(model, section, tokenizer.end_of_text, compiles=where.compiles)
+        loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
         loss = distributed.averaging(model, loss, state.micro_batch_size)
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
         run_id = notes.get("run_id")
-        opened: Any = open_record(run_id, made_from, environment) if place().rank == 0 else nullcontext()
+        opened: Any = open_record(run_id, begin.made_from, environment) if place().rank == 0 else nullcontext()
         with opened as record:
             with (
                 runtime.StopRequest() as stop,
                 Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
             ):
-                training = _Training(params, plan, state, val_stream, tokenizer, checkpoints, record, progress, stop)
-                training.run(batches)
+                training = _Training(params, plan, state, begin, checkpoints, record, progress, stop)
+                training.run()
             summary = summarise(params, state, n_steps)
             if place().rank == 0:
-                write_model(target, params, tokenizer, checkpoints, summary, made_from)
+                write_model(target, params, begin.tokenizer, checkpoints, summary, begin.made_from)
                 write_curves(reports, state, summary, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
                 record.tags({"best_step": str(summary["best_step"])})
@@ -169,8 +150,7 @@ class _Training:
     params: Params
     plan: Plan
     state: TrainState
-    val_stream: Stream
-    tokenizer: Tokenizer
+    begin: Start
     checkpoints: Checkpoints
     record: Record
     progress: Progress
@@ -179,12 +159,12 @@ class _Training:
     _flags_said: set[str] = field(default_factory=set)
     _rolled_back_to: list[int] = field(default_factory=list)
 
-    def run(self, batches: Batches) -> None:
+    def run(self) -> None:
         """Train to the end. Raises Interrupted after a signal, the state saved."""
         try:
             train(
                 self.state,
-                batches,
+                self.begin.batches,
                 self.plan,
                 validate=self.validate,
                 report=self.report,
@@ -201,11 +181,11 @@ class _Training:
     def validate(self) -> float:
         model, part = distributed.whole_model(self.state.model), place()[:2]
         scores = score(
-            model, self.val_stream, precision=self.plan.precision, part=part, advance=lambda _: self.stop.check()
+            model, self.begin.val, precision=self.plan.precision, part=part, advance=lambda _: self.stop.check()
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
-        found = figures(scores, self.val_stream.documents)
+        found = figures(scores, self.begin.val.documents)
         self.log(self.state.step, {f"val/{name}": found[name] for name in _VALIDATION_FIGURES})
         return distributed.from_first(found["loss"])
 
@@ -260,6 +240,6 @@ class _Training:
         section = self.params.train
         sampling = Sampling(temperature=0.8, top_k=50, seed=self.params.seed)
         return {
-            prompt: "".join(continue_text(model, self.tokenizer, prompt, section.sample_tokens, sampling))
+            prompt: "".join(continue_text(model, self.begin.tokenizer, prompt, section.sample_tokens, sampling))
             for prompt in section.sample_prompts
         }
