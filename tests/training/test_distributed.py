@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -128,6 +130,42 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_checkpoint_whole(project: 
     errors = [line for line in said(project, survivor).splitlines() if "error" in line]
     assert errors == [f"error: train: rank {survivor} lost another rank; rerun to go on from the last checkpoint"]
     verify(max(project.root.glob(".gptpipe/checkpoints/*/step-*")))
+
+
+ELASTIC_RANK = """
+import os, signal, sys, threading, time
+sys.path[:0] = [{tests!r}, {root!r}]
+import tiny
+from toy_project import Path, train_and_exit
+
+project = Path({project!r})
+
+def end_when_a_checkpoint_is_there():
+    while not list(project.glob(".gptpipe/checkpoints/*/step-*/manifest.json")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    threading.Thread(target=end_when_a_checkpoint_is_there, daemon=True).start()
+train_and_exit(tiny.params(**{changes!r}), Path({split!r}), project, None, {{}})
+"""
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_been(
+    project: Project, tmp_path: Path
+) -> None:
+    changes = {"train__max_steps": 150, "train__save_every": 5, "train__eval_every": 50, "train__warmup_steps": 2}
+    undisturbed = Project(tmp_path / "undisturbed", project.split)
+    undisturbed.root.mkdir()
+    assert exit_codes(start_ranks(2, tiny.params(**changes), undisturbed)) == [0, 0]
+    script, tests = tmp_path / "rank.py", Path(__file__).parents[1]
+    names = {"tests": str(tests), "root": str(tests.parent), "project": str(project.root), "split": str(project.split)}
+    script.write_text(ELASTIC_RANK.format(**names, changes=changes))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step" in said(project, 0)
+    assert project.digests() == undisturbed.digests()
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, n_ranks: int) -> None:
