@@ -11,6 +11,7 @@ then as far as it comes in the peer's own time.
 
 import argparse
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -41,11 +42,11 @@ WANTED = 1.88  # nats per character
 # What differs from params.yaml.
 SHORT: dict[str, dict[str, Any]] = {
     "model": {"context_length": 64, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 128, "n_inner": 352},
-    "train": {"batch_size": 16, "lr": 1e-2, "warmup_steps": 20, "max_steps": 260},
+    "train": {"batch_size": 16, "lr": 1e-2, "warmup_steps": 20, "max_steps": 250},
 }
 LONG: dict[str, dict[str, Any]] = {
-    "model": {"context_length": 256, "n_head": 3, "n_kv_head": 3, "n_embd": 192, "n_inner": 512},
-    "train": {"batch_size": 8, "lr": 5e-3, "warmup_steps": 40},  # as many steps as there is time
+    "model": {"context_length": 128, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 128, "n_inner": 352},
+    "train": {"batch_size": 16, "lr": 1e-2, "warmup_steps": 40},  # as many steps as there is time
 }
 
 
@@ -130,15 +131,16 @@ def train_ours(
 
 def steps_in(seconds: float, state: TrainState, batches: Batches, val: Stream, plan: Plan) -> int:
     """How many steps, with those done here, leave time for the validation; a few warm-up steps tell."""
-    n_probed = 10
-    started = time.perf_counter()
-    for _ in range(n_probed):
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
         optimizer_step(state, batches, plan)
-    stepped = time.perf_counter()
+        times.append(time.perf_counter() - started)
+    started = time.perf_counter()
     score(state.model, val)
-    validation = time.perf_counter() - stepped
+    validation = time.perf_counter() - started
     left = seconds - (time.time() - psutil.Process().create_time()) - 1.2 * validation
-    return n_probed + int(0.95 * left / ((stepped - started) / n_probed))
+    return len(times) + int(0.97 * left / statistics.median(times))
 
 
 def train_peer(tokens: npt.NDArray[np.uint16], n_characters: int, seed: int) -> tuple[float, float, float]:
