@@ -42,6 +42,33 @@ _GPT2_NAMES = [
 ]
 _MODEL_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+# Our parameters -> keys of config.json.
+_LLAMA_KEYS = {
+    "context_length": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "n_inner": "intermediate_size",
+    "dropout": "attention_dropout",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_GPT2_KEYS = {
+    "context_length": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_inner": "n_inner",
+    "dropout": "resid_pdrop",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# What their configurations mean by keys that are missing or null.
+_LLAMA_DEFAULTS = {"attention_dropout": 0.0, "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None}
+_GPT2_DEFAULTS = {"resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+
 # Switches of their networks that this one does not have, with the position that it computes.
 _FIXED = {
     "activation_function": "gelu_new",
@@ -118,44 +145,22 @@ def weights_from_bytes(content: bytes) -> dict[str, Tensor]:
 
 def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[str, Any]:
     """config.json as transformers writes it for this architecture."""
-    common = {
+    values = {**params.model_dump(), "head_dim": params.head_width}
+    config = {
         "architectures": [_MODEL_CLASS[params.architecture]],
         "model_type": params.architecture,
         "vocab_size": vocab_size,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "tie_word_embeddings": params.tie_embeddings,
         "dtype": "float32",
     }
     if params.architecture == "gpt2":
-        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), params.dropout)
-        return {
-            **common,
-            **dropout,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": params.norm_eps,
-            "n_ctx": params.context_length,
-            "n_embd": params.n_embd,
-            "n_head": params.n_head,
-            "n_inner": params.n_inner,
-            "n_layer": params.n_layer,
-            "n_positions": params.context_length,
-        }
-    return {
-        **common,
-        "attention_bias": False,
-        "attention_dropout": params.dropout,
-        "head_dim": params.head_width,
-        "hidden_act": "silu",
-        "hidden_size": params.n_embd,
-        "intermediate_size": params.n_inner,
-        "max_position_embeddings": params.context_length,
-        "num_attention_heads": params.n_head,
-        "num_hidden_layers": params.n_layer,
-        "num_key_value_heads": params.n_kv_head,
-        "rms_norm_eps": params.norm_eps,
-        "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"},
-    }
+        config |= {key: values[name] for name, key in _GPT2_KEYS.items()}
+        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop"), params.dropout)
+        return {**config, **dropout, "activation_function": "gelu_new", "n_ctx": params.context_length}
+    config |= {key: values[name] for name, key in _LLAMA_KEYS.items()}
+    rope = {"rope_theta": params.rope_theta, "rope_type": "default"}
+    return {**config, "attention_bias": False, "hidden_act": "silu", "rope_parameters": rope}
 
 
 def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
@@ -166,38 +171,20 @@ def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
         raise InputError(f"{folder / CONFIG}: model_type {architecture!r} is none of {known}; choose another model")
     if unknown := [f"{key} {config[key]!r}" for key, value in _FIXED.items() if config.get(key, value) != value]:
         raise InputError(f"{folder / CONFIG}: not supported: {', '.join(unknown)}; choose another model")
+    given = {key: value for key, value in config.items() if value is not None}
     try:
         if architecture == "gpt2":
-            values = {
-                "context_length": config["n_positions"],
-                "n_layer": config["n_layer"],
-                "n_head": config["n_head"],
-                "n_kv_head": config["n_head"],
-                "n_embd": config["n_embd"],
-                "head_dim": None,
-                "n_inner": config.get("n_inner") or 4 * config["n_embd"],
-                "dropout": float(config.get("resid_pdrop", 0.1)),
-                "rope_theta": 10000.0,
-                "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-                "tie_embeddings": config.get("tie_word_embeddings", True),
-            }
+            given = {"n_inner": 4 * config["n_embd"], **_GPT2_DEFAULTS, **given}
+            values = {name: given[key] for name, key in _GPT2_KEYS.items()}
+            values |= {"n_kv_head": values["n_head"], "head_dim": None, "rope_theta": 10000.0}
         else:
             rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
             if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
                 raise InputError(f"{folder / CONFIG}: rotary positions of type {kind!r} are not supported")
-            values = {
-                "context_length": config["max_position_embeddings"],
-                "n_layer": config["num_hidden_layers"],
-                "n_head": config["num_attention_heads"],
-                "n_kv_head": config.get("num_key_value_heads") or config["num_attention_heads"],
-                "n_embd": config["hidden_size"],
-                "head_dim": config.get("head_dim"),
-                "n_inner": config["intermediate_size"],
-                "dropout": float(config.get("attention_dropout", 0.0)),
-                "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
-                "norm_eps": config["rms_norm_eps"],
-                "tie_embeddings": config.get("tie_word_embeddings", False),
-            }
+            given = {"num_key_value_heads": config["num_attention_heads"], **_LLAMA_DEFAULTS, **given}
+            values = {name: given[key] for name, key in _LLAMA_KEYS.items()}
+            values["rope_theta"] = float(rope.get("rope_theta") or given["rope_theta"])
+        values["dropout"] = float(values["dropout"])
         return ModelParams.model_validate({"architecture": architecture, **values})
     except ValidationError as error:
         reason = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
