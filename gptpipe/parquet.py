@@ -76,3 +76,9 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise IntegrityError(
             f"{path}: damaged: {first_line(error)}; make the folder again with `dvc repro -f`"
         ) from error
+
+
+def strings(batch: pa.RecordBatch, column: str) -> list[str]:
+    """A column of text; several times faster than `to_pylist`."""
+    values: list[str] = batch.column(column).to_numpy(zero_copy_only=False).tolist()
+    return values

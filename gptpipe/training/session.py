@@ -24,9 +24,8 @@ from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import initialise_from, weight_files
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.huggingface import byte_letters
 from gptpipe.tokens.streams import Stream, open_stream
-from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer, byte_letters
 from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
