@@ -1,9 +1,12 @@
 """Stage tokenize as one function: documents in, token shards and the tokenizer out."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,30 +16,42 @@ from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.console import Progress
 from gptpipe.corpus.shards import shard_paths
 from gptpipe.errors import InputError
-from gptpipe.files import new_folder, verify
+from gptpipe.files import new_folder, once, sha256_of, to_json, verify
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import new_parquet, read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
-from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
+from gptpipe.tokens.tokenizer import ENCODING, RANKS, TOKENIZER, Tokenizer, build_tokenizer
 
 
 def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitParams, seed: int) -> dict[str, int]:
     """Encode every document of `source` into `target` and return the counts.
 
     A trained tokenizer is fitted on the documents that the split will put into train, so no byte of the others can
-    shape the vocabulary. Raises InputError, IntegrityError.
+    shape the vocabulary. After a kill, shards that were finished are not made again. Raises InputError, IntegrityError.
     """
     parent = verify(source)
     shards = shard_paths(source)
-    with new_folder(target, parent.lineage(source.name)) as folder:
-        tokenizer = build_tokenizer(params, _train_texts(shards, split, seed))
-        tokenizer.save(folder.path / TOKENIZER)
-        work = partial(_encode_shard, tokenizer=tokenizer, target=folder.path)
+    lineage = parent.lineage(source.name)
+    key = _key([lineage, params.model_dump(), split.model_dump(), seed])
+    with new_folder(target, lineage, key) as folder:
+        own = folder.path / TOKENIZER
+        once(
+            [own / RANKS, own / ENCODING], lambda: build_tokenizer(params, _train_texts(shards, split, seed)).save(own)
+        )
+        tokenizer = Tokenizer.load(own)
+        work = partial(_finished_shard, tokenizer=tokenizer, target=folder.path)
         with Progress("tokenize", unit="shards", total=len(shards)) as progress:
             counts = list(progress.track(map_in_order(work, shards, threads=True)))
         total = {key: sum(count[key] for count in counts) for key in counts[0]}
         folder.counts = {**total, "vocab_size": tokenizer.vocab_size}
     return {**total, "vocab_size": tokenizer.vocab_size}
+
+
+def _key(determinants: list[Any]) -> str:
+    """Digest of all that determines the shards, this code and the libraries that write them included."""
+    code = [sha256_of(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    libraries = [version(name) for name in ("pyarrow", "rustbpe", "tiktoken")]
+    return hashlib.sha256(to_json([determinants, code, libraries])).hexdigest()[:16]
 
 
 def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[str]:
@@ -49,14 +64,19 @@ def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[
     return chain([first], texts)
 
 
-def _encode_shard(shard: Path, *, tokenizer: Tokenizer, target: Path) -> dict[str, int]:
-    """Encode one shard; runs in a thread."""
+def _finished_shard(shard: Path, *, tokenizer: Tokenizer, target: Path) -> dict[str, int]:
+    """Counts of one shard, encoded now or before a kill; runs in a thread."""
+    path = target / shard.name.replace("docs", "tokens")
+    return once([path], lambda: _encode_shard(shard, path, tokenizer))
+
+
+def _encode_shard(shard: Path, path: Path, tokenizer: Tokenizer) -> dict[str, int]:
     token = pa.uint16() if tokenizer.dtype.itemsize == 2 else pa.uint32()
     schema = pa.schema(
         [("id", pa.string()), ("source", pa.string()), ("n_bytes", pa.int64()), ("tokens", pa.list_(token))]
     )
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
-    with new_parquet(target / shard.name.replace("docs", "tokens"), schema) as rows:
+    with new_parquet(path, schema) as rows:
         for batch in read_parquet(shard, ["id", "source", "n_bytes", "text"]):
             ids = tokenizer.encode_documents(strings(batch, "text"))
             ends = np.concatenate([[0], np.flatnonzero(ids == tokenizer.end_of_text) + 1])
