@@ -5,14 +5,15 @@ fsync, rename, fsync of the folder). A folder appears the same way, with `manife
 version, the SHA-256 and size of every file, counts, and the digests of all that it was made from.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +21,8 @@ from gptpipe.errors import IntegrityError, ResourceError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+_DONE = ".done"  # ends the name of a note that files are finished
+Result = TypeVar("Result")
 
 
 class FileEntry(BaseModel):
@@ -112,20 +115,24 @@ class NewFolder:
 
 
 @contextmanager
-def new_folder(target: Path, made_from: dict[str, str]) -> Iterator[NewFolder]:
+def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterator[NewFolder]:
     """Build a folder that appears whole under `target`, manifest included, in place of what was there.
 
-    What was there comes back if anything fails. `made_from` maps the name of each ancestor to its digest.
-    Raises ResourceError.
+    What was there comes back if anything fails. `made_from` maps the name of each ancestor to its digest. With a `key`,
+    which names all that determines the content, a build that is killed or stopped goes on where it was: `path` holds
+    what it left, for `once`. Raises ResourceError.
     """
-    partial, old = (target.with_name(f".{target.name}{suffix}") for suffix in (".partial", ".old.partial"))
+    partial, old = (target.with_name(f".{target.name}{suffix}.partial") for suffix in (f".{key}" * bool(key), ".old"))
+    keep = partial if key else None
     with disk_errors(target):
-        _clear_up(target, partial, old)
-        partial.mkdir(parents=True)
+        _clear_up(target, old, keep)
+        partial.mkdir(parents=True, exist_ok=True)
     try:
         folder = NewFolder(partial)
         yield folder
         with disk_errors(target):
+            for note in sorted(partial.rglob(f".*{_DONE}")):
+                note.unlink()
             files = {name: FileEntry(sha256=sha256_of(partial / name), n_bytes=(partial / name).stat().st_size)
                      for name in _files_below(partial)}  # fmt: skip
             manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
@@ -136,9 +143,28 @@ def new_folder(target: Path, made_from: dict[str, str]) -> Iterator[NewFolder]:
                 target.replace(old)
             partial.replace(target)
             _sync_folder(target.parent)
+    except Exception:
+        keep = None
+        raise
     finally:
         with disk_errors(target):
-            _clear_up(target, partial, old)
+            _clear_up(target, old, keep)
+
+
+def once(files: list[Path], make: Callable[[], Result]) -> Result:
+    """What `make`, which writes these files, returned: now, or before a kill where all are still as they were then.
+
+    The result must be plain JSON. The note that tells goes with the end of the `new_folder` around.
+    """
+    note = files[0].with_name(f".{files[0].name}{_DONE}")
+    with suppress(OSError, ValueError, TypeError, KeyError):  # never made, or damaged
+        done = json.loads(note.read_bytes())
+        if done["sha256"] == [sha256_of(path) for path in files]:
+            found: Result = done["result"]
+            return found
+    result = make()
+    write_json(note, {"sha256": [sha256_of(path) for path in files], "result": result})
+    return result
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -179,14 +205,18 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _clear_up(target: Path, partial: Path, old: Path) -> None:
-    """Remove what a build leaves behind, this one or one that was killed; put back `old` where no successor stands."""
-    if partial.exists():
-        shutil.rmtree(partial)
-    if old.exists():
-        old.replace(partial if target.exists() else target)  # renamed first: a half-removed folder never comes back
-    if partial.exists():
-        shutil.rmtree(partial)
+def _clear_up(target: Path, old: Path, keep: Path | None) -> None:
+    """Remove what builds leave behind, this one or those that were killed, but for `keep`; put back `old` where no
+    successor stands."""
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*partial")):
+        if left not in (old, keep):
+            shutil.rmtree(left)
+    if old.exists() and not target.exists():
+        old.replace(target)
+    elif old.exists():
+        aside = target.with_name(f".{target.name}.partial")
+        old.replace(aside)  # renamed first: a half-removed folder never comes back
+        shutil.rmtree(aside)
 
 
 def _sync_folder(folder: Path) -> None:

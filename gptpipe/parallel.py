@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -17,18 +17,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_order(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def map_in_order(work: Callable[[Item], Result], items: Sequence[Item], *, threads: bool = False) -> Iterator[Result]:
     """Results in the order of the items, whatever the number of workers; at most two items per worker wait.
 
-    An error of a worker is raised here, ResourceError where one dies. `work` must be picklable: a function of a
-    module, or a partial of one.
+    Workers are processes, or threads for work that leaves Python's lock to others most of the time. An error of a
+    worker is raised here, ResourceError where a process dies. For processes `work` must be picklable: a function of
+    a module, or a partial of one.
     """
     workers = min(n_workers(), len(items))
     if workers <= 1:
         yield from map(work, items)
         return
-    # Spawned, not forked: a fork would copy the locks of the parent's threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent) as pool:
+    with _threads(workers) if threads else _processes(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -42,6 +42,15 @@ def map_in_order(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _threads(n: int) -> Executor:
+    return ThreadPoolExecutor(n)
+
+
+def _processes(n: int) -> Executor:
+    """Spawned, not forked: a fork would copy the locks of the parent's threads."""
+    return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), initializer=_follow_parent)
 
 
 def _follow_parent() -> None:

@@ -21,37 +21,22 @@ _GROUP_BYTES = 16 << 20  # ... and about how much of it
 
 
 class ParquetRows:
-    """Takes rows one at a time and writes them in groups."""
+    """Takes batches of rows and writes them in groups."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
-        self._rows: list[dict[str, Any]] = []
         self._batches: list[pa.RecordBatch] = []
         self._n_rows = self._n_bytes = 0
 
-    def append(self, row: dict[str, Any], n_bytes: int = 0) -> None:
-        """Add a row; `n_bytes` is about what its large values take in memory."""
-        self._rows.append(row)
-        self._count(1, n_bytes)
-
     def extend(self, batch: pa.RecordBatch) -> None:
-        """Add many rows at once, to a file that nothing is appended to."""
         self._batches.append(batch)
-        self._count(len(batch), batch.nbytes)
-
-    def _count(self, n_rows: int, n_bytes: int) -> None:
-        self._n_rows, self._n_bytes = self._n_rows + n_rows, self._n_bytes + n_bytes
+        self._n_rows, self._n_bytes = self._n_rows + len(batch), self._n_bytes + batch.nbytes
         if self._n_rows >= _GROUP_ROWS or self._n_bytes >= _GROUP_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        assert not (self._rows and self._batches), "a file is made by append or by extend"
-        if self._batches:
-            table = pa.Table.from_batches(self._batches, self._schema).combine_chunks()
-        else:
-            table = pa.Table.from_pylist(self._rows, self._schema)
-        self._writer.write_table(table)
-        self._rows, self._batches, self._n_rows, self._n_bytes = [], [], 0, 0
+        self._writer.write_table(pa.Table.from_batches(self._batches, self._schema).combine_chunks())
+        self._batches, self._n_rows, self._n_bytes = [], 0, 0
 
 
 @contextmanager
@@ -76,3 +61,9 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise IntegrityError(
             f"{path}: damaged: {first_line(error)}; make the folder again with `dvc repro -f`"
         ) from error
+
+
+def strings(batch: pa.RecordBatch, column: str) -> list[str]:
+    """A column of text; several times faster than `to_pylist`."""
+    values: list[str] = batch.column(column).to_numpy(zero_copy_only=False).tolist()
+    return values

@@ -30,7 +30,7 @@ def build(target: Path, text: bytes) -> None:
         write_bytes(folder.path / "one.txt", text)
         write_bytes(folder.path / "sub" / "two.txt", text * 2)
         with new_parquet(folder.path / "rows.parquet", pa.schema([("text", pa.string())])) as rows:
-            rows.append({"text": text.decode()})
+            rows.extend(pa.RecordBatch.from_pydict({"text": [text.decode()]}))
         folder.counts = {"documents": 2}
 
 

@@ -16,10 +16,10 @@ SCHEMA = pa.schema([("id", pa.string()), ("tokens", pa.list_(pa.uint16()))])
 ROWS = [{"id": f"{i:x}", "tokens": [i * j % 999 for j in range(i % 9)]} for i in range(2000)]
 
 
-def write(path: Path, rows: list[dict[str, Any]], n_bytes: int = 0) -> None:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     with new_parquet(path, SCHEMA) as file:
         for row in rows:
-            file.append(row, n_bytes)
+            file.extend(pa.RecordBatch.from_pylist([row], SCHEMA))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -43,8 +43,9 @@ def test_row_groups_are_limited_by_rows_and_by_bytes_and_batches_keep_to_them(
     monkeypatch.setattr(parquet, "_GROUP_ROWS", 7)
     write(tmp_path / "rows", ROWS[:20])
     assert [batch.num_rows for batch in read_parquet(tmp_path / "rows", ["id"])] == [7, 7, 6]
-    monkeypatch.setattr(parquet, "_GROUP_BYTES", 30)
-    write(tmp_path / "rows", ROWS[:20], n_bytes=10)
+    size = pa.RecordBatch.from_pylist(ROWS[:1], SCHEMA).nbytes
+    monkeypatch.setattr(parquet, "_GROUP_BYTES", 3 * size)
+    write(tmp_path / "rows", ROWS[:1] * 20)
     assert [batch.num_rows for batch in read_parquet(tmp_path / "rows", ["id"])] == [3, 3, 3, 3, 3, 3, 2]
 
 

@@ -28,7 +28,7 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
     made_from = fingerprint(params.sources)
     with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
         exact = folder.path / "exact" if near else folder.path
-        write_shards(progress.track(_documents(params, counts, made_from)), exact)
+        write_shards(_documents(params, counts, made_from), exact, progress.advance)
         if near:
             write_shards(_without_near_duplicates(exact, params, counts), folder.path)
             shutil.rmtree(exact)
@@ -51,7 +51,7 @@ def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, s
                 if isinstance(text, Rejected):
                     raise text
                 document = Document(name, clean(text, params))
-                if int(document.id[-8:], 16) >= source.weight * 2**32:
+                if source.weight < 1 and int(document.id[-8:], 16) >= source.weight * 2**32:
                     raise Rejected("weighted_out")
                 if params.dedup != "none":
                     if (key := bytes.fromhex(document.id[:32])) in seen:

@@ -41,8 +41,9 @@ def read(source: Source, params: CollectParams, counts: Counter[str], digests: d
 
     Raises InputError for what cannot be read, ResourceError for what cannot be reached.
     """
+    counts["cut"] += 0
     for text in _texts(source, params, counts, digests):
-        if isinstance(text, Rejected) or not text:
+        if isinstance(text, Rejected) or 4 * len(text) <= params.max_document_bytes:  # most texts
             yield text
         else:
             yield from _pieces(text, params, counts)
@@ -217,7 +218,8 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
             for batch in file.iter_batches(max(1, min(1024, _BATCH_BYTES // (widest + 1))), columns=[column]):
-                for content in batch.column(0).cast(pa.large_binary()).to_pylist():  # Parquet does not check UTF-8
+                contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8
+                for content in contents.to_numpy(zero_copy_only=False):
                     yield Rejected("no_text") if content is None else content.decode(errors=params.encoding_errors)
     except UnicodeDecodeError as error:
         raise InputError(

@@ -1,9 +1,12 @@
 """Stage tokenize as one function: documents in, token shards and the tokenizer out."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,60 +14,73 @@ import pyarrow.compute as pc
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.console import Progress
-from gptpipe.corpus.shards import read_documents, shard_paths
+from gptpipe.corpus.shards import shard_paths
 from gptpipe.errors import InputError
-from gptpipe.files import new_folder, verify
+from gptpipe.files import new_folder, once, sha256_of, to_json, verify
 from gptpipe.parallel import map_in_order
-from gptpipe.parquet import new_parquet, read_parquet
-from gptpipe.tokens.splits import side_of
-from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer, build_tokenizer
+from gptpipe.parquet import new_parquet, read_parquet, strings
+from gptpipe.tokens.splits import SIDES, sides_of
+from gptpipe.tokens.tokenizer import ENCODING, RANKS, TOKENIZER, Tokenizer, build_tokenizer
 
 
 def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitParams, seed: int) -> dict[str, int]:
     """Encode every document of `source` into `target` and return the counts.
 
     A trained tokenizer is fitted on the documents that the split will put into train, so no byte of the others can
-    shape the vocabulary. Raises InputError, IntegrityError.
+    shape the vocabulary. After a kill, shards that were finished are not made again. Raises InputError, IntegrityError.
     """
     parent = verify(source)
     shards = shard_paths(source)
-    with new_folder(target, parent.lineage(source.name)) as folder:
-        tokenizer = build_tokenizer(params, _train_texts(shards, split, seed))
-        tokenizer.save(folder.path / TOKENIZER)
-        work = partial(_encode_shard, tokenizer_folder=folder.path / TOKENIZER, target=folder.path)
+    lineage = parent.lineage(source.name)
+    key = _key([lineage, params.model_dump(), split.model_dump(), seed])
+    with new_folder(target, lineage, key) as folder:
+        own = folder.path / TOKENIZER
+        once(
+            [own / RANKS, own / ENCODING], lambda: build_tokenizer(params, _train_texts(shards, split, seed)).save(own)
+        )
+        tokenizer = Tokenizer.load(own)
+        work = partial(_finished_shard, tokenizer=tokenizer, target=folder.path)
         with Progress("tokenize", unit="shards", total=len(shards)) as progress:
-            counts = list(progress.track(map_in_order(work, shards)))
+            counts = list(progress.track(map_in_order(work, shards, threads=True)))
         total = {key: sum(count[key] for count in counts) for key in counts[0]}
         folder.counts = {**total, "vocab_size": tokenizer.vocab_size}
     return {**total, "vocab_size": tokenizer.vocab_size}
 
 
+def _key(determinants: list[Any]) -> str:
+    """Digest of all that determines the shards, this code and the libraries that write them included."""
+    code = [sha256_of(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    libraries = [version(name) for name in ("pyarrow", "rustbpe", "tiktoken")]
+    return hashlib.sha256(to_json([determinants, code, libraries])).hexdigest()[:16]
+
+
 def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[str]:
-    documents = chain.from_iterable(map(read_documents, shards))
-    texts = (document.text for document_id, document in documents if side_of(document_id, split, seed) == "train")
+    batches = chain.from_iterable(read_parquet(shard, ["id", "text"]) for shard in shards)
+    is_train = ((sides_of(strings(batch, "id"), split, seed) == SIDES.index("train"), batch) for batch in batches)
+    texts = chain.from_iterable(strings(batch.filter(pa.array(mask)), "text") for mask, batch in is_train)
     first = next(texts, None)
     if first is None:
         raise InputError("no document falls on the train side: add documents, or change split's fractions or the seed")
     return chain([first], texts)
 
 
-def _encode_shard(shard: Path, *, tokenizer_folder: Path, target: Path) -> dict[str, int]:
-    """Encode one shard; runs in a worker process."""
-    tokenizer = Tokenizer.load(tokenizer_folder)
+def _finished_shard(shard: Path, *, tokenizer: Tokenizer, target: Path) -> dict[str, int]:
+    """Counts of one shard, encoded now or before a kill; runs in a thread."""
+    path = target / shard.name.replace("docs", "tokens")
+    return once([path], lambda: _encode_shard(shard, path, tokenizer))
+
+
+def _encode_shard(shard: Path, path: Path, tokenizer: Tokenizer) -> dict[str, int]:
     token = pa.uint16() if tokenizer.dtype.itemsize == 2 else pa.uint32()
     schema = pa.schema(
         [("id", pa.string()), ("source", pa.string()), ("n_bytes", pa.int64()), ("tokens", pa.list_(token))]
     )
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
-    with new_parquet(target / shard.name.replace("docs", "tokens"), schema) as rows:
+    with new_parquet(path, schema) as rows:
         for batch in read_parquet(shard, ["id", "source", "n_bytes", "text"]):
-            ids: list[int] = []
-            ends = [0]
-            for text in batch.column("text").to_pylist():
-                ids += tokenizer.encode(text)
-                ids.append(tokenizer.end_of_text)
-                ends.append(len(ids))
-            tokens = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.array(ids, tokenizer.dtype)))
+            ids = tokenizer.encode_documents(strings(batch, "text"))
+            ends = np.concatenate([[0], np.flatnonzero(ids == tokenizer.end_of_text) + 1])
+            tokens = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(ids))
             columns = [batch.column("id"), batch.column("source"), batch.column("n_bytes"), tokens]
             rows.extend(pa.RecordBatch.from_arrays(columns, schema=schema))
             counts["documents"] += len(batch)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gptpipe.files import write_json
-from gptpipe.tokens.tokenizer import Tokenizer
+from gptpipe.tokens.tokenizer import Tokenizer, byte_letters
 
 
 def save_tokenizer_json(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
@@ -87,10 +87,3 @@ def _encode(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
         if rank >= below:
             return parts
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def byte_letters() -> dict[int, str]:
-    """A printable character for each byte, as GPT-2 assigns them: its own where Latin-1 has one, else from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

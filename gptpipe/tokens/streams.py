@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gptpipe.config import SplitParams
 from gptpipe.console import Progress
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import new_file, new_folder, verify
-from gptpipe.parquet import ParquetRows, new_parquet, read_parquet
-from gptpipe.tokens.splits import SIDES, Side, side_of
+from gptpipe.parquet import ParquetRows, new_parquet, read_parquet, strings
+from gptpipe.tokens.splits import SIDES, Side, sides_of
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 
 TOKENS = "tokens.npy"
@@ -53,13 +54,10 @@ def split(source: Path, target: Path, params: SplitParams, seed: int) -> dict[st
             progress = stack.enter_context(Progress("split", unit="documents", total=parent.counts["documents"]))
             for shard in sorted(source.glob("tokens-*.parquet")):
                 for batch in read_parquet(shard, ["id", "source", "n_bytes", "tokens"]):
-                    lists = batch.column("tokens")
-                    values, ends = lists.flatten().to_numpy(), lists.value_lengths().to_numpy().cumsum()
-                    for row, tokens in zip(
-                        batch.drop_columns(["tokens"]).to_pylist(), np.split(values, ends[:-1]), strict=True
-                    ):
-                        sides[side_of(row["id"], params, seed)].append(row, tokens)
-                        progress.advance()
+                    places = sides_of(strings(batch, "id"), params, seed)
+                    for i in np.unique(places):
+                        sides[SIDES[i]].extend(batch.filter(pa.array(places == i)))
+                    progress.advance(len(batch))
         counts = {f"{side}_{what}": n for side, writer in sides.items() for what, n in writer.counts.items()}
         _check_sides(counts, params)
         tokenizer.save(folder.path / TOKENIZER)
@@ -74,12 +72,16 @@ class _SideWriter:
         self._tokens, self._documents = tokens, documents
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
-    def append(self, row: dict[str, Any], tokens: npt.NDArray[np.unsignedinteger]) -> None:
-        self._documents.append({**row, "offset": self.counts["tokens"], "n_tokens": len(tokens)})
+    def extend(self, batch: pa.RecordBatch) -> None:
+        lists, n_bytes = batch.column("tokens"), batch.column("n_bytes")
+        tokens, n_tokens = lists.flatten().to_numpy(), lists.value_lengths().to_numpy().astype(np.int64)
+        offset = self.counts["tokens"] + n_tokens.cumsum() - n_tokens
+        columns = [batch.column("id"), batch.column("source"), pa.array(offset), pa.array(n_tokens), n_bytes]
+        self._documents.extend(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         self._tokens.write(tokens.tobytes())
-        self.counts["documents"] += 1
+        self.counts["documents"] += len(batch)
         self.counts["tokens"] += len(tokens)
-        self.counts["bytes"] += row["n_bytes"]
+        self.counts["bytes"] += pc.sum(n_bytes).as_py()
 
 
 @contextmanager

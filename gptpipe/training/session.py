@@ -22,8 +22,7 @@ from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import initialise_from, weight_files
 from gptpipe.model.optim import build_optimizers
-from gptpipe.tokens.huggingface import byte_letters
-from gptpipe.tokens.tokenizer import Tokenizer
+from gptpipe.tokens.tokenizer import Tokenizer, byte_letters
 from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train

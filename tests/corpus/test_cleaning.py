@@ -2,10 +2,14 @@
 
 import random
 import unicodedata
+from collections.abc import Callable
 
 import pytest
 
+from gptpipe.config import CollectParams
 from gptpipe.corpus.cleaning import Rejected, clean, cut
+
+MakeParams = Callable[..., CollectParams]
 
 
 @pytest.mark.parametrize(
@@ -103,3 +107,20 @@ def test_pieces_are_the_text_each_within_the_limit() -> None:
 def test_nothing_but_surrogates_is_cut_too() -> None:
     """Dropping what has no UTF-8 form once made an empty piece, and no end."""
     assert cut("\ud800" * 100, 64) == ["\ud800" * 21] * 4 + ["\ud800" * 16]
+
+
+def test_a_thousand_white_characters_are_the_most_wherever_they_lie(collect_params: MakeParams) -> None:
+    params = collect_params({"kind": "python-docs"})
+    for n in range(901, 1002):
+        assert clean("a" * n + " " * 1001 + "b", params) == "a" * n + " " * 1000 + "b"
+
+
+def test_no_control_character_stays_whatever_else_is_there(collect_params: MakeParams) -> None:
+    params = collect_params({"kind": "python-docs"})
+    for n, end in ((128, ""), (160, "é")):
+        raw = "x".join(map(chr, range(n)))
+        kept = [
+            char if char in "\t\n" or char.isprintable() else "\n" if char == "\r" else ""
+            for char in map(chr, range(n))
+        ]
+        assert clean(f"a{raw}{end}", params) == f"a{'x'.join(kept)}{end}"

@@ -1,5 +1,7 @@
 """Stage tokenize: every document encoded and closed, the vocabulary shaped by train documents only."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from gptpipe.corpus import shards
 from gptpipe.corpus.document import Document
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
+from gptpipe.tokens import encode
 from gptpipe.tokens.encode import tokenize
 from gptpipe.tokens.splits import side_of
 from gptpipe.tokens.tokenizer import Tokenizer
@@ -101,6 +104,69 @@ def test_any_number_of_workers_gives_the_same_bytes(
         tokenize(raw, tmp_path / workers, trained, fifths, SEED)
     assert len(list((tmp_path / "2").glob("tokens-*.parquet"))) == len(shards.shard_paths(raw)) >= 3
     assert verify(tmp_path / "1").digest == verify(tmp_path / "2").digest
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from gptpipe.config import SplitParams, TokenizeParams
+from gptpipe.tokens import encode
+really, shards = encode._encode_shard, []
+def encode_shard(shard, path, tokenizer):
+    if len(shards) == 2:
+        os.kill(os.getpid(), 9)
+    shards.append(shard)
+    return really(shard, path, tokenizer)
+encode._encode_shard = encode_shard
+trained, fifths = TokenizeParams(encoding="trained", vocab_size=400), SplitParams(val_fraction=0.2, test_fraction=0.2)
+encode.tokenize(Path("raw"), Path("tokens"), trained, fifths, 7)
+"""
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_after_a_kill_finished_shards_are_not_made_again(
+    tmp_path: Path,
+    corpus: Corpus,
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: bool,
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10_000)
+    raw = corpus(sentences)
+    tokenize(raw, tmp_path / "undisturbed", trained, fifths, SEED)
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path)
+    assert killed.returncode == -9
+    assert not (tmp_path / "tokens").exists()
+    (left,) = tmp_path.glob(".tokens.*.partial")
+    assert [path.name for path in sorted(left.glob("tokens-*"))] == ["tokens-00000.parquet", "tokens-00001.parquet"]
+    if damage:
+        content = bytearray((left / "tokens-00001.parquet").read_bytes())
+        content[len(content) // 2] ^= 1
+        (left / "tokens-00001.parquet").write_bytes(content)
+    made, trainings, really = [], [], encode._encode_shard
+    monkeypatch.setattr(encode, "_encode_shard", lambda shard, *rest: made.append(shard.name) or really(shard, *rest))
+    monkeypatch.setattr(encode, "build_tokenizer", lambda *_: trainings.append(1))
+    tokenize(raw, tmp_path / "tokens", trained, fifths, SEED)
+    n_shards = len(shards.shard_paths(raw))
+    assert n_shards >= 5
+    assert made == [f"docs-{i:05d}.parquet" for i in range(1 if damage else 2, n_shards)]
+    assert trainings == []
+    assert verify(tmp_path / "tokens").digest == verify(tmp_path / "undisturbed").digest
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens", "undisturbed"}
+
+
+def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    raw = corpus(sentences)
+    subprocess.run([sys.executable, "-c", KILLED.replace("== 2", "== 0")], cwd=tmp_path)
+    (left,) = tmp_path.glob(".tokens.*.partial")
+    assert (left / "tokenizer" / "ranks.tiktoken").exists()
+    other = TokenizeParams(encoding="trained", vocab_size=401)
+    assert tokenize(raw, tmp_path / "tokens", other, fifths, SEED)["vocab_size"] == 401
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens"}
 
 
 def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:

@@ -7,8 +7,8 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from gptpipe.tokens.huggingface import byte_letters, merges_of, save_tokenizer_json, to_tokenizer_json
-from gptpipe.tokens.tokenizer import Tokenizer, named_tokenizer, train_tokenizer
+from gptpipe.tokens.huggingface import merges_of, save_tokenizer_json, to_tokenizer_json
+from gptpipe.tokens.tokenizer import Tokenizer, byte_letters, named_tokenizer, train_tokenizer
 
 AWKWARD = [
     "", " ", "   leading", "trailing   ", "\n", "a\n", "a\n\n", " \n \n", "\r\n\r\n", "tab\t\ttab \t", "a  b   c    d",
