@@ -1,16 +1,27 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
-Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source.
+Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source and what a
+params.yaml that is older than it need not have: a check that is then off.
 A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
 import difflib
 import json
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -102,12 +113,49 @@ class HuggingFace(AnySource):
 Source = Annotated[PythonDocs | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]
 
 
+def _least_first(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the least comes first, then the most")
+    return pair
+
+
+Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Range = Annotated[tuple[Annotated[FiniteFloat, Field(ge=0)], PositiveFloat], AfterValidator(_least_first)]
+Phrase = Annotated[str, Field(min_length=1)]
+
+
+class FilterParams(Section):
+    """Which lines and documents stay in the corpus; null, false or no phrase: that filter is off."""
+
+    drop_lines_with: tuple[Phrase, ...] = ()
+    drop_lines_below: Positive | None = None  # words
+    drop_lines_unfinished: bool = False
+    phrases: tuple[Phrase, ...] = ()
+    sentences: Positive | None = None
+    words: Range | None = None
+    mean_word_length: Range | None = None  # characters
+    symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    ellipsis_lines: Ratio | None = None
+    bullet_lines: Ratio | None = None
+    alphabetic_words: Ratio | None = None
+    stop_words: Annotated[int, Field(ge=1, le=8)] | None = None
+    duplicate_lines: tuple[Ratio, Ratio] | None = None  # of lines, of their characters
+    duplicate_paragraphs: tuple[Ratio, Ratio] | None = None
+    top_ngrams: tuple[Ratio, Ratio, Ratio] | None = None  # of 2 to 4 words
+    duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None = None  # of 5 to 10 words
+
+    @cached_property
+    def is_on(self) -> bool:
+        return self != FilterParams()
+
+
 class CollectParams(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     encoding_errors: Literal["strict", "replace"]
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
     max_expansion: Positive
+    filters: FilterParams = FilterParams()
     dedup: Literal["none", "exact", "near"]
     near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 
@@ -320,5 +368,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     if location[:2] == ("collect", "sources"):
         kinds = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in AnySource.__subclasses__()}
         return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
-    section = Params.model_fields[str(location[0])].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+    section: Any = Params
+    for name in location[:-1]:
+        section = section.model_fields[str(name)].annotation if hasattr(section, "model_fields") else None
+    return list(getattr(section, "model_fields", ()))

@@ -1,0 +1,121 @@
+"""Filters of lines and documents: Gopher's (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and those of
+C4 (Raffel et al., 2020, arXiv:1910.10683, section 2.2). What a word or a line costs here is paid only where one is on.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from math import inf
+
+from gptpipe.config import FilterParams
+
+_STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+_LINE_END = (".", "!", "?", '"', "\u201d", "\u2019")
+_ELLIPSES = ("...", "\u2026")
+_BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
+_SENTENCE_END = re.compile("[.!?][\"')\\]\u201d\u2019]*(?=\\s|$)")
+_LETTER = re.compile(r"[^\W\d_]")
+
+
+def without_boilerplate(text: str, params: FilterParams) -> str:
+    """The text without the lines that `drop_lines_*` name; of the blank lines around them one stays."""
+    phrases = [phrase.lower() for phrase in params.drop_lines_with]
+    if not (phrases or params.drop_lines_below or params.drop_lines_unfinished):
+        return text
+
+    def stays(line: str) -> bool:
+        lower = line.lower()
+        return (
+            len(line.split()) >= (params.drop_lines_below or 0)
+            and (not params.drop_lines_unfinished or line.endswith(_LINE_END))
+            and not any(phrase in lower for phrase in phrases)
+        )
+
+    kept = "\n".join(line for line in text.split("\n") if not line or stays(line))
+    return re.sub("\n{3,}", "\n\n", kept).strip("\n")
+
+
+def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
+    """The first filter that a text which is not empty does not pass, and what was found there and is allowed."""
+    if not params.is_on:
+        return None
+    for phrase in params.phrases:
+        if phrase.lower() in text.lower():
+            return "phrases", f"has {phrase!r}"
+    for name, value, (least, most) in _measures(text, params):
+        if not least <= value <= most:
+            return name, f"{value:.4g}, allowed is at {f'least {least:g}' if value < least else f'most {most:g}'}"
+    return None
+
+
+def _measures(text: str, params: FilterParams) -> Iterator[tuple[str, float, tuple[float, float]]]:
+    """Name, value and allowed range of each filter of documents that is on, those first that cost least."""
+    words = text.split()
+    lines, paragraphs = ([part for part in re.split(end, text) if part.strip()] for end in ("\n", "\n\n+"))
+    n = len(words)
+    if params.words:
+        yield "words", n, params.words
+    if params.mean_word_length:
+        yield "mean_word_length", sum(map(len, words)) / n, params.mean_word_length
+    if params.sentences is not None:
+        yield "sentences", len(_SENTENCE_END.findall(text)), (params.sentences, inf)
+    if params.symbols_per_word is not None:
+        symbols = max(text.count("#"), sum(map(text.count, _ELLIPSES)))
+        yield "symbols_per_word", symbols / n, (0, params.symbols_per_word)
+    if params.ellipsis_lines is not None:
+        yield "ellipsis_lines", _share(line.endswith(_ELLIPSES) for line in lines), (0, params.ellipsis_lines)
+    if params.bullet_lines is not None:
+        bullets = (line.lstrip().startswith(_BULLETS) for line in lines)
+        yield "bullet_lines", _share(bullets), (0, params.bullet_lines)
+    if params.alphabetic_words is not None:
+        yield "alphabetic_words", _share(map(bool, map(_LETTER.search, words))), (params.alphabetic_words, 1)
+    if params.stop_words is not None:
+        bare = {word.strip(string.punctuation) for word in text.lower().split()}
+        yield "stop_words", len(_STOP_WORDS & bare), (params.stop_words, inf)
+    for name, parts, most in (
+        ("duplicate_lines", lines, params.duplicate_lines),
+        ("duplicate_paragraphs", paragraphs, params.duplicate_paragraphs),
+    ):
+        if most:
+            stripped = [part.strip() for part in parts]
+            repeats = [parts for parts, is_first in zip(stripped, _firsts(stripped), strict=True) if not is_first]
+            yield name, len(repeats) / len(parts), (0, most[0])
+            yield f"{name}_characters", sum(map(len, repeats)) / sum(map(len, stripped)), (0, most[1])
+    if params.top_ngrams:
+        for size, most_characters in enumerate(params.top_ngrams, 2):
+            yield f"top_{size}grams", _in_top_ngram(words, size), (0, most_characters)
+    if params.duplicate_ngrams:
+        for size, most_characters in enumerate(params.duplicate_ngrams, 5):
+            yield f"duplicate_{size}grams", _in_duplicate_ngrams(words, size), (0, most_characters)
+
+
+def _share(marks: Iterator[bool]) -> float:
+    found = list(marks)
+    return sum(found) / len(found)
+
+
+def _firsts(items: Sequence[object]) -> list[bool]:
+    """For each item whether none before it is equal."""
+    seen: set[object] = set()
+    return [not (item in seen or seen.add(item)) for item in items]  # type: ignore[func-returns-value]
+
+
+def _ngrams(words: list[str], size: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[i:] for i in range(size)), strict=False))
+
+
+def _in_top_ngram(words: list[str], size: int) -> float:
+    """Share of the words' characters in the most frequent n-gram, the longest of several; one alone repeats nothing."""
+    counted = ((n, sum(map(len, ngram))) for ngram, n in Counter(_ngrams(words, size)).items() if n > 1)
+    n, length = max(counted, default=(0, 0))
+    return n * length / sum(map(len, words))
+
+
+def _in_duplicate_ngrams(words: list[str], size: int) -> float:
+    """Share of the words' characters inside n-grams that stood before, each character counted once."""
+    covered = bytearray(len(words))
+    for start, is_first in enumerate(_firsts(_ngrams(words, size))):
+        if not is_first:
+            covered[start : start + size] = b"\1" * size
+    return sum(len(word) for word, is_in in zip(words, covered, strict=True) if is_in) / sum(map(len, words))
