@@ -12,16 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -34,6 +25,8 @@ Positive = Annotated[int, Field(ge=1, lt=2**63)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 Seed = Count
+Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Phrase = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -113,17 +106,6 @@ class HuggingFace(AnySource):
 Source = Annotated[PythonDocs | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]
 
 
-def _least_first(pair: tuple[float, float]) -> tuple[float, float]:
-    if pair[0] > pair[1]:
-        raise ValueError("the least comes first, then the most")
-    return pair
-
-
-Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
-Range = Annotated[tuple[Annotated[FiniteFloat, Field(ge=0)], PositiveFloat], AfterValidator(_least_first)]
-Phrase = Annotated[str, Field(min_length=1)]
-
-
 class FilterParams(Section):
     """Which lines and documents stay in the corpus; null, false or no phrase: that filter is off."""
 
@@ -132,8 +114,8 @@ class FilterParams(Section):
     drop_lines_unfinished: bool = False
     phrases: tuple[Phrase, ...] = ()
     sentences: Positive | None = None
-    words: Range | None = None
-    mean_word_length: Range | None = None  # characters
+    words: tuple[Count, Positive] | None = None
+    mean_word_length: tuple[PositiveFloat, PositiveFloat] | None = None  # characters
     symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None = None
     ellipsis_lines: Ratio | None = None
     bullet_lines: Ratio | None = None

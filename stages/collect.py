@@ -5,7 +5,7 @@ from pathlib import Path
 from gptpipe.config import load_params
 from gptpipe.console import say
 from gptpipe.corpus.collect import collect
-from gptpipe.corpus.rejections import write_report
+from gptpipe.corpus.tally import write_report
 from gptpipe.stage import run_stage
 
 

@@ -20,20 +20,14 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 def without_boilerplate(text: str, params: FilterParams) -> str:
     """The text without the lines that `drop_lines_*` name; of the blank lines around them one stays."""
-    phrases = [phrase.lower() for phrase in params.drop_lines_with]
-    if not (phrases or params.drop_lines_below or params.drop_lines_unfinished):
+    phrases, shortest = [phrase.lower() for phrase in params.drop_lines_with], params.drop_lines_below or 0
+    if not (phrases or shortest or params.drop_lines_unfinished):
         return text
-
-    def stays(line: str) -> bool:
-        lower = line.lower()
-        return (
-            len(line.split()) >= (params.drop_lines_below or 0)
-            and (not params.drop_lines_unfinished or line.endswith(_LINE_END))
-            and not any(phrase in lower for phrase in phrases)
-        )
-
-    kept = "\n".join(line for line in text.split("\n") if not line or stays(line))
-    return re.sub("\n{3,}", "\n\n", kept).strip("\n")
+    lines = [line for line in text.split("\n") if not line or len(line.split()) >= shortest]
+    if params.drop_lines_unfinished:
+        lines = [line for line in lines if not line or line.endswith(_LINE_END)]
+    lines = [line for line in lines if not any(phrase in line.lower() for phrase in phrases)]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
@@ -43,56 +37,52 @@ def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
     for phrase in params.phrases:
         if phrase.lower() in text.lower():
             return "phrases", f"has {phrase!r}"
-    for name, value, (least, most) in _measures(text, params):
+    for name, value, allowed in _measures(text, params):
+        least, most = allowed if isinstance(allowed, tuple) else (0, allowed)
         if not least <= value <= most:
             return name, f"{value:.4g}, allowed is at {f'least {least:g}' if value < least else f'most {most:g}'}"
     return None
 
 
-def _measures(text: str, params: FilterParams) -> Iterator[tuple[str, float, tuple[float, float]]]:
-    """Name, value and allowed range of each filter of documents that is on, those first that cost least."""
-    words = text.split()
-    lines, paragraphs = ([part for part in re.split(end, text) if part.strip()] for end in ("\n", "\n\n+"))
+def _measures(text: str, params: FilterParams) -> Iterator[tuple[str, float, float | tuple[float, float]]]:
+    """Name, value, and the most or the least and most, of each filter of documents; first those that cost least."""
+    words, lines = text.split(), [line for line in text.split("\n") if line]
     n = len(words)
     if params.words:
         yield "words", n, params.words
     if params.mean_word_length:
         yield "mean_word_length", sum(map(len, words)) / n, params.mean_word_length
-    if params.sentences is not None:
+    if params.sentences:
         yield "sentences", len(_SENTENCE_END.findall(text)), (params.sentences, inf)
     if params.symbols_per_word is not None:
         symbols = max(text.count("#"), sum(map(text.count, _ELLIPSES)))
-        yield "symbols_per_word", symbols / n, (0, params.symbols_per_word)
+        yield "symbols_per_word", symbols / n, params.symbols_per_word
     if params.ellipsis_lines is not None:
-        yield "ellipsis_lines", _share(line.endswith(_ELLIPSES) for line in lines), (0, params.ellipsis_lines)
+        yield "ellipsis_lines", sum(line.endswith(_ELLIPSES) for line in lines) / len(lines), params.ellipsis_lines
     if params.bullet_lines is not None:
-        bullets = (line.lstrip().startswith(_BULLETS) for line in lines)
-        yield "bullet_lines", _share(bullets), (0, params.bullet_lines)
+        bullets = sum(line.lstrip().startswith(_BULLETS) for line in lines)
+        yield "bullet_lines", bullets / len(lines), params.bullet_lines
     if params.alphabetic_words is not None:
-        yield "alphabetic_words", _share(map(bool, map(_LETTER.search, words))), (params.alphabetic_words, 1)
-    if params.stop_words is not None:
+        yield "alphabetic_words", sum(map(bool, map(_LETTER.search, words))) / n, (params.alphabetic_words, inf)
+    if params.stop_words:
         bare = {word.strip(string.punctuation) for word in text.lower().split()}
         yield "stop_words", len(_STOP_WORDS & bare), (params.stop_words, inf)
-    for name, parts, most in (
-        ("duplicate_lines", lines, params.duplicate_lines),
-        ("duplicate_paragraphs", paragraphs, params.duplicate_paragraphs),
-    ):
-        if most:
-            stripped = [part.strip() for part in parts]
-            repeats = [parts for parts, is_first in zip(stripped, _firsts(stripped), strict=True) if not is_first]
-            yield name, len(repeats) / len(parts), (0, most[0])
-            yield f"{name}_characters", sum(map(len, repeats)) / sum(map(len, stripped)), (0, most[1])
-    if params.top_ngrams:
-        for size, most_characters in enumerate(params.top_ngrams, 2):
-            yield f"top_{size}grams", _in_top_ngram(words, size), (0, most_characters)
-    if params.duplicate_ngrams:
-        for size, most_characters in enumerate(params.duplicate_ngrams, 5):
-            yield f"duplicate_{size}grams", _in_duplicate_ngrams(words, size), (0, most_characters)
+    if params.duplicate_lines:
+        yield from _duplicates("duplicate_lines", lines, params.duplicate_lines)
+    if params.duplicate_paragraphs:
+        yield from _duplicates("duplicate_paragraphs", re.split("\n\n+", text), params.duplicate_paragraphs)
+    for size, most in enumerate(params.top_ngrams or (), 2):
+        yield f"top_{size}grams", _in_top_ngram(words, size), most
+    for size, most in enumerate(params.duplicate_ngrams or (), 5):
+        yield f"duplicate_{size}grams", _in_duplicate_ngrams(words, size), most
 
 
-def _share(marks: Iterator[bool]) -> float:
-    found = list(marks)
-    return sum(found) / len(found)
+def _duplicates(name: str, parts: list[str], most: tuple[float, float]) -> Iterator[tuple[str, float, float]]:
+    """Shares of the parts, and of their characters, that stood before."""
+    parts = [part.strip() for part in parts]
+    repeats = [part for part, is_first in zip(parts, _firsts(parts), strict=True) if not is_first]
+    yield name, len(repeats) / len(parts), most[0]
+    yield f"{name}_characters", sum(map(len, repeats)) / sum(map(len, parts)), most[1]
 
 
 def _firsts(items: Sequence[object]) -> list[bool]:

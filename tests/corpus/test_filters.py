@@ -11,7 +11,7 @@ from gptpipe.config import CollectParams, FilterParams
 from gptpipe.corpus.cleaning import Rejected, clean
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.filters import fault, without_boilerplate
-from gptpipe.corpus.rejections import read_rejections, write_report
+from gptpipe.corpus.tally import SOURCES, write_report
 
 # The filter, its setting, a text that just passes it, one that just does not, and what is said of that one.
 TABLE: list[tuple[str, Any, str, str, str]] = [
@@ -119,7 +119,7 @@ def test_rejections_are_reported_by_source_with_examples(
         counts = collect(params, tmp_path / name)
         write_report(tmp_path / name, tmp_path / f"{name}.md")
     assert counts["rejected_words"] == 6
-    found = read_rejections(tmp_path / "raw")
+    found = json.loads((tmp_path / "raw" / SOURCES).read_text())
     rejected = {"lone_surrogates": 1, "too_short": 1, "duplicate": 1, "words": 6}
     assert found["counts"] == {
         "jsonl": {"documents": 1, "bytes": 20, **{f"rejected_{name}": n for name, n in rejected.items()}},
@@ -144,6 +144,6 @@ def test_near_duplicates_are_in_the_report(tmp_path: Path, collect_params: Calla
     (tmp_path / "a.txt").write_text(f"{words}\n{words} and more\n")
     source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
     collect(collect_params(source, dedup="near"), tmp_path / "raw")
-    found = read_rejections(tmp_path / "raw")
+    found = json.loads((tmp_path / "raw" / SOURCES).read_text())
     assert found["counts"] == {"text": {"documents": 1, "bytes": len(words), "rejected_near_duplicate": 1}}
     assert found["examples"][0]["text"] == words[:200] + "…"
