@@ -1,7 +1,7 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
-Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source and what a
-params.yaml that is older than it need not have: a check that is then off.
+Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source and what an
+older params.yaml need not have: filters, which are then off, and the look at contamination.
 A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
@@ -154,6 +154,9 @@ class TokenizeParams(Section):
 class SplitParams(Section):
     val_fraction: Share
     test_fraction: Share
+    ngram: Annotated[int, Field(ge=2)] = 13  # words
+    benchmarks: tuple[Source, ...] = ()
+    max_contamination: Ratio | None = None
 
     @field_validator("test_fraction")
     @classmethod

@@ -5,14 +5,12 @@ from pathlib import Path
 from gptpipe.config import load_params
 from gptpipe.console import say
 from gptpipe.corpus.collect import collect
-from gptpipe.corpus.tally import write_report
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
     params = load_params()
-    counts = collect(params.collect, Path("data/raw"))
-    write_report(Path("data/raw"), Path("reports/collect.md"))
+    counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))
     rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
     say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected:,} rejected")
 

@@ -12,14 +12,14 @@ from gptpipe.corpus.dedup import near_duplicates
 from gptpipe.corpus.document import Document
 from gptpipe.corpus.shards import read_documents, shard_paths, write_shards
 from gptpipe.corpus.sources import fingerprint, read
-from gptpipe.corpus.tally import SOURCES, Tally
+from gptpipe.corpus.tally import Tally
 from gptpipe.environment import optional_module
 from gptpipe.errors import InputError
-from gptpipe.files import new_folder, write_json
+from gptpipe.files import new_folder
 
 
-def collect(params: CollectParams, target: Path) -> dict[str, int]:
-    """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason.
+def collect(params: CollectParams, target: Path, report: Path | None = None) -> dict[str, int]:
+    """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason; also to `report`.
 
     Raises InputError where a source cannot be read or nothing is left.
     """
@@ -34,7 +34,8 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
         if near:
             write_shards(_without_near_duplicates(exact, params, counts), folder.path)
             shutil.rmtree(exact)
-        write_json(folder.path / SOURCES, {"counts": counts.by_source, "examples": counts.examples})
+        if report:
+            counts.write(report)
         folder.counts = dict(counts)
         if not counts["documents"]:
             raise InputError(f"collect: no document left of {counts['documents_in']} ({_in_words(counts)}); add text")

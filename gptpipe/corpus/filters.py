@@ -1,21 +1,41 @@
 """Filters of lines and documents: Gopher's (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and those of
-C4 (Raffel et al., 2020, arXiv:1910.10683, section 2.2). What a word or a line costs here is paid only where one is on.
+C4 (Raffel et al., 2020, arXiv:1910.10683, section 2.2), by the names that they have in params.yaml.
 """
 
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 
 from gptpipe.config import FilterParams
 
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
-_LINE_END = (".", "!", "?", '"', "\u201d", "\u2019")
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
+_LINE_END = (".", "!", "?", '"', "\u201d", "\u2019")
 _SENTENCE_END = re.compile("[.!?][\"')\\]\u201d\u2019]*(?=\\s|$)")
 _LETTER = re.compile(r"[^\W\d_]")
+
+# Values of a text, its words and its lines; first what costs least. Each has one limit: the most that is allowed, ...
+_MEASURES: dict[str, Callable[[str, list[str], list[str]], Iterable[float]]] = {
+    "words": lambda text, words, lines: [len(words)],
+    "mean_word_length": lambda text, words, lines: [sum(map(len, words)) / len(words)],
+    "sentences": lambda text, words, lines: [len(_SENTENCE_END.findall(text))],
+    "symbols_per_word": lambda text, words, lines: [max(text.count("#"), *map(text.count, _ELLIPSES)) / len(words)],
+    "ellipsis_lines": lambda text, words, lines: [sum(line.endswith(_ELLIPSES) for line in lines) / len(lines)],
+    "bullet_lines": lambda text, words, lines: [sum(line.lstrip().startswith(_BULLETS) for line in lines) / len(lines)],
+    "alphabetic_words": lambda text, words, lines: [sum(map(bool, map(_LETTER.search, words))) / len(words)],
+    "stop_words": lambda text, words, lines: [
+        len(_STOP_WORDS.intersection(word.strip(string.punctuation).lower() for word in words))
+    ],
+    "duplicate_lines": lambda text, words, lines: _in_repeats(lines),
+    "duplicate_paragraphs": lambda text, words, lines: _in_repeats(re.split("\n\n+", text)),
+    "top_ngrams": lambda text, words, lines: (_in_top_ngram(words, size) for size in range(2, 5)),
+    "duplicate_ngrams": lambda text, words, lines: (_in_repeated_ngrams(words, size) for size in range(5, 11)),
+}
+_AT_LEAST = ("sentences", "alphabetic_words", "stop_words")  # ... but the least of these, ...
+_BETWEEN = ("words", "mean_word_length")  # ... and both of these
 
 
 def without_boilerplate(text: str, params: FilterParams) -> str:
@@ -37,62 +57,27 @@ def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
     for phrase in params.phrases:
         if phrase.lower() in text.lower():
             return "phrases", f"has {phrase!r}"
-    for name, value, allowed in _measures(text, params):
-        least, most = allowed if isinstance(allowed, tuple) else (0, allowed)
-        if not least <= value <= most:
-            return name, f"{value:.4g}, allowed is at {f'least {least:g}' if value < least else f'most {most:g}'}"
+    words, lines = text.split(), [line for line in text.split("\n") if line]
+    for name, measure in _MEASURES.items():
+        if (limit := getattr(params, name)) is not None:
+            limits = limit if isinstance(limit, tuple) and name not in _BETWEEN else [limit]
+            for value, allowed in zip(measure(text, words, lines), limits, strict=True):
+                least, most = allowed if name in _BETWEEN else (allowed, inf) if name in _AT_LEAST else (0, allowed)
+                if not least <= value <= most:
+                    bound = f"least {least:g}" if value < least else f"most {most:g}"
+                    return name, f"{value:.4g}, allowed is at {bound}"
     return None
 
 
-def _measures(text: str, params: FilterParams) -> Iterator[tuple[str, float, float | tuple[float, float]]]:
-    """Name, value, and the most or the least and most, of each filter of documents; first those that cost least."""
-    words, lines = text.split(), [line for line in text.split("\n") if line]
-    n = len(words)
-    if params.words:
-        yield "words", n, params.words
-    if params.mean_word_length:
-        yield "mean_word_length", sum(map(len, words)) / n, params.mean_word_length
-    if params.sentences:
-        yield "sentences", len(_SENTENCE_END.findall(text)), (params.sentences, inf)
-    if params.symbols_per_word is not None:
-        symbols = max(text.count("#"), sum(map(text.count, _ELLIPSES)))
-        yield "symbols_per_word", symbols / n, params.symbols_per_word
-    if params.ellipsis_lines is not None:
-        yield "ellipsis_lines", sum(line.endswith(_ELLIPSES) for line in lines) / len(lines), params.ellipsis_lines
-    if params.bullet_lines is not None:
-        bullets = sum(line.lstrip().startswith(_BULLETS) for line in lines)
-        yield "bullet_lines", bullets / len(lines), params.bullet_lines
-    if params.alphabetic_words is not None:
-        yield "alphabetic_words", sum(map(bool, map(_LETTER.search, words))) / n, (params.alphabetic_words, inf)
-    if params.stop_words:
-        bare = {word.strip(string.punctuation) for word in text.lower().split()}
-        yield "stop_words", len(_STOP_WORDS & bare), (params.stop_words, inf)
-    if params.duplicate_lines:
-        yield from _duplicates("duplicate_lines", lines, params.duplicate_lines)
-    if params.duplicate_paragraphs:
-        yield from _duplicates("duplicate_paragraphs", re.split("\n\n+", text), params.duplicate_paragraphs)
-    for size, most in enumerate(params.top_ngrams or (), 2):
-        yield f"top_{size}grams", _in_top_ngram(words, size), most
-    for size, most in enumerate(params.duplicate_ngrams or (), 5):
-        yield f"duplicate_{size}grams", _in_duplicate_ngrams(words, size), most
-
-
-def _duplicates(name: str, parts: list[str], most: tuple[float, float]) -> Iterator[tuple[str, float, float]]:
+def _in_repeats(parts: list[str]) -> tuple[float, float]:
     """Shares of the parts, and of their characters, that stood before."""
     parts = [part.strip() for part in parts]
-    repeats = [part for part, is_first in zip(parts, _firsts(parts), strict=True) if not is_first]
-    yield name, len(repeats) / len(parts), most[0]
-    yield f"{name}_characters", sum(map(len, repeats)) / sum(map(len, parts)), most[1]
+    unique = set(parts)
+    return 1 - len(unique) / len(parts), 1 - sum(map(len, unique)) / sum(map(len, parts))
 
 
-def _firsts(items: Sequence[object]) -> list[bool]:
-    """For each item whether none before it is equal."""
-    seen: set[object] = set()
-    return [not (item in seen or seen.add(item)) for item in items]  # type: ignore[func-returns-value]
-
-
-def _ngrams(words: list[str], size: int) -> list[tuple[str, ...]]:
-    return list(zip(*(words[i:] for i in range(size)), strict=False))
+def _ngrams(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[i:] for i in range(size)), strict=False)
 
 
 def _in_top_ngram(words: list[str], size: int) -> float:
@@ -102,10 +87,11 @@ def _in_top_ngram(words: list[str], size: int) -> float:
     return n * length / sum(map(len, words))
 
 
-def _in_duplicate_ngrams(words: list[str], size: int) -> float:
+def _in_repeated_ngrams(words: list[str], size: int) -> float:
     """Share of the words' characters inside n-grams that stood before, each character counted once."""
-    covered = bytearray(len(words))
-    for start, is_first in enumerate(_firsts(_ngrams(words, size))):
-        if not is_first:
-            covered[start : start + size] = b"\1" * size
-    return sum(len(word) for word, is_in in zip(words, covered, strict=True) if is_in) / sum(map(len, words))
+    seen, covered = set[tuple[str, ...]](), [0] * len(words)
+    for start, ngram in enumerate(_ngrams(words, size)):
+        if ngram in seen:
+            covered[start : start + size] = map(len, ngram)
+        seen.add(ngram)
+    return sum(covered) / sum(map(len, words))

@@ -1,6 +1,5 @@
 """What collect keeps and leaves out: counted, also by source, with examples; becomes `reports/collect.md`."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from gptpipe.corpus.cleaning import Rejected
 from gptpipe.corpus.document import Document
 from gptpipe.files import write_bytes
 
-SOURCES = "sources.json"  # beside the shards
 _EXAMPLES, _CHARACTERS = 3, 200  # of each reason in each source, in the order of the source; of each example
 
 
@@ -35,8 +33,8 @@ class Tally(Counter[str]):
             shown = shown if len(shown) <= _CHARACTERS else shown[:_CHARACTERS] + "…"
             self.examples.append({"source": source, "reason": rejected.reason, "why": rejected.why, "text": shown})
 
-
-def write_report(folder: Path, path: Path) -> None:
-    """Write the sources of the corpus in `folder`, and what they lost, as Markdown."""
-    template = jinja2.Template(Path(__file__).with_name("collect.jinja").read_text(encoding="utf-8"), trim_blocks=True)
-    write_bytes(path, template.render(json.loads((folder / SOURCES).read_bytes())).encode() + b"\n")
+    def write(self, path: Path) -> None:
+        """Write the sources, and what they lost, as Markdown."""
+        template = Path(__file__).with_name("collect.jinja").read_text(encoding="utf-8")
+        page = jinja2.Template(template, trim_blocks=True).render(counts=self.by_source, examples=self.examples)
+        write_bytes(path, page.encode() + b"\n")
