@@ -115,7 +115,8 @@ def encoded(project: Path, side: Side, tokenizer: Tokenizer) -> Iterator[np.ndar
     stream = open_stream(project / "data/split", side)
     ours = Tokenizer.load(project / "data/split/tokenizer")
     for offset, n_tokens in zip(stream.documents["offset"], stream.documents["n_tokens"], strict=True):
-        yield tokenizer.encode_document(ours.decode(stream.tokens[offset : offset + n_tokens].tolist()))
+        text = ours.decode(stream.tokens[offset : offset + n_tokens].tolist())
+        yield np.array([*tokenizer.encode(text), tokenizer.end_of_text], tokenizer.dtype)
 
 
 @torch.no_grad()

@@ -1,14 +1,12 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
-Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source and what an
-older params.yaml need not have: filters, which are then off, and the look at contamination.
+Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources and of checks.
 A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
 import difflib
 import json
 import math
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -125,10 +123,6 @@ class FilterParams(Section):
     duplicate_paragraphs: tuple[Ratio, Ratio] | None = None
     top_ngrams: tuple[Ratio, Ratio, Ratio] | None = None  # of 2 to 4 words
     duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None = None  # of 5 to 10 words
-
-    @cached_property
-    def is_on(self) -> bool:
-        return self != FilterParams()
 
 
 class CollectParams(Section):

@@ -3,19 +3,18 @@ C4 (Raffel et al., 2020, arXiv:1910.10683, section 2.2), by the names that they 
 """
 
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
 
 from gptpipe.config import FilterParams
 
+_OFF = FilterParams()
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
 _LINE_END = (".", "!", "?", '"', "\u201d", "\u2019")
 _SENTENCE_END = re.compile("[.!?][\"')\\]\u201d\u2019]*(?=\\s|$)")
-_LETTER = re.compile(r"[^\W\d_]")
 
 # Values of a text, its words and its lines; first what costs least. Each has one limit: the most that is allowed, ...
 _MEASURES: dict[str, Callable[[str, list[str], list[str]], Iterable[float]]] = {
@@ -25,10 +24,8 @@ _MEASURES: dict[str, Callable[[str, list[str], list[str]], Iterable[float]]] = {
     "symbols_per_word": lambda text, words, lines: [max(text.count("#"), *map(text.count, _ELLIPSES)) / len(words)],
     "ellipsis_lines": lambda text, words, lines: [sum(line.endswith(_ELLIPSES) for line in lines) / len(lines)],
     "bullet_lines": lambda text, words, lines: [sum(line.lstrip().startswith(_BULLETS) for line in lines) / len(lines)],
-    "alphabetic_words": lambda text, words, lines: [sum(map(bool, map(_LETTER.search, words))) / len(words)],
-    "stop_words": lambda text, words, lines: [
-        len(_STOP_WORDS.intersection(word.strip(string.punctuation).lower() for word in words))
-    ],
+    "alphabetic_words": lambda text, words, lines: [sum(any(map(str.isalpha, word)) for word in words) / len(words)],
+    "stop_words": lambda text, words, lines: [len(_STOP_WORDS.intersection(re.findall(r"\w+", text.lower())))],
     "duplicate_lines": lambda text, words, lines: _in_repeats(lines),
     "duplicate_paragraphs": lambda text, words, lines: _in_repeats(re.split("\n\n+", text)),
     "top_ngrams": lambda text, words, lines: (_in_top_ngram(words, size) for size in range(2, 5)),
@@ -44,15 +41,15 @@ def without_boilerplate(text: str, params: FilterParams) -> str:
     if not (phrases or shortest or params.drop_lines_unfinished):
         return text
     lines = [line for line in text.split("\n") if not line or len(line.split()) >= shortest]
+    lines = [line for line in lines if not any(phrase in line.lower() for phrase in phrases)]
     if params.drop_lines_unfinished:
         lines = [line for line in lines if not line or line.endswith(_LINE_END)]
-    lines = [line for line in lines if not any(phrase in line.lower() for phrase in phrases)]
     return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
     """The first filter that a text which is not empty does not pass, and what was found there and is allowed."""
-    if not params.is_on:
+    if params == _OFF:
         return None
     for phrase in params.phrases:
         if phrase.lower() in text.lower():

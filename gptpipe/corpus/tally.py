@@ -30,8 +30,7 @@ class Tally(Counter[str]):
             counts[f"rejected_{rejected.reason}"] += 1
         if counts[f"rejected_{rejected.reason}"] <= _EXAMPLES and isinstance(text, str):
             shown = " ".join(text[: 4 * _CHARACTERS].split()).encode(errors="backslashreplace").decode()
-            shown = shown if len(shown) <= _CHARACTERS else shown[:_CHARACTERS] + "…"
-            self.examples.append({"source": source, "reason": rejected.reason, "why": rejected.why, "text": shown})
+            self.examples.append({"source": source, **vars(rejected), "text": shown[:_CHARACTERS]})
 
     def write(self, path: Path) -> None:
         """Write the sources, and what they lost, as Markdown."""

@@ -1,12 +1,9 @@
-"""Contamination: held-out documents that share a run of words with train (Brown et al., 2020, arXiv:2005.14165, C).
-
-Words in lower case, without punctuation, and not tokens: a run then means the same under every tokenizer and layout.
-"""
+"""Contamination: runs of words that held-out text shares with train (Brown et al., 2020, arXiv:2005.14165, app. C)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,6 @@ from gptpipe.tokens.splits import side_of
 
 _LARGEST = 1 << 21  # n-grams of held-out text in memory, 8 bytes each; of more, every 2nd, 4th, ... by hash
 _BLOCK = 1 << 16  # characters hashed at once, 60 bytes of memory each; a document is never cut
-_IDS = 20  # of contaminated documents in the report, of each group
 _BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
 _SEPARATED = bytes(c if c > 127 or c == 10 or chr(c).isalnum() or chr(c) == "_" else 32 for c in range(256))
 
@@ -35,7 +31,8 @@ Texts = Iterable[tuple[str, str, str]]  # group, id, text
 def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
     """Write to `path` how many documents of val, test and each benchmark share `split.ngram` words in a row with train.
 
-    Reads the corpus `raw` three times. Raises InputError where a share is above `split.max_contamination`.
+    Words in lower case, without punctuation: the figure is the same under every tokenizer and layout, as one in tokens
+    would not be. Reads `raw`, the corpus, three times. Raises InputError for a share above `split.max_contamination`.
     """
     verify(raw)
     shards = shard_paths(raw)
@@ -84,22 +81,17 @@ def _matches(texts: Callable[[], Texts], *, keys: Hashes, n: int) -> tuple[Indic
         counts.update(f"{block[i][0]}_examined" for i in np.unique(owners))
         for name, document_id, _ in (block[i] for i in np.unique(owners[equal])):
             counts[f"{name}_contaminated"] += 1
-            if counts[f"{name}_contaminated"] <= _IDS:
+            if counts[f"{name}_contaminated"] <= 20:  # for the report
                 ids.setdefault(name, []).append(document_id)
     return np.concatenate(hits), counts, ids
 
 
 def _ngrams(texts: Texts, n: int) -> Iterator[tuple[list[tuple[str, str, str]], Hashes, Indices]]:
     """Texts of about _BLOCK characters together, hashes of their runs of n words, and the index of the text of each."""
-    size = 0
-
-    def number(text: tuple[str, str, str]) -> int:
-        nonlocal size
-        size += len(text[2])
-        return size // _BLOCK
-
-    for _, group in groupby(texts, number):
-        block = list(group)
+    one, other = tee(texts)
+    sizes = accumulate(len(text) for _, _, text in one)
+    for _, group in groupby(zip(sizes, other, strict=True), lambda pair: pair[0] // _BLOCK):
+        block = [text for _, text in group]
         lower = (text.replace("\n", " ").lower() for _, _, text in block)
         words = (text if text.isascii() else " ".join(WORD.findall(text)) for text in lower)
         data = np.frombuffer("\n".join(words).encode().translate(_SEPARATED), np.uint8)

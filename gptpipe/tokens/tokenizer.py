@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tiktoken
 import tiktoken.load
 import tiktoken_ext.openai_public
@@ -55,10 +54,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
         return self.encoding.encode_ordinary(text)
-
-    def encode_document(self, text: str) -> npt.NDArray[np.unsignedinteger]:
-        """Ids of a whole document, closed by the end-of-text token."""
-        return np.array([*self.encoding.encode_ordinary(text), self.end_of_text], dtype=self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, as `decode_bytes` has it; bytes that are no UTF-8 become U+FFFD."""

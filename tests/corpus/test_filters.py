@@ -162,4 +162,4 @@ def test_near_duplicates_are_in_the_report(tmp_path: Path, collect_params: Calla
     collect(collect_params(source, dedup="near"), tmp_path / "raw", tmp_path / "raw.md")
     page = (tmp_path / "raw.md").read_text()
     assert f"| text | 1 | {len(words)} | near duplicate 1 |\n" in page
-    assert f"text, **near duplicate**\n\n    {words[:200]}…\n" in page
+    assert f"text, **near duplicate**\n\n    {words[:200]}\n" in page
