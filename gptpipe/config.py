@@ -1,6 +1,6 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
-Values live in params.yaml alone; nothing here has a default, apart from the optional keys of a source.
+Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources and of checks.
 A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
@@ -23,6 +23,8 @@ Positive = Annotated[int, Field(ge=1, lt=2**63)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 Seed = Count
+Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Phrase = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -102,12 +104,34 @@ class HuggingFace(AnySource):
 Source = Annotated[PythonDocs | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]
 
 
+class FilterParams(Section):
+    """Which lines and documents stay in the corpus; null, false or no phrase: that filter is off."""
+
+    drop_lines_with: tuple[Phrase, ...] = ()
+    drop_lines_below: Positive | None = None  # words
+    drop_lines_unfinished: bool = False
+    phrases: tuple[Phrase, ...] = ()
+    sentences: Positive | None = None
+    words: tuple[Count, Positive] | None = None
+    mean_word_length: tuple[PositiveFloat, PositiveFloat] | None = None  # characters
+    symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    ellipsis_lines: Ratio | None = None
+    bullet_lines: Ratio | None = None
+    alphabetic_words: Ratio | None = None
+    stop_words: Annotated[int, Field(ge=1, le=8)] | None = None
+    duplicate_lines: tuple[Ratio, Ratio] | None = None  # of lines, of their characters
+    duplicate_paragraphs: tuple[Ratio, Ratio] | None = None
+    top_ngrams: tuple[Ratio, Ratio, Ratio] | None = None  # of 2 to 4 words
+    duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None = None  # of 5 to 10 words
+
+
 class CollectParams(Section):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     encoding_errors: Literal["strict", "replace"]
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
     max_expansion: Positive
+    filters: FilterParams = FilterParams()
     dedup: Literal["none", "exact", "near"]
     near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 
@@ -124,6 +148,9 @@ class TokenizeParams(Section):
 class SplitParams(Section):
     val_fraction: Share
     test_fraction: Share
+    ngram: Annotated[int, Field(ge=2)] = 13  # words
+    benchmarks: tuple[Source, ...] = ()
+    max_contamination: Ratio | None = None
 
     @field_validator("test_fraction")
     @classmethod
@@ -320,5 +347,7 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     if location[:2] == ("collect", "sources"):
         kinds = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in AnySource.__subclasses__()}
         return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
-    section = Params.model_fields[str(location[0])].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+    section: Any = Params
+    for name in location[:-1]:
+        section = section.model_fields[str(name)].annotation if hasattr(section, "model_fields") else None
+    return list(getattr(section, "model_fields", ()))

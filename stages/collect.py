@@ -10,7 +10,7 @@ from gptpipe.stage import run_stage
 
 def main() -> None:
     params = load_params()
-    counts = collect(params.collect, Path("data/raw"))
+    counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))
     rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
     say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected:,} rejected")
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from gptpipe.config import load_params
 from gptpipe.console import say
 from gptpipe.stage import run_stage
+from gptpipe.tokens.contamination import report_contamination
 from gptpipe.tokens.streams import split
 
 
 def main() -> None:
     params = load_params()
+    report_contamination(Path("data/raw"), Path("reports/split.json"), params.split, params.collect, params.seed)
     counts = split(Path("data/tokens"), Path("data/split"), params.split, params.seed)
     sides = (f"{side} {counts[f'{side}_documents']:,} documents, {counts[f'{side}_tokens']:,} tokens"
              for side in ("train", "val", "test"))  # fmt: skip

@@ -114,6 +114,10 @@ def test_params_are_frozen(params: Params) -> None:
         ({"dedup": "fuzzy"}, "collect.dedup: Input should be 'none', 'exact' or 'near', got 'fuzzy'"),
         ({"max_document_bytes": "6"}, "collect.max_document_bytes: Input should be greater than or equal to 64, got 6"),
         ({"sample_prompts": "text\n  x:"}, "train.x: unknown key"),
+        ({"  words": "[9]"}, "collect.filters.words.1: missing"),
+        ({"  words": "null\n    ellipsis_line: 1"}, "collect.filters.ellipsis_line: unknown key; did you mean "
+         "`ellipsis_lines`?"),
+        ({"  bullet_lines": "1.5"}, "collect.filters.bullet_lines: Input should be less than or equal to 1, got 1.5"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(tmp_path: Path, lines: dict[str, str], fault: str) -> None:

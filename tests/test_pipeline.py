@@ -64,7 +64,7 @@ def run(project: Path, *command: str, check: bool = True) -> subprocess.Complete
 def make_project(folder: Path) -> Path:
     """A clone of this project, as committed or not, with tiny parameters and a corpus of its own."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    made = {"dvc.lock", *(f"reports/{name}.json" for name in ("eval", "train", "mlflow_run"))}
+    made = {"dvc.lock", *(f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run"))}
     for name in sorted(set(listed.stdout.splitlines()) - made):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "benchmarks/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def test_every_artefact_names_its_ancestors(reproduced: Path) -> None:
 
 def test_figures_are_declared_to_dvc(reproduced: Path) -> None:
     shown = json.loads(run(reproduced, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
-    assert {"reports/eval.json", "reports/train.json", "reports/mlflow_run.json"} == set(shown)
+    assert {f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run")} == set(shown)
     assert shown["reports/eval.json"]["data"]["val"]["bits_per_byte"] > 0
     plots = run(reproduced, "dvc", "plots", "show", "--json").stdout
     for name in ("loss", "learning_rate", "gradient_norm", "loss_by_position", "bits_per_byte_by_source"):

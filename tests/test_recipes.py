@@ -13,19 +13,23 @@ from gptpipe.config import load_params
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.parametrize("filters", ["", "web"])
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.stem)
-def test_a_recipe_asks_for_parameters_that_exist(recipe: Path, tmp_path: Path) -> None:
+def test_a_recipe_asks_for_parameters_that_exist(recipe: Path, tmp_path: Path, filters: str) -> None:
     """Run by bash, with a `dvc` that only writes down what it is asked."""
     (tmp_path / "dvc").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > asked\n')
     (tmp_path / "dvc").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["bash", recipe], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    subprocess.run(["bash", recipe], cwd=tmp_path, env={**os.environ, "PATH": path, "FILTERS": filters}, check=True)
     command, run, *settings = (tmp_path / "asked").read_text().split("\0")[:-1]
     assert (command, run, set(settings[::2])) == ("exp", "run", {"-S"})
     before = shutil.copy(ROOT / "params.yaml", tmp_path)
     apply_overrides(before, settings[1::2])
     changed = load_params(tmp_path / "params.yaml")
     assert changed.collect.sources != load_params(ROOT / "params.yaml").collect.sources
+    if recipe.stem == "your-text":
+        section = changed.collect.filters.model_dump()
+        assert all(section.values()) if filters else not any(section.values())
     if recipe.stem == "tinystories":
         assert changed.train.max_steps is None
         assert changed.collect.sources[0].max_bytes == 200_000_000

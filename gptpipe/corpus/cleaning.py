@@ -4,6 +4,7 @@ import re
 import unicodedata
 
 from gptpipe.config import CollectParams
+from gptpipe.corpus.filters import fault, without_boilerplate
 
 # Control characters but for tab and line feed: C0, DEL and C1.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -14,18 +15,18 @@ _TEN_SPACES = re.compile(r"\s{10}")
 
 
 class Rejected(Exception):
-    """A document that does not belong in the corpus; `reason` is what it is counted under."""
+    """A document that does not belong in the corpus; `reason` is what it is counted under, `why` what was found."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(self, reason: str, why: str = "") -> None:
+        super().__init__(reason, why)
+        self.reason, self.why = reason, why
 
 
 def clean(text: str, params: CollectParams) -> str:
-    """The text in Unicode NFC with plain line ends, no byte order mark, control characters or trailing space.
+    """The text in Unicode NFC with plain line ends; no byte order mark, control character, trailing space, boilerplate.
 
     Of more than 1,000 white characters in a row the rest goes: a million of them make tiktoken's matcher overflow its
-    stack. Raises Rejected: `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`.
+    stack. Raises Rejected: `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`, a filter's name.
     """
     if not text.isascii() and _SURROGATE.search(text):
         raise Rejected("lone_surrogates")
@@ -36,13 +37,15 @@ def clean(text: str, params: CollectParams) -> str:
         text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
     if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
         text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
-    text = text.strip("\n")
+    text = without_boilerplate(text.strip("\n"), params.filters)
     if len(text) > 1000 and _TEN_SPACES.search(text[::100]):  # every hundredth: a thousand of them show as ten
         text = _LONG_SPACE.sub(r"\1", text)
     if not text.strip():
         raise Rejected("empty")
     if len(text) < params.min_document_bytes and len(text.encode()) < params.min_document_bytes:
-        raise Rejected("too_short")
+        raise Rejected("too_short", f"{len(text.encode())} bytes, allowed is at least {params.min_document_bytes}")
+    if found := fault(text, params.filters):
+        raise Rejected(*found)
     return text
 
 

@@ -12,19 +12,21 @@ from gptpipe.corpus.dedup import near_duplicates
 from gptpipe.corpus.document import Document
 from gptpipe.corpus.shards import read_documents, shard_paths, write_shards
 from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.corpus.tally import Tally
 from gptpipe.environment import optional_module
 from gptpipe.errors import InputError
 from gptpipe.files import new_folder
 
 
-def collect(params: CollectParams, target: Path) -> dict[str, int]:
-    """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason.
+def collect(params: CollectParams, target: Path, report: Path | None = None) -> dict[str, int]:
+    """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason; also to `report`.
 
     Raises InputError where a source cannot be read or nothing is left.
     """
     if near := params.dedup == "near":
         optional_module("rensa", "near")  # said now, not after the first pass
-    counts: Counter[str] = Counter({"documents_in": 0, "documents": 0, "bytes": 0})
+    kinds = [source.kind for source in params.sources]
+    counts = Tally(*(kind if kinds.count(kind) == 1 else f"{kind}-{i}" for i, kind in enumerate(kinds)))
     made_from = fingerprint(params.sources)
     with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
         exact = folder.path / "exact" if near else folder.path
@@ -32,18 +34,18 @@ def collect(params: CollectParams, target: Path) -> dict[str, int]:
         if near:
             write_shards(_without_near_duplicates(exact, params, counts), folder.path)
             shutil.rmtree(exact)
+        if report:
+            counts.write(report)
         folder.counts = dict(counts)
         if not counts["documents"]:
             raise InputError(f"collect: no document left of {counts['documents_in']} ({_in_words(counts)}); add text")
     return dict(counts)
 
 
-def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Iterator[Document]:
+def _documents(params: CollectParams, counts: Tally, digests: dict[str, str]) -> Iterator[Document]:
     """Kept documents of all sources; notes in `counts` what comes in, stays and goes."""
     seen: set[bytes] = set()  # 16 bytes of each id: about 100 MB of memory per million documents
-    names = [source.kind for source in params.sources]
-    for position, source in enumerate(params.sources):
-        name = source.kind if names.count(source.kind) == 1 else f"{source.kind}-{position}"
+    for name, source in zip(counts.by_source, params.sources, strict=True):
         n_documents = n_bytes = 0
         for text in read(source, params, counts, digests):
             counts["documents_in"] += 1
@@ -58,10 +60,9 @@ def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, s
                         raise Rejected("duplicate")
                     seen.add(key)
             except Rejected as rejected:
-                counts[f"rejected_{rejected.reason}"] += 1
+                counts.reject(name, rejected, text)
                 continue
-            counts["documents"] += 1
-            counts["bytes"] += document.n_bytes
+            counts.keep(document)
             if params.encoding_errors == "replace" and "\ufffd" in document.text:
                 counts["with_replacement_character"] += 1
             yield document
@@ -70,15 +71,14 @@ def _documents(params: CollectParams, counts: Counter[str], digests: dict[str, s
                 break
 
 
-def _without_near_duplicates(folder: Path, params: CollectParams, counts: Counter[str]) -> Iterator[Document]:
+def _without_near_duplicates(folder: Path, params: CollectParams, counts: Tally) -> Iterator[Document]:
     shards = shard_paths(folder)
     repeats = near_duplicates(shards, params.near_similarity, folder / "signatures")
     documents = (document for shard in shards for _, document in read_documents(shard))
     for document, is_repeat in zip(documents, repeats, strict=True):
         if is_repeat:
-            counts["rejected_near_duplicate"] += 1
-            counts["documents"] -= 1
-            counts["bytes"] -= document.n_bytes
+            counts.keep(document, -1)
+            counts.reject(document.source, Rejected("near_duplicate"), document.text)
         else:
             yield document
 

@@ -19,7 +19,7 @@ _BAND = 4  # values that agree between candidates: 32 bands find 99.9% of the pa
 _SHINGLE = 5  # words
 _ROWS = 1 << 14  # signatures in memory at once
 # A word; a character of the scripts that put no space between words.
-_WORD = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+WORD = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
 
 Indices = npt.NDArray[np.int64]
 
@@ -62,7 +62,7 @@ def _write_signatures(job: tuple[Path, int], *, scratch: Path) -> None:
 
 
 def _shingles(text: str) -> list[str]:
-    words = _WORD.findall(text.lower()) or [text]
+    words = WORD.findall(text.lower()) or [text]
     return [" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))]
 
 

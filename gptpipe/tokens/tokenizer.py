@@ -37,7 +37,10 @@ class Tokenizer:
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
-        self._bytes_of = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+        self.pattern: str = encoding._pat_str
+        self.special_tokens: dict[str, int] = encoding._special_tokens
+        self.ranks: dict[bytes, int] = encoding._mergeable_ranks  # bytes of each ordinary token, with its id
+        self._bytes_of = {rank: token for token, rank in self.ranks.items()}
         self.dtype = np.dtype(np.uint16 if encoding.n_vocab < 1 << 16 else np.uint32)
         try:
             self.end_of_text = encoding.eot_token
@@ -69,22 +72,6 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for; special tokens, and ids that are no token (cl100k_base has some), have none."""
         return b"".join(self._bytes_of.get(i, b"") for i in ids)
-
-    @property
-    def ranks(self) -> dict[bytes, int]:
-        """Bytes of each ordinary token, with its id."""
-        ranks: dict[bytes, int] = self.encoding._mergeable_ranks
-        return ranks
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        special: dict[str, int] = self.encoding._special_tokens
-        return special
-
-    @property
-    def pattern(self) -> str:
-        pattern: str = self.encoding._pat_str
-        return pattern
 
     def save(self, folder: Path) -> None:
         """Write the rank file (a line per token: its bytes in base64, a space, its id) and a small JSON beside it."""
