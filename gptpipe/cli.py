@@ -45,6 +45,9 @@ def _dispatch(arguments: Sequence[str]) -> None:
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
     restore.add_argument("folder", type=Path, nargs="?", help="default: beside this project, with the run's id")
     restore.set_defaults(command=_restore)
+    doctor = commands.add_parser("doctor", help="check artefacts, store, registry, versions and more; say how to mend")
+    doctor.add_argument("--fix", action="store_true", help="send waiting records, close runs whose process is gone")
+    doctor.set_defaults(command=_doctor)
     options = parser.parse_args(arguments)
     options.command(options)
 
@@ -92,6 +95,12 @@ def _restore(options: argparse.Namespace) -> None:
 
     beside = Path.cwd().resolve()
     restore(options.run_id, options.folder or beside.with_name(f"{beside.name}-{options.run_id[:8]}"))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from gptpipe.tracking.doctor import doctor
+
+    sys.exit(doctor(fix=options.fix))
 
 
 if __name__ == "__main__":
