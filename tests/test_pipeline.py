@@ -141,10 +141,9 @@ def test_the_doctor_finds_nothing_then_what_was_changed(reproduced: Path, tmp_pa
     assert code == 0
     assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}  # of versions, the user's choice
     assert len(marks) == 16
-    shutil.rmtree(project / "mlartifacts/models")
-    (project / "reports/samples.md").unlink()
+    (project / "models/gpt/config.json").unlink()
     code, marks = doctor()
-    assert (code, marks["pipeline"], marks["champion"]) == (4, "warning", "error")
+    assert (code, marks["pipeline"], marks["models/gpt"]) == (4, "warning", "error")
 
 
 def test_figures_are_declared_to_dvc(reproduced: Path) -> None:
