@@ -128,7 +128,7 @@ def test_what_waits_in_the_outbox_is_told_and_sent(made: Path, told) -> None:
     write_bytes(waiting, json.dumps(["metrics", [["train/loss", 2.5, 1, 7]]]).encode() + b"\n")
     assert told()[1]["outbox"][0] == "warning"
     assert waiting.exists()
-    assert told(fix=True)[1]["outbox"] == ("ok", "empty")
+    assert told(fix=True)[1]["outbox"] == ("ok", "none")
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [(7, 2.5)]
 
 
