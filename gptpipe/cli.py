@@ -61,6 +61,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
     compare = command("compare", _compare)
     compare.add_argument("names", nargs="*", help="run ids, names, experiments or sweeps; none: all runs")
     compare.add_argument("--metric", default="test/bits_per_byte", help="as in MLflow")
+    compare.add_argument("--curves", type=Path, help="draw the losses into this file: .html, .svg or .png")
     restore = command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
     restore.add_argument("folder", type=Path, nargs="?", help="if not beside this project, with the run's id")
@@ -127,7 +128,7 @@ def _compare(options: argparse.Namespace) -> None:
     """Table of runs: mean, standard error and significance over seeds."""
     from gptpipe.tracking.compare import compare
 
-    print(compare(options.names, options.metric))
+    print(compare(options.names, options.metric, options.curves))
 
 
 def _restore(options: argparse.Namespace) -> None:
