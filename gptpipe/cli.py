@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gptpipe import __version__
@@ -14,42 +15,67 @@ def main() -> None:
     run(lambda: _dispatch(sys.argv[1:]))
 
 
+_MAP = """\
+before   gptpipe plan                          the training's size, memory and time on this machine
+         gptpipe doctor                        is the record whole? each finding says how to mend it
+run      dvc repro                             what changed since the last time
+         dvc exp run -S train.lr=1e-4          a variation; with --queue several, then --run-all -j 2
+look     mlflow ui                             runs, curves, samples, registered models
+         dvc plots show                        curves of the workspace; `dvc plots diff` against another
+         gptpipe compare                       table of runs over seeds, the best marked
+use      gptpipe generate "Return the"         text from the model; --interactive asks for prompt after prompt
+keep     gptpipe restore RUN_ID                a run's code, parameters, data and model in a new folder
+         dvc push                              data and models to a remote; `dvc pull` brings them back
+
+`gptpipe COMMAND --help` has the options. What is wrong is one line, and its exit code: 2 parameters, 3 input,
+4 a damaged artefact, 5 disk, memory, lock or store, 6 loss not finite."""
+
+
 def _dispatch(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="gptpipe", description="Before and after `dvc repro`, which trains a GPT from scratch."
+        prog="gptpipe",
+        usage="gptpipe COMMAND [OPTION ...]",
+        description="Train a GPT from scratch, reproducibly.",
+        epilog=_MAP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"gptpipe {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    plan = commands.add_parser(
-        "plan", help="what the training of params.yaml will take, by a few steps on this machine"
-    )
-    plan.set_defaults(command=_plan)
-    generate = commands.add_parser(
-        "generate",
-        help="continue a prompt with a trained model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    generate.add_argument("prompt", help="text to continue")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="gptpipe", help=argparse.SUPPRESS)
+
+    def command(name: str, does: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        shape = argparse.ArgumentDefaultsHelpFormatter
+        added = commands.add_parser(name, description=does.__doc__, formatter_class=shape)
+        added.set_defaults(command=does)
+        return added
+
+    command("plan", _plan)
+    generate = command("generate", _generate)
+    generate.add_argument("prompt", nargs="?", help="text to continue")
+    generate.add_argument("--interactive", action="store_true", help="ask for prompt after prompt; empty line: end")
     generate.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after so many tokens")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token, always")
     generate.add_argument("--top-k", type=int, default=50, help="draw from the k most probable tokens; 0 for all")
     generate.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that make up this probability")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    generate.set_defaults(command=_generate)
-    compare = commands.add_parser("compare", help="table of runs: mean, standard error and significance over seeds")
+    compare = command("compare", _compare)
     compare.add_argument("names", nargs="*", help="run ids, names, experiments or sweeps; none: all runs")
-    compare.add_argument("--metric", default="test/bits_per_byte", help="default: test/bits_per_byte")
-    compare.set_defaults(command=_compare)
-    restore = commands.add_parser("restore", help="bring back a run's code, parameters, data and model in a new folder")
+    compare.add_argument("--metric", default="test/bits_per_byte", help="as in MLflow")
+    compare.add_argument("--curves", type=Path, help="draw the losses into this file: .html, .svg or .png")
+    restore = command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
-    restore.add_argument("folder", type=Path, nargs="?", help="default: beside this project, with the run's id")
-    restore.set_defaults(command=_restore)
+    restore.add_argument("folder", type=Path, nargs="?", help="if not beside this project, with the run's id")
+    command("doctor", _doctor).add_argument(
+        "--fix", action="store_true", help="send waiting records, close runs whose process is gone"
+    )
     options = parser.parse_args(arguments)
+    if options.command is _generate and (options.prompt is None) != options.interactive:
+        generate.error("give a prompt, or --interactive")
     options.command(options)
 
 
 def _plan(_: argparse.Namespace) -> None:
+    """What the training of params.yaml will take, by a few steps on this machine."""
     from gptpipe.config import load_params
 
     params = load_params()
@@ -63,6 +89,7 @@ def _plan(_: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    """Continue a prompt with a trained model."""
     from gptpipe.evaluation.continuations import continue_text  # late: --help must not wait for torch
     from gptpipe.files import verify
     from gptpipe.model.device import best_device
@@ -75,23 +102,48 @@ def _generate(options: argparse.Namespace) -> None:
     )
     verify(options.model)
     model, tokenizer = load_model(options.model).to(best_device()), Tokenizer.load(options.model)
-    print(options.prompt, end="", flush=True)
-    for piece in continue_text(model, tokenizer, options.prompt, options.max_new_tokens, sampling):
-        print(piece, end="", flush=True)
-    print()
+
+    def answer(prompt: str) -> None:
+        print(prompt, end="", flush=True)
+        for piece in continue_text(model, tokenizer, prompt, options.max_new_tokens, sampling):
+            print(piece, end="", flush=True)
+        print()
+
+    if not options.interactive:
+        answer(options.prompt)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (from now on `input` edits lines and keeps a history)
+    with suppress(EOFError):
+        while True:
+            try:
+                if not (prompt := input("> " if sys.stdin.isatty() else "")):
+                    return
+                answer(prompt)
+            except KeyboardInterrupt:  # ends the text, not the program
+                print()
 
 
 def _compare(options: argparse.Namespace) -> None:
+    """Table of runs: mean, standard error and significance over seeds."""
     from gptpipe.tracking.compare import compare
 
-    print(compare(options.names, options.metric))
+    print(compare(options.names, options.metric, options.curves))
 
 
 def _restore(options: argparse.Namespace) -> None:
+    """Bring back a run's code, parameters, data and model in a new folder."""
     from gptpipe.tracking.restore import restore
 
     beside = Path.cwd().resolve()
     restore(options.run_id, options.folder or beside.with_name(f"{beside.name}-{options.run_id[:8]}"))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    """Check artefacts, store, registry, versions and more; say how to mend what is wrong."""
+    from gptpipe.tracking.doctor import doctor
+
+    sys.exit(doctor(fix=options.fix))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from gptpipe.errors import ConfigError
 
+VERBOSITIES = ("quiet", "normal", "verbose")
+
 
 def project_root() -> Path:
     """The main checkout, where the tracking store and checkpoints live.
@@ -30,6 +32,14 @@ def n_workers() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"GPTPIPE_WORKERS is {text!r}; set it to a whole number of processes, 1 or more")
     return int(text)
+
+
+def verbosity() -> str:
+    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal, or verbose (every step as a line of its own)."""
+    text = os.environ.get("GPTPIPE_VERBOSITY") or "normal"
+    if text not in VERBOSITIES:
+        raise ConfigError(f"GPTPIPE_VERBOSITY is {text!r}; set it to quiet, normal or verbose")
+    return text
 
 
 class Place(NamedTuple):

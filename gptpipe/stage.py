@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from gptpipe.console import complain
+from gptpipe.environment import verbosity
 from gptpipe.errors import GptpipeError
 
 _PR_SET_PDEATHSIG = 1
@@ -15,6 +16,7 @@ _PR_SET_PDEATHSIG = 1
 def run(main: Callable[[], None]) -> None:
     """Run a program; an error that the user can mend becomes one line and its exit code."""
     try:
+        verbosity()  # a wrong one is told before the work
         main()
     except GptpipeError as error:
         complain(f"error: {error}")

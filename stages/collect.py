@@ -12,7 +12,7 @@ def main() -> None:
     params = load_params()
     counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))
     rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
-    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected:,} rejected")
+    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected:,} rejected", "quiet")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def main() -> None:
         if side in found.results:
             result, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
             bits = f"{result['bits_per_byte']:.4f} ± {result['bits_per_byte_standard_error']:.4f} bits per byte"
-            say(f"evaluate: {side} {bits} (xz -9e: {xz:.4f}), perplexity {result['perplexity']:.2f}")
-    say(f"evaluate: {champion}")
+            say(f"evaluate: {side} {bits} (xz -9e: {xz:.4f}), perplexity {result['perplexity']:.2f}", "quiet")
+    say(f"evaluate: {champion}", "quiet")
 
 
 if __name__ == "__main__":

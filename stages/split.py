@@ -15,7 +15,7 @@ def main() -> None:
     counts = split(Path("data/tokens"), Path("data/split"), params.split, params.seed)
     sides = (f"{side} {counts[f'{side}_documents']:,} documents, {counts[f'{side}_tokens']:,} tokens"
              for side in ("train", "val", "test"))  # fmt: skip
-    say(f"split: {'; '.join(sides)}")
+    say(f"split: {'; '.join(sides)}", "quiet")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ def main() -> None:
     counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split, params.seed)
     say(
         f"tokenize: {counts['tokens']:,} tokens of a vocabulary of {counts['vocab_size']:,}, "
-        f"{counts['bytes'] / counts['tokens']:.2f} bytes per token"
+        f"{counts['bytes'] / counts['tokens']:.2f} bytes per token",
+        "quiet",
     )
 
 

@@ -17,7 +17,7 @@ def main() -> None:
 
     open_record = partial(training_run, params)
     best = train_model(params, Path("data/split"), Path("models/gpt"), Path("reports"), open_record)
-    say(f"train: best validation loss {best['loss']:.4f}, {best['bits_per_byte']:.4f} bits per byte")
+    say(f"train: best validation loss {best['loss']:.4f}, {best['bits_per_byte']:.4f} bits per byte", "quiet")
 
 
 if __name__ == "__main__":

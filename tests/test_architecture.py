@@ -14,7 +14,8 @@ STAGES = ("collect", "tokenize", "split", "train", "evaluate")
 # From the ground up: a room may import rooms of a lower floor, and of its own room.
 FLOORS = [
     {"errors", "__init__"},
-    {"environment", "files", "config", "console"},
+    {"environment"},
+    {"files", "config", "console"},
     {"parquet", "parallel", "stage"},
     {"corpus", "model"},
     {"tokens"},

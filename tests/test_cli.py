@@ -1,6 +1,11 @@
 """What people meet first: `gptpipe`, the stages' help, and how errors end a program."""
 
+import os
+import pty
+import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import make_model
 
+from gptpipe.cli import _dispatch
 from gptpipe.errors import GptpipeError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.stage import run
 
@@ -29,6 +35,55 @@ def test_generate_continues_the_prompt_by_its_seed(tmp_path: Path) -> None:
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.startswith("the cat")
     assert first.stdout == again.stdout != other.stdout
+
+
+def test_the_help_is_a_map_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    def help_of(*command: str) -> str:
+        with pytest.raises(SystemExit):
+            _dispatch([*command, "--help"])
+        return capsys.readouterr().out
+
+    shown = help_of()
+    for command in ("plan", "doctor", "compare", "generate", "restore"):
+        assert re.search(rf"^(\w+)? +gptpipe {command}\b.*  \w", shown, re.MULTILINE)
+        assert f"gptpipe {command} [-h]" in help_of(command)
+    for command in ("dvc repro", "dvc exp run", "mlflow ui", "dvc plots show", "dvc push"):
+        assert f"   {command} " in shown
+
+
+def test_generate_asks_for_prompt_after_prompt(tmp_path: Path) -> None:
+    """On a terminal: Ctrl-C ends a text and not the program, the arrow brings the last prompt again, Ctrl-D ends."""
+    model = make_model(tmp_path / "gpt")
+    controller, terminal = pty.openpty()
+    command = ["-m", "gptpipe.cli", "generate", "--interactive", "--model", str(model), "--temperature", "0"]
+    process = subprocess.Popen([sys.executable, *command, "--max-new-tokens", "1000000"], cwd=ROOT, stdin=terminal,
+                               stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"})  # fmt: skip
+    os.close(terminal)
+
+    def read_until(pattern: str) -> str:
+        shown = ""
+        while not re.search(pattern, shown, re.DOTALL):
+            assert select.select([controller], [], [], 60)[0], shown
+            shown += os.read(controller, 1024).decode(errors="replace")
+        return shown
+
+    texts = []
+    for typed in (b"the cat\n", b"\x1b[A\n"):
+        read_until("> $")
+        os.write(controller, typed)
+        texts.append(read_until(r"the cat\r\nthe cat.{40}").split("the cat\r\n")[1][:40])
+        process.send_signal(signal.SIGINT)
+    assert texts[0] == texts[1]
+    read_until("> $")
+    os.write(controller, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(controller)
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["generate", "the", "--interactive"]])
+def test_generate_wants_one_of_prompt_and_interactive(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        _dispatch(arguments)
 
 
 def test_plan_needs_a_split_and_says_how_to_get_one(tmp_path: Path) -> None:

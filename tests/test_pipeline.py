@@ -130,6 +130,22 @@ def test_every_artefact_names_its_ancestors(reproduced: Path) -> None:
     assert model["made_from"] == {**expected, "data/sources/animals.txt": source}
 
 
+def test_the_doctor_finds_nothing_then_what_was_changed(reproduced: Path, tmp_path: Path) -> None:
+    def doctor() -> tuple[int, dict[str, str]]:
+        result = run(project, sys.executable, "-m", "gptpipe.cli", "doctor", check=False)
+        return result.returncode, {line[9:21].strip(): line.split()[0] for line in result.stdout.splitlines()}
+
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    code, marks = doctor()
+    assert code == 0
+    assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}  # of versions, the user's choice
+    assert len(marks) == 16
+    (project / "models/gpt/config.json").unlink()
+    code, marks = doctor()
+    assert (code, marks["pipeline"], marks["models/gpt"]) == (4, "warning", "error")
+
+
 def test_figures_are_declared_to_dvc(reproduced: Path) -> None:
     shown = json.loads(run(reproduced, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
     assert {f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run")} == set(shown)

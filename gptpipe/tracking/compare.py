@@ -1,25 +1,35 @@
 """Runs side by side, grouped by the parameters that they differ in apart from the seed."""
 
+import html
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlflow
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy.stats import ttest_ind
 
 from gptpipe.environment import experiment_name
-from gptpipe.errors import InputError
+from gptpipe.errors import ConfigError, InputError
+from gptpipe.files import write_bytes
 from gptpipe.tracking.store import connect, store_errors
 
+_CURVES = ("train/loss", "val/loss")
+_OVER = ("step", "tokens", "minutes")
+_POINTS = 200  # of one curve; of a longer one, means of neighbours
 _MORE_IS_BETTER = ("accuracy", "bleu", "rouge_l")
 
 
-def compare(names: Sequence[str], metric: str) -> str:
+def compare(names: Sequence[str], metric: str, curves: Path | None = None) -> str:
     """A table: mean of `metric` over the seeds of each group, best first, standard error, Welch's p against the best.
 
     Of runs with equal parameters the newest counts, for repeating a seed adds no evidence. A single seed has the
     standard error over documents. `names` choose runs: an id's beginning, a run's or experiment's name, or a sweep.
-    Raises InputError, StoreError.
+    Draws the losses of the groups into `curves`. Raises ConfigError, InputError, StoreError.
     """
+    if curves and curves.suffix not in (".html", ".svg", ".png"):
+        raise ConfigError(f"compare: cannot draw into {curves}; end its name in .html, .svg or .png")
     with store_errors():
         connect()
         found = mlflow.search_runs(experiment_names=[experiment_name()], max_results=50_000)  # newest first
@@ -44,4 +54,39 @@ def compare(names: Sequence[str], metric: str) -> str:
     table.iloc[0, -1] = float("nan")
     table.insert(0, "", ["best", *[""] * (len(table) - 1)])
     table.columns = ["", "runs", metric, "standard error", "p against best"]
-    return str(table.to_string(na_rep="", float_format="{:.4f}".format))
+    text = str(table.to_string(na_rep="", float_format="{:.4f}".format))
+    if curves:
+        figure = _draw({label: runs[labels == label] for label in table.index})
+        with io.BytesIO() as drawn:
+            figure.savefig(drawn, format="png" if curves.suffix == ".png" else "svg", metadata=None)
+            content = drawn.getvalue()
+        if curves.suffix == ".html":
+            head = f'<!DOCTYPE html>\n<meta charset="utf-8"><title>{html.escape(metric)}</title>\n'
+            content = f"{head}<pre>{html.escape(text)}</pre>\n".encode() + content[content.index(b"<svg") :]
+        write_bytes(curves, content)
+    return text
+
+
+def _draw(groups: dict[str, pd.DataFrame]) -> Figure:
+    """Losses over steps, tokens and time: the mean over a group's runs, and a band from the lowest to the highest."""
+    figure = Figure((14, 4 * len(_CURVES)), layout="constrained")
+    for panels, metric in zip(figure.subplots(len(_CURVES), len(_OVER), sharey="row"), _CURVES, strict=True):
+        for label, runs in groups.items():
+            runs_by_step = pd.concat([_history(run, metric) for _, run in runs.iterrows()]).groupby(level=0)
+            mean, low, high = runs_by_step.mean(), runs_by_step["value"].min(), runs_by_step["value"].max()
+            for panel, over in zip(panels, _OVER, strict=True):
+                panel.plot(mean[over], mean["value"], label=label or "all")
+                panel.fill_between(mean[over], low, high, alpha=0.2)
+                panel.set(xlabel=over, ylabel=metric)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+@store_errors()
+def _history(run: "pd.Series[str]", metric: str) -> pd.DataFrame:
+    """A run's values of a metric by step: means of neighbours, of `_POINTS` at the most."""
+    points = mlflow.MlflowClient().get_metric_history(run["run_id"], metric)
+    table = pd.DataFrame([(p.step, p.timestamp, p.value) for p in points], columns=["step", "minutes", "value"])
+    table["tokens"] = table["step"] * float(run["params.train.batch_size"]) * float(run["params.model.context_length"])
+    table["minutes"] = (table["minutes"] - pd.Timestamp(run["start_time"]).timestamp() * 1000) / 60_000
+    return table.groupby(table["step"] // (1 + table["step"].max() // _POINTS)).mean()

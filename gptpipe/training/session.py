@@ -31,6 +31,7 @@ from gptpipe.training.results import note_samples, summarise, write_curves, writ
 from gptpipe.training.start import Start, start
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
+_COURSE = 40  # steps whose losses are drawn on a terminal
 _VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 
 
@@ -204,6 +205,9 @@ class _Training:
         self._flags_said |= flags.keys()
         self.record.tags({f"red_flag.{name}": words for name, words in flags.items()})
         samples = self._samples(model)
+        for prompt, continuation in samples.items():
+            self.progress.sample = "".join(filter(str.isprintable, " ".join(f"{prompt}{continuation}".split())))
+            say(f"train: step {validation.step:,}: {prompt!r} goes on {continuation!r}", "verbose")
         self.record.text("samples.json", note_samples(self.checkpoints.folder, self.state.step, samples))
         if self.params.train.on_spike == "stop":  # else only what is never taken back: what is saved
             self._send()
@@ -227,7 +231,9 @@ class _Training:
         self.state.journal.append((step, time.time_ns() // 1_000_000, metrics))
         if "train/loss" in metrics:
             speed = f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
-            self.progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}")
+            losses = [loss for loss, _ in self.state.steps[-_COURSE:]]
+            self.progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}", course=losses)
+        say(f"train: step {step:,}: {', '.join(f'{key} {value:.6g}' for key, value in metrics.items())}", "verbose")
 
     def _send(self) -> None:
         if place().rank == 0:

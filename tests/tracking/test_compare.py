@@ -1,12 +1,14 @@
 """`gptpipe compare` over runs whose figures are known, against statistics done by hand."""
 
 import re
+from pathlib import Path
 
+import mlflow
 import pytest
 from scipy.stats import ttest_ind
 
-from gptpipe.errors import InputError
-from gptpipe.tracking.compare import compare
+from gptpipe.errors import ConfigError, InputError
+from gptpipe.tracking.compare import _draw, compare
 from gptpipe.tracking.store import connect
 
 
@@ -60,3 +62,37 @@ def test_runs_are_chosen_by_id_experiment_or_sweep() -> None:
     assert rows(one)[1:] == [["best", "1", "1.0000", "0.0500"]]
     with pytest.raises(InputError, match="none of 3 runs has"):
         compare(["shy-owl"], "test/bits_per_byte")
+
+
+def test_curves_over_steps_tokens_and_time(tmp_path: Path) -> None:
+    """Two seeds of one rate and one of another, whose names are markup; each seed's losses are known."""
+    client = connect()
+    for lr, seed, losses in (("<i>", 0, [4.0, 2.0]), ("<i>", 1, [6.0, 4.0]), ("0.1", 0, [5.0, 5.0])):
+        run_id = log(lr, seed, 1.0 + losses[-1])
+        client.log_param(run_id, "train.batch_size", "8")
+        client.log_param(run_id, "model.context_length", "16")
+        start = client.get_run(run_id).info.start_time
+        for metric in ("train/loss", "val/loss"):
+            for step, loss in zip((10, 20), losses, strict=True):
+                client.log_metric(run_id, metric, loss, timestamp=start + step * 6000, step=step)
+    page = tmp_path / "curves.html"
+    table = compare([], "test/bits_per_byte", page)
+    text = page.read_text()
+    assert text.count("<svg") == 1
+    assert "train.lr=&lt;i&gt;" in text
+    assert "<i>" not in text.split("</pre>")[0]
+    assert table.splitlines()[1].split()[0] == "train.lr=<i>"
+    for name in ("svg", "png"):
+        compare([], "test/bits_per_byte", tmp_path / f"curves.{name}")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ConfigError, match=r"curves\.pdf"):
+        compare([], "test/bits_per_byte", tmp_path / "curves.pdf")
+    runs = client.search_runs(["1"], order_by=["start_time"])
+    found = mlflow.search_runs(experiment_names=["gptpipe"]).set_index("run_id").loc[[run.info.run_id for run in runs]]
+    figure = _draw({"both": found.reset_index()[found["params.train.lr"].to_numpy() == "<i>"]})
+    for panel, last in zip(figure.axes, (20, 20 * 8 * 16, 2.0), strict=False):
+        (line,) = panel.lines
+        assert list(line.get_xdata()) == pytest.approx([last / 2, last], rel=1e-3)
+        assert list(line.get_ydata()) == [5.0, 3.0]
+        (band,) = panel.collections
+        assert (band.get_datalim(panel.transData).y0, band.get_datalim(panel.transData).y1) == (2.0, 6.0)
