@@ -78,7 +78,8 @@ class Server:
 
     def kill(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
@@ -313,7 +314,7 @@ def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         command = ["postgres", "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
         with (project / "postgres.log").open("wb") as log:
             process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **other)
-        server = Server(project, f"postgresql://postgres@127.0.0.1:{port}/postgres")
+        server = Server(project, f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres")
         try:
             server.start()
             monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
