@@ -21,7 +21,7 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
 from gptpipe.config import Params
 from gptpipe.console import complain, say
-from gptpipe.environment import project_root
+from gptpipe.environment import project_root, tracking_uri
 from gptpipe.errors import Interrupted, NumericError
 from gptpipe.files import Manifest, write_bytes
 from gptpipe.tracking.store import Operation, RunWriter, StoreError, describe_run
@@ -50,7 +50,8 @@ class RunRecord:
             self._monitors.append(GPUMonitor())
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-        self._tried.wait(_START_SECONDS)  # so that the run's id is known from the start where that can be
+        # So that the run's id is known from the start where that can be; a file answers or refuses, however late.
+        self._tried.wait(None if tracking_uri().startswith("sqlite:") else _START_SECONDS)
 
     @property
     def run_id(self) -> str:
@@ -88,22 +89,25 @@ class RunRecord:
             complain(f"warning: {len(left)} records of this run wait in {_outbox()} for the tracking store")
 
     def _work(self) -> None:
-        send_outbox()
-        while True:
-            sent = self._send_unsent()
-            self._tried.set()
-            if not sent:
-                if self._closing.is_set():
+        try:
+            send_outbox()
+            while True:
+                sent = self._send_unsent()
+                self._tried.set()
+                if not sent:
+                    if self._closing.is_set():
+                        return
+                    self._closing.wait(_RETRY_SECONDS)
+                    continue
+                try:
+                    operation = self._waiting.get(timeout=_SYSTEM_SECONDS)
+                except queue.Empty:
+                    operation = ("metrics", self._system_metrics())
+                if operation is None:
                     return
-                self._closing.wait(_RETRY_SECONDS)
-                continue
-            try:
-                operation = self._waiting.get(timeout=_SYSTEM_SECONDS)
-            except queue.Empty:
-                operation = ("metrics", self._system_metrics())
-            if operation is None:
-                return
-            self._unsent.append(operation)
+                self._unsent.append(operation)
+        finally:
+            self._tried.set()  # or the training would wait for a thread that is no more
 
     def _system_metrics(self) -> list[tuple[str, float, int, int]]:
         """How busy the machine is, at the second of the clock as the step: a resumed run never repeats one."""
