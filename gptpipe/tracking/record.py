@@ -14,13 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
 from gptpipe.config import Params
 from gptpipe.console import complain, say
-from gptpipe.environment import project_root
+from gptpipe.environment import project_root, tracking_uri
 from gptpipe.errors import Interrupted, NumericError
 from gptpipe.files import Manifest, write_bytes
 from gptpipe.tracking.store import Operation, RunWriter, StoreError, describe_run
@@ -30,29 +31,32 @@ Metrics = dict[str, float]
 _METRICS_PER_BATCH = 1000  # MLflow's limit
 _RETRY_SECONDS = 15.0
 _SYSTEM_SECONDS = 10.0  # without news before a look at processor, memory, disk and GPUs
-_CLOSE_SECONDS = 30.0  # that the end of a training waits for the store
+_START_SECONDS = 10.0  # that the start of a training waits for the store's first answer
+_CLOSE_SECONDS = 30.0  # that its end waits for the store ...
+_STOP_SECONDS = 5.0  # ... and its end by a signal
 
 
 class RunRecord:
     """One run; its methods return at once and raise nothing for a store that fails."""
 
     def __init__(self, run_id: str | None, description: dict[str, Any]) -> None:
-        self._writer = RunWriter(run_id)
+        self._writer = RunWriter(run_id or uuid.uuid4().hex)
         self._waiting: queue.Queue[Operation | None] = queue.Queue()
         self._unsent: list[Operation] = [("create", description)]  # taken from the queue, not yet by the store
-        self._closing = threading.Event()
+        self._closing, self._tried = threading.Event(), threading.Event()
         self._has_complained = False
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
-        self._send_unsent()  # once here, so that the run's id is known from the start where that can be
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
+        # So that the run's id is known from the start where that can be; a file answers or refuses, however late.
+        self._tried.wait(None if tracking_uri().startswith("sqlite:") else _START_SECONDS)
 
     @property
-    def run_id(self) -> str | None:
-        """The run's id; none before the store has answered for the first time."""
-        return self._writer.run_id
+    def run_id(self) -> str:
+        """The run's id; before the store has answered for the first time, the name under which it will find the run."""
+        return self._writer.run_id or self._writer.name
 
     def metrics(self, entries: list[tuple[int, int, Metrics]]) -> None:
         """Log (step, milliseconds since 1970, metrics); a step that the store has already is left as it is."""
@@ -73,30 +77,37 @@ class RunRecord:
         self._waiting.put(("end", status))
         self._waiting.put(None)
         self._closing.set()
-        self._thread.join(timeout=_CLOSE_SECONDS)
-        left = list(self._unsent)
-        while not self._waiting.empty():
-            if (operation := self._waiting.get()) is not None:
-                left.append(operation)
-        if left:
-            name = self.run_id or f"new-{uuid.uuid4().hex}"
-            write_bytes(_outbox() / f"{name}.jsonl", "".join(json.dumps(op) + "\n" for op in left).encode())
+        self._thread.join(timeout=_STOP_SECONDS if status == "KILLED" else _CLOSE_SECONDS)
+        waiting: list[Operation] = []
+        with suppress(queue.Empty):
+            while (operation := self._waiting.get_nowait()) is not None:
+                waiting.append(operation)
+        if left := [*self._unsent, *waiting]:
+            path = _outbox() / f"{self._writer.name}.jsonl"
+            before = path.read_bytes() if path.exists() else b""  # of the same run, from before it was resumed
+            write_bytes(path, before + "".join(json.dumps(op) + "\n" for op in left).encode())
             complain(f"warning: {len(left)} records of this run wait in {_outbox()} for the tracking store")
 
     def _work(self) -> None:
-        while True:
-            if self._unsent and not self._send_unsent():
-                if self._closing.is_set():
+        try:
+            send_outbox()
+            while True:
+                sent = self._send_unsent()
+                self._tried.set()
+                if not sent:
+                    if self._closing.is_set():
+                        return
+                    self._closing.wait(_RETRY_SECONDS)
+                    continue
+                try:
+                    operation = self._waiting.get(timeout=_SYSTEM_SECONDS)
+                except queue.Empty:
+                    operation = ("metrics", self._system_metrics())
+                if operation is None:
                     return
-                self._closing.wait(_RETRY_SECONDS)
-                continue
-            try:
-                operation = self._waiting.get(timeout=_SYSTEM_SECONDS)
-            except queue.Empty:
-                operation = ("metrics", self._system_metrics())
-            if operation is None:
-                return
-            self._unsent.append(operation)
+                self._unsent.append(operation)
+        finally:
+            self._tried.set()  # or the training would wait for a thread that is no more
 
     def _system_metrics(self) -> list[tuple[str, float, int, int]]:
         """How busy the machine is, at the second of the clock as the step: a resumed run never repeats one."""
@@ -129,7 +140,6 @@ def training_run(
 
     Its status says how the training ended: FINISHED, KILLED by a signal, or FAILED.
     """
-    send_outbox()
     record = RunRecord(run_id, describe_run(params, lineage, environment))
     status = "FAILED"
     try:
@@ -148,18 +158,20 @@ def training_run(
 
 def send_outbox() -> None:
     """Send what earlier runs could not; stops where the store fails and leaves the rest for the next time."""
-    for path in sorted(_outbox().glob("*.jsonl")):
-        operations: list[Operation] = [
-            (kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())
-        ]
-        writer = RunWriter(None if path.stem.startswith("new-") else path.stem)
-        try:
-            for operation in operations:
-                writer.write(operation)
-        except StoreError:
-            return
-        path.unlink()
-        say(f"tracking: sent {len(operations)} records of run {writer.run_id} that had waited")
+    with suppress(Timeout), FileLock(_outbox().with_suffix(".lock"), timeout=0):  # else another process is at it
+        for path in sorted(_outbox().glob("*.jsonl")):
+            operations: list[Operation] = [
+                (kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())
+            ]
+            writer = RunWriter(path.stem)
+            try:
+                for operation in operations:
+                    writer.write(operation)
+            except StoreError as error:
+                complain(f"warning: {path} waits for the tracking store ({error})")
+                return
+            path.unlink()
+            say(f"tracking: sent {len(operations)} records of run {writer.run_id} that had waited")
 
 
 def _outbox() -> Path:

@@ -65,9 +65,7 @@ def record_evaluation(
             client = connect()
             found = find_run(client, run_id)
             if found is None:
-                found = create_run(client, describe_run(params, lineage, {}))
-                if run_id:
-                    client.set_tag(found, "training_run_id", run_id)
+                found = create_run(client, describe_run(params, lineage, {}), run_id)
                 client.set_terminated(found)
             _log_new(client, found, step, metrics)
             drawn = {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}

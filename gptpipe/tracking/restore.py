@@ -7,7 +7,7 @@ from gptpipe.console import say
 from gptpipe.environment import project_root
 from gptpipe.errors import InputError, ResourceError
 from gptpipe.files import write_bytes
-from gptpipe.tracking.store import REPRODUCE, connect, store_errors
+from gptpipe.tracking.store import REPRODUCE, connect, find_run, store_errors
 
 _STAGES = ("collect", "tokenize", "split", "train")  # dvc.lock was kept while evaluate ran, which is not in it
 
@@ -19,6 +19,7 @@ def restore(run_id: str, folder: Path) -> None:
     """
     with store_errors():
         client = connect()
+        run_id = find_run(client, run_id) or run_id
         commit = client.get_run(run_id).data.tags.get("mlflow.source.git.commit")
         if commit is None or f"{REPRODUCE}/code.patch" not in {
             x.path for x in client.list_artifacts(run_id, REPRODUCE)

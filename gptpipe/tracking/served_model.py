@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from gptpipe.errors import ConfigError
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.files import verify
 from gptpipe.model.generate import Sampling
@@ -25,10 +27,18 @@ class Generator(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """The prompts with their continuations, in a column `text`. Stops at the end of a document."""
+        """The prompts with their continuations, in a column `text`. Stops at the end of a document.
+
+        A server answers 400 to a MlflowException. It has seen to types, and passes over parameters it does not know.
+        """
         options = dict(params or {})
         max_new_tokens = int(options.pop("max_new_tokens"))
-        sampling = Sampling(**{**options, "top_k": options.get("top_k") or None})
+        try:
+            sampling = Sampling(**{**options, "top_k": options.get("top_k") or None})
+        except ConfigError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        if max_new_tokens < 1:
+            raise MlflowException.invalid_parameter_value("max_new_tokens must be 1 or more")
         texts = [
             prompt + "".join(continue_text(self.model, self.tokenizer, prompt, max_new_tokens, sampling))
             for prompt in model_input["prompt"]

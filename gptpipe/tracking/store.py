@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import distributions
@@ -24,6 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
+from sqlalchemy.exc import SQLAlchemyError
 
 from gptpipe.config import PARAMS, Params
 from gptpipe.environment import experiment_name, git, project_root, provenance, tracking_uri
@@ -33,11 +35,20 @@ from gptpipe.files import Manifest, to_json
 _PARAMS_PER_BATCH, _TAG_CHARACTERS, _PARAM_CHARACTERS = 100, 5000, 6000  # MLflow's limits
 _PATCH_BYTES = 1 << 20  # of changed code beside the commit; more is data, not code
 REPRODUCE = "reproduce"  # artifacts of a run that `gptpipe restore` needs, beside the commit
+TRAINING = "training_run_id"  # tag: the name that a training had for its run before the store gave it an id
+# A view of the runs page with what counts, in the form of MLflow 3.17's front end, which shows no metric by itself; it
+# stands in the menu of views and as a link above the runs. Others pass it over.
+_COLUMNS = (
+    *("metrics.`test/bits_per_byte`", "metrics.`val/bits_per_byte`", "metrics.`val/loss`"),
+    *("tags.`changed`", "tags.`sweep`", "tags.`params_digest`", "tags.`environment.device`"),
+)
+_VIEW = {"name": "Figures", "createdAt": 0, "updatedAt": 0, "state": json.dumps({"selectedColumns": _COLUMNS})}
 # What the MLflow UI shows of the experiment: training runs, sorted by what counts.
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.experiment.primaryMetric.name": "test/bits_per_byte",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+    "mlflow.sharedViewState.figures": json.dumps(_VIEW),
 }
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)  # its notes on tables it creates say nothing to our user
@@ -55,7 +66,7 @@ def store_errors() -> Iterator[None]:
     """Turn every way in which a store can fail into a StoreError of one line."""
     try:
         yield
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError, json.JSONDecodeError) as error:
         raise StoreError(f"tracking store: {first_line(error)[:200]}") from error
 
 
@@ -76,7 +87,9 @@ def connect() -> MlflowClient:
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment_name()) is None:
                 artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None
-                client.create_experiment(experiment_name(), artifact_location=artifacts, tags=_EXPERIMENT_TAGS)
+                number = client.create_experiment(experiment_name(), artifacts, _EXPERIMENT_TAGS)
+                link = f"#/experiments/{number}/runs?viewStateShareKey=figures&workflowType=machine_learning"
+                client.set_experiment_tag(number, "mlflow.note.content", f"[All runs with their figures]({link})")
             if is_new:  # readers, such as the UI, then never block the writer
                 with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
                     database.execute("PRAGMA journal_mode=WAL")
@@ -84,22 +97,31 @@ def connect() -> MlflowClient:
 
 
 def find_run(client: MlflowClient, run_id: str | None) -> str | None:
-    """The id, if the store knows the run."""
+    """The id by which the store knows the run: as it is, or as that of the run that a training made under this name."""
     if run_id is None:
         return None
     try:
-        return str(client.get_run(run_id).info.run_id)
+        if (info := client.get_run(run_id).info).lifecycle_stage == "active":
+            return str(info.run_id)
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    found = client.search_runs([_experiment_id(client)], f"tags.{TRAINING} = '{run_id}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def _experiment_id(client: MlflowClient) -> str:
+    experiment = client.get_experiment_by_name(experiment_name())
+    assert experiment is not None  # connect() made it
+    return str(experiment.experiment_id)
 
 
 class RunWriter:
     """Writes operations to one run, which the first of them, `create`, makes."""
 
-    def __init__(self, run_id: str | None) -> None:
-        self.run_id = run_id
+    def __init__(self, name: str) -> None:
+        self.name = name  # the run's id, or what a training calls it until it is known
+        self.run_id: str | None = None
         self._client: MlflowClient | None = None
         self._known: dict[str, set[int]] = {}  # metric -> steps that the store has
 
@@ -107,14 +129,14 @@ class RunWriter:
         """Raises StoreError; then the same operation can be written again later, and nothing stands there twice."""
         kind, content = operation
         with store_errors():
-            if self._client is None:
-                self._client = connect()
-                if self.run_id is not None:  # of an earlier process
-                    self._known = _steps_by_metric(self._client, self.run_id)
+            self._client = self._client or connect()
+            if self.run_id is None and (found := find_run(self._client, self.name)):  # of an earlier process or try
+                self._known, self.run_id = _steps_by_metric(self._client, found), found
             if kind == "create":
-                self.run_id = self.run_id or create_run(self._client, content)
+                self.run_id = create_run(self._client, content, self.name, self.run_id)
                 return
-            assert self.run_id is not None
+            if self.run_id is None:
+                raise StoreError(f"it has no run {self.name} any more")
             match kind:
                 case "metrics":
                     new = [row for row in content if row[3] not in self._known.get(row[0], ())]
@@ -200,24 +222,27 @@ def write_note(client: MlflowClient, run_id: str) -> None:
     client.set_tag(run_id, "mlflow.note.content", note[:_TAG_CHARACTERS])
 
 
-def create_run(client: MlflowClient, description: dict[str, Any]) -> str:
-    """Make a run from what `describe_run` gives; returns its id."""
-    experiment = client.get_experiment_by_name(experiment_name())
-    assert experiment is not None  # connect() made it
-    run_id = str(
-        client.create_run(experiment.experiment_id, tags=description["tags"], run_name=description["name"]).info.run_id
+def create_run(
+    client: MlflowClient, description: dict[str, Any], name: str | None = None, run_id: str | None = None
+) -> str:
+    """Make a run from what `describe_run` gives, or what an earlier try did not get to of `run_id`; returns its id."""
+    tags = {**description["tags"], TRAINING: name or uuid.uuid4().hex}
+    run_id = run_id or str(
+        client.create_run(_experiment_id(client), tags=tags, run_name=description["name"]).info.run_id
     )
-    params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in description["params"].items()]
-    for start in range(0, len(params), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
+    if client.get_run(run_id).data.params:  # the last that is written
+        return run_id
     inputs = [
         DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", data["name"])])
         for data in description["datasets"]
     ]
     client.log_inputs(run_id, datasets=inputs)
-    for name, text in description["texts"].items():
-        client.log_text(run_id, text, name)
+    for path, text in description["texts"].items():
+        client.log_text(run_id, text, path)
     write_note(client, run_id)
+    params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in description["params"].items()]
+    for start in range(0, len(params), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
     return run_id
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +13,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def toy_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_split(tmp_path_factory.mktemp("toy"))

@@ -1,13 +1,23 @@
 """Registering a model: figures in its run, the champion, and the registered model as MLflow serves it."""
 
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
 import pytest
+import uvicorn
+from mlflow.pyfunc.scoring_server import init
 from tiny import LINEAGE, make_model
 
 from gptpipe.config import Params
+from gptpipe.errors import IntegrityError
 from gptpipe.tracking.record import training_run
 from gptpipe.tracking.registry import record_evaluation
 from gptpipe.tracking.store import connect
@@ -99,3 +109,70 @@ def test_the_registered_model_generates_without_pickle(params: Params, model: Pa
     assert not first.equals(loaded.predict(prompts, params={**options, "seed": 4}))
     with pytest.raises(mlflow.MlflowException, match="temperature"):
         loaded.predict(prompts, params={"temperature": "hot"})
+
+
+WRONG = [
+    ({"temperature": -1.0}, "temperature and seed of 0 or more"),
+    ({"top_k": -1}, "top_k of 1 or more"),
+    ({"top_p": 0.0}, "top_p above 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
+    ({"max_new_tokens": "many"}, "max_new_tokens"),
+    ({"temperature": "hot"}, "temperature"),
+    ([], "must be a dictionary"),
+]
+
+
+def test_what_is_served_answers_with_text_and_refuses_in_words(
+    params: Params, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the program that `mlflow models serve` starts."""
+    evaluate(params, model, None, 2.0)
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # which init sets for good
+    app = init(mlflow.pyfunc.load_model("models:/gpt@champion"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            address = f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
+            status, answer = ask(address, {"max_new_tokens": 4})
+            assert (status, answer["predictions"][0]["text"][:7]) == (200, "the cat")
+            for wrong, words in WRONG:
+                status, answer = ask(address, wrong)
+                assert (status, "stack_trace" in answer) == (400, False), answer
+                assert words in answer["message"]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def ask(address: str, options: Any) -> tuple[int, dict[str, Any]]:
+    body = json.dumps({"dataframe_records": [{"prompt": "the cat"}], "params": options}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_a_registered_model_with_another_tokenizer_or_shape_is_refused(
+    params: Params, model: Path, project: Path
+) -> None:
+    evaluate(params, model, None, 2.0)
+    (stored,) = (project / "mlartifacts").rglob("model.safetensors")
+    for name, old, new in (
+        ("ranks.tiktoken", b" 1\n", b" 2\n"),
+        ("config.json", b'"n', b'"m'),
+    ):
+        path = stored.with_name(name)
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new, 1))
+        with pytest.raises(IntegrityError, match=f"{name}: differs from its manifest"):
+            mlflow.pyfunc.load_model("models:/gpt@champion")
+        path.write_bytes(content)
