@@ -9,8 +9,10 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import browser  # noqa: F401  (a fixture)
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +155,33 @@ def test_figures_are_declared_to_dvc(reproduced: Path) -> None:
     plots = run(reproduced, "dvc", "plots", "show", "--json").stdout
     for name in ("loss", "learning_rate", "gradient_norm", "loss_by_position", "bits_per_byte_by_source"):
         assert f'"{name}"' in plots
+
+
+@pytest.mark.browser
+def test_the_page_of_plots_is_drawn_without_a_network(reproduced: Path, browser: Any) -> None:  # noqa: F811
+    shown = run(reproduced, "dvc", "plots", "show", "-o", "shown").stdout
+    assert "<script src" not in (reproduced / "shown/index.html").read_text()
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*"]})
+    browser.get(shown.strip().splitlines()[-1])
+    assert browser.get_log("browser") == []  # nothing refused, nothing missing
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    drawn = {}
+    for plot in browser.find_elements("css selector", "body > div"):
+        shapes = plot.find_elements("css selector", "path.line, rect")
+        legend = plot.find_element("css selector", ".legend").text.replace("\n", " ")
+        drawn[plot.get_attribute("id")] = (len(shapes), legend, all(shape.rect["width"] > 50 for shape in shapes))
+    sides = "■ val ■ test"
+    assert drawn == {
+        "loss": (2, "■ loss ■ val_loss", True),
+        "learning_rate": (1, "", True),
+        "gradient_norm": (1, "", True),
+        "validation_bits_per_byte": (1, "", True),
+        "loss_by_position": (2, sides, True),
+        "accuracy_by_position": (2, sides, True),
+        "calibration": (2, sides, drawn["calibration"][2]),  # a tiny model may be equally sure of everything
+        "bits_per_byte_by_source": (2, sides, True),
+    }
 
 
 @pytest.mark.parametrize("how", [[], ["--temp"]], ids=["in place", "temp"])

@@ -78,6 +78,7 @@ def _draw(groups: dict[str, pd.DataFrame]) -> Figure:
                 panel.plot(mean[over], mean["value"], label=label or "all")
                 panel.fill_between(mean[over], low, high, alpha=0.2)
                 panel.set(xlabel=over, ylabel=metric)
+                panel.locator_params(axis="x", nbins=4)
     figure.axes[0].legend(frameon=False)
     return figure
 
