@@ -42,6 +42,14 @@ def verbosity() -> str:
     return text
 
 
+def uses_ray() -> bool:
+    """GPTPIPE_ENGINE: `local` (processes and threads of this machine, also without it) or `ray`."""
+    engine = os.environ.get("GPTPIPE_ENGINE", "local")
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"GPTPIPE_ENGINE is {engine!r}; set it to local or ray")
+    return engine == "ray"
+
+
 class Place(NamedTuple):
     """This process among those of one training, in all and on this machine."""
 

@@ -16,7 +16,7 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tiktoken caches below the test's own folder, and no setting of the caller's shell reaches a test."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME",
-                 "GPTPIPE_VERBOSITY"):  # fmt: skip
+                 "GPTPIPE_VERBOSITY", "GPTPIPE_ENGINE", "RAY_ADDRESS"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GPTPIPE_WORKERS", "1")
 

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from gptpipe.errors import IntegrityError, ResourceError
+from gptpipe.errors import ConfigError, IntegrityError, ResourceError
 from gptpipe.files import verify
 from gptpipe.parallel import map_in_order
 
@@ -83,3 +84,56 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, monkeypatch: pytest.Mo
         time.sleep(0.1)
     assert len(workers) == 2
     assert not any(map(is_running, workers))
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A real cluster of two workers on this machine. Ray is large (79 MB to download), so CI goes without."""
+    ray = pytest.importorskip("ray", reason="needs the extra cluster")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_ray_gives_the_same_though_a_worker_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    """The fourth of eight kills its worker with SIGKILL, the first time that it is tried."""
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    monkeypatch.chdir(tmp_path)
+    once = "__import__('os').mkdir('tried') or __import__('os').kill(__import__('os').getpid(), 9)"
+    items = [str(i) for i in range(8)]
+    items[3] = f"3 if __import__('os').path.exists('tried') else {once}"
+    assert list(map_in_order(eval, items)) == list(range(8))
+    assert (tmp_path / "tried").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_errors_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    with pytest.raises(IntegrityError, match=r"manifest\.json: No such file") as caught:
+        list(map_in_order(verify, [tmp_path]))
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(ResourceError, match="a Ray task was lost"):
+        list(map_in_order(os._exit, [9]))
+
+
+def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra cluster")
+    if ray.is_initialized():
+        ray.shutdown()
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ResourceError, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused"):
+        list(map_in_order(len, ["a"]))
+
+
+def test_an_unknown_engine_or_none_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTPIPE_ENGINE", "spark")
+    with pytest.raises(ConfigError, match="GPTPIPE_ENGINE is 'spark'; set it to local or ray"):
+        list(map_in_order(len, ["a"]))
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ResourceError, match=r"needs `ray`: pip install -e '\.\[cluster\]'"):
+        list(map_in_order(len, ["a"]))
