@@ -2,14 +2,21 @@
 
     dvc repro split && python -m benchmarks.overheads
 
-On the split in data/split with params.yaml's own settings: cutting batches, validating, saving checkpoints, and
-starting up, from the end of the imports to the first step without the validation before it.
+On the split in data/split with params.yaml's own settings: cutting batches, validating, saving checkpoints,
+starting up, from the end of the imports to the first step without the validation before it, and the record: steps
+beside a thread that logs to a live, a refused and a silent server, each against no record, in turns.
 """
 
 import argparse
+import os
+import signal
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,15 +28,18 @@ import torch
 from benchmarks import machine
 from gptpipe.config import load_params
 from gptpipe.evaluation.scoring import score
+from gptpipe.files import read_manifest
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.streams import open_stream
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.tracking.record import training_run
 from gptpipe.training import loop, session
 from gptpipe.training.checkpoint import Checkpoints
 
 SPLIT = Path("data/split")
+ROUNDS, STEPS = 5, 20  # of the record: blocks of each kind, and steps of a block
 
 
 class FirstStep(Exception):
@@ -69,6 +79,8 @@ def main() -> None:
         ("start-up, imports apart", startup, 1),
     ):
         print(f"| {name} | {seconds:.2f} s | {times} | {seconds * times / whole:.1%} |")
+    for name, share in beside_a_record(lambda: loop.optimizer_step(state, batches, plan)).items():
+        print(f"| steps beside a {name} server | | | {share:+.1%} |")
 
 
 def typical(action: Callable[[], Any], n: int) -> float:
@@ -107,6 +119,55 @@ def start_up() -> tuple[float, float]:
         started = time.perf_counter()
         session.train_model(load_params(), SPLIT, Path(folder), Path(folder), no_record)
     return time.perf_counter() - started - validated[-1], validated[-1]
+
+
+def beside_a_record(step: Callable[[], Any]) -> dict[str, float]:
+    """How much slower a step is while its metrics go to a server, by the median of ROUNDS pairs of blocks."""
+    params, lineage = load_params(), read_manifest(SPLIT)
+    slower: dict[str, list[float]] = {}
+
+    def block(record: Any) -> float:
+        started = time.perf_counter()
+        for i in range(STEPS):
+            step()
+            if i % 10 == 0:  # a validation's worth of records, far more often than in a run
+                record.metrics([(i, i, {f"train/{name}": float(i) for name in ("loss", "lr", "grad_norm")})])
+                record.text("samples.json", "x" * 1000)
+        return time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory() as folder, servers(Path(folder)) as addresses:
+        for _ in range(ROUNDS):
+            for name, address in addresses.items():
+                alone = block(NoRecord())
+                environment = {"MLFLOW_TRACKING_URI": address, "DVC_ROOT": folder, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
+                with mock.patch.dict(os.environ, environment), training_run(params, None, lineage, {}) as record:
+                    slower.setdefault(name, []).append(block(record) / alone - 1)
+                for left in Path(folder).glob(".gptpipe/outbox/*"):
+                    left.unlink()
+    return {name: statistics.median(shares) for name, shares in slower.items()}
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[dict[str, str]]:
+    """Addresses of a live `mlflow server`, of a port that refuses, and of one that takes calls and never answers."""
+    live, refused, silent = (socket.create_server(("127.0.0.1", 0)) for _ in range(3))
+    ports = [server.getsockname()[1] for server in (live, refused, silent)]
+    live.close()
+    refused.close()
+    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
+    command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(ports[0]), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        names = ("live", "refused", "silent")
+        yield {name: f"http://127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        silent.close()
 
 
 class NoRecord:
