@@ -65,9 +65,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
     restore = command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
     restore.add_argument("folder", type=Path, nargs="?", help="if not beside this project, with the run's id")
-    command("doctor", _doctor).add_argument(
-        "--fix", action="store_true", help="send waiting records, close runs whose process is gone"
-    )
+    doctor = command("doctor", _doctor)
+    doctor.add_argument("--fix", action="store_true", help="send waiting records, close runs whose process is gone")
     options = parser.parse_args(arguments)
     if options.command is _generate and (options.prompt is None) != options.interactive:
         generate.error("give a prompt, or --interactive")

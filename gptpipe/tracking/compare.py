@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def _history(run: "pd.Series[str]", metric: str) -> pd.DataFrame:
     """A run's values of a metric by step: means of neighbours, of `_POINTS` at the most."""
     points = mlflow.MlflowClient().get_metric_history(run["run_id"], metric)
     table = pd.DataFrame([(p.step, p.timestamp, p.value) for p in points], columns=["step", "minutes", "value"])
-    table["tokens"] = table["step"] * float(run["params.train.batch_size"]) * float(run["params.model.context_length"])
+    per_step = (float(run.get(f"params.{key}", "nan")) for key in ("train.batch_size", "model.context_length"))
+    table["tokens"] = table["step"] * math.prod(per_step)
     table["minutes"] = (table["minutes"] - pd.Timestamp(run["start_time"]).timestamp() * 1000) / 60_000
     return table.groupby(table["step"] // (1 + table["step"].max() // _POINTS)).mean()
