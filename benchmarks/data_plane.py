@@ -5,7 +5,9 @@
 Text of this machine's Python (docstrings), in documents of 100 and of 4,000 characters, in the encoding `gpt2` and in
 one trained on it. Ours reads and writes Parquet; the others are given texts in memory and throw their ids away. All
 take turns, and the best of the rounds counts. Figures are ratios to a single-process loop of
-`tiktoken.encode_ordinary`: on a shared machine nothing else can be compared. About five minutes.
+`tiktoken.encode_ordinary`, and to the physical limit, tiktoken on all cores without any file work: on a shared machine
+nothing else can be compared. `tokenize` is given its tokenizer; the row below trains it too. Last, the most memory that
+each stage held, in a process of its own. About five minutes on two quiet cores.
 """
 
 import argparse
@@ -13,7 +15,8 @@ import json
 import os
 import platform
 import random
-import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,41 +25,61 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tokenizers
 
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams, load_params
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.python_docs import python_docs
 from gptpipe.environment import n_workers
-from gptpipe.tokens.encode import tokenize
+from gptpipe.tokens import encode
 from gptpipe.tokens.huggingface import to_tokenizer_json
 from gptpipe.tokens.streams import split
-from gptpipe.tokens.tokenizer import PATTERN, Tokenizer, train_tokenizer
+from gptpipe.tokens.tokenizer import PATTERN, Tokenizer, build_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 4096
 PARTS: list[list[str]] = []  # of the texts, one for each core
 SPLIT = SplitParams(val_fraction=0.05, test_fraction=0.05)
+LOOP, LIMIT = "tiktoken, one process", "tiktoken, all cores, no files"
+STAGE = """
+import sys
+from pathlib import Path
+from benchmarks import data_plane
+stage, folder = sys.argv[1], Path(sys.argv[2])
+if stage == "collect":
+    data_plane.collect(data_plane.collect_params(folder), folder / "raw3")
+elif stage == "tokenize":
+    gpt2 = data_plane.TokenizeParams(encoding="gpt2", vocab_size=data_plane.VOCAB_SIZE)
+    data_plane.encode.tokenize(folder / "raw", folder / "tokens3", gpt2, data_plane.SPLIT, 0)
+else:
+    data_plane.split(folder / "tokens", folder / "split3", data_plane.SPLIT, 0)
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=16, help="of text")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=int, default=32, help="of text; shards hold 8")
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     datasets.disable_progress_bars()
     print(f"{platform.platform()}, {n_workers()} workers, {options.megabytes} MB of text\n")
-    print("| documents | encoding | program | times the tiktoken loop |\n|---|---|---|---|")
+    print(
+        "| documents | encoding | program | MB/s | times the tiktoken loop | of the limit |\n|---|---|---|---|---|---|"
+    )
     for length in (100, 4000):
         texts = make_texts(length, options.megabytes * 1_000_000)
         for encoding in ("gpt2", "trained"):
             with tempfile.TemporaryDirectory() as folder:
                 rows = programs(Path(folder), texts, encoding)
                 seconds = best_of(rows, options.rounds)
+                peaks = {stage: peak_mib(stage, Path(folder)) for stage in ("collect", "tokenize", "split")}
             for name, best in seconds.items():
-                ratio = seconds["tiktoken, one process"] / best
-                print(f"| {length} characters | {encoding} | {name} | {ratio:.2f} |", flush=True)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"\nlargest resident process, texts and peers in it: {peak // 1024} MiB")
+                ratio, share = (seconds[other] / best for other in (LOOP, LIMIT))
+                rate = f"{sum(map(len, texts)) / best / 1e6:.1f}" if "training alone" not in name else ""
+                print(f"| {length} characters | {encoding} | {name} | {rate} | {ratio:.2f} | {share:.0%} |", flush=True)
+            print(f"| {length} characters | {encoding} | resident, MiB: {peaks} | | | |", flush=True)
 
 
 def make_texts(length: int, n_bytes: int) -> list[str]:
@@ -69,13 +92,11 @@ def make_texts(length: int, n_bytes: int) -> list[str]:
 
 def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callable[[], object]]:
     """What takes turns, by name."""
-    lines = folder / "texts.jsonl"
-    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    section = load_params().collect.model_dump() | {"sources": ({"kind": "jsonl", "paths": (str(lines),)},)}
-    params = CollectParams.model_validate(section | {"dedup": "exact", "min_document_bytes": 1})
+    pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", compression="zstd")
+    params = collect_params(folder)
     tokenize_params = TokenizeParams(encoding=encoding, vocab_size=VOCAB_SIZE)
     collect(params, folder / "raw")
-    tokenize(folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0)
+    encode.tokenize(folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0)
     tokenizer = Tokenizer.load(folder / "tokens/tokenizer")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer)))
     table = datasets.Dataset.from_dict({"text": texts})
@@ -88,9 +109,16 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
     def encode_rows(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"tokens": [tokenizer.encode(text) for text in rows["text"]]}
 
+    def tokenize_with(build: Callable[..., Tokenizer]) -> None:
+        encode.build_tokenizer = build
+        encode.tokenize(folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0)
+
     def training(trainer: Callable[[], object]) -> dict[str, Callable[[], object]]:
-        return {} if encoding == "gpt2" else {"rustbpe, training alone": lambda: train_tokenizer(texts, VOCAB_SIZE),
-                                              "tokenizers, training alone": trainer}  # fmt: skip
+        if encoding == "gpt2":
+            return {}
+        return {"gptpipe tokenize, training included": lambda: tokenize_with(build_tokenizer),
+                "rustbpe, training alone": lambda: train_tokenizer(texts, VOCAB_SIZE),
+                "tokenizers, training alone": trainer}  # fmt: skip
 
     def their_training() -> None:
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -102,13 +130,11 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
         bpe.train_from_iterator(texts, trainer)
 
     return {
-        "tiktoken, one process": lambda: loop(texts, tokenizer_folder),
-        "tiktoken, all cores, no files": lambda: list(
+        LOOP: lambda: loop(texts, tokenizer_folder),
+        LIMIT: lambda: list(
             pool.map(part_loop, range(n_workers()), [tokenizer_folder] * n_workers())
         ),
-        "gptpipe tokenize, Parquet to Parquet, training included": lambda: tokenize(
-            folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0
-        ),
+        "gptpipe tokenize, Parquet to Parquet": lambda: tokenize_with(lambda *_: tokenizer),
         "gptpipe collect, exact": lambda: collect(params, folder / "raw2"),
         "gptpipe split": lambda: split(folder / "tokens", folder / "split", SPLIT, 0),
         "tokenizers encode_batch": lambda: theirs.encode_batch(texts),
@@ -117,6 +143,18 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
         ),
         **training(their_training),
     }  # fmt: skip
+
+
+def collect_params(folder: Path) -> CollectParams:
+    source = {"kind": "parquet", "paths": (str(folder / "texts.parquet"),)}
+    section = load_params().collect.model_dump() | {"sources": (source,), "dedup": "exact", "min_document_bytes": 1}
+    return CollectParams.model_validate(section)
+
+
+def peak_mib(stage: str, folder: Path) -> int:
+    """Of a stage in a process of its own, which these stages do not leave; with what this module imports (Linux)."""
+    done = subprocess.run([sys.executable, "-c", STAGE, stage, folder], capture_output=True, text=True, check=True)
+    return int(done.stdout) // 1024
 
 
 def loop(texts: list[str], tokenizer_folder: Path) -> int:
