@@ -1,6 +1,7 @@
 """The command `gptpipe`: what people do before and after the pipeline."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ def _dispatch(arguments: Sequence[str]) -> None:
         "plan", help="what the training of params.yaml will take, by a few steps on this machine"
     )
     plan.set_defaults(command=_plan)
+    data = commands.add_parser("data", help="what the data is like so far; also in reports/data.md")
+    data.add_argument("--seed", type=int, default=0, help="of the documents that are drawn")
+    data.set_defaults(command=_data)
     generate = commands.add_parser(
         "generate",
         help="continue a prompt with a trained model",
@@ -60,6 +64,21 @@ def _plan(_: argparse.Namespace) -> None:
         print(f"{name + ':':<22}{text}")
     for warning in found.warnings:
         complain(f"warning: {warning}")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from gptpipe.evaluation.data_view import view_data
+
+    page, run = view_data(Path(), options.seed), Path("reports/mlflow_run.json")
+    Console().print(Markdown(page))
+    if run.exists():
+        from gptpipe.tracking.store import RunWriter, connect, find_run  # seconds, which the page need not wait for
+
+        if run_id := find_run(connect(), json.loads(run.read_bytes())["run_id"]):  # a fresh clone's store has none
+            RunWriter(run_id).write(("text", ["data.md", page]))
 
 
 def _generate(options: argparse.Namespace) -> None:
