@@ -1,6 +1,7 @@
 """The command `gptpipe`: what people do before and after the pipeline."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ def main() -> None:
 
 _MAP = """\
 before   gptpipe plan                          the training's size, memory and time on this machine
+         gptpipe data                          what the text is like: lengths, sources, rejections, overlap, samples
          gptpipe doctor                        is the record whole? each finding says how to mend it
 run      dvc repro                             what changed since the last time
          dvc exp run -S train.lr=1e-4          a variation; with --queue several, then --run-all -j 2
@@ -49,6 +51,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         return added
 
     command("plan", _plan)
+    data = command("data", _data)
+    data.add_argument("--seed", type=int, default=0, help="of the documents that are drawn")
     generate = command("generate", _generate)
     generate.add_argument("prompt", nargs="?", help="text to continue")
     generate.add_argument("--interactive", action="store_true", help="ask for prompt after prompt; empty line: end")
@@ -85,6 +89,22 @@ def _plan(_: argparse.Namespace) -> None:
         print(f"{name + ':':<22}{text}")
     for warning in found.warnings:
         complain(f"warning: {warning}")
+
+
+def _data(options: argparse.Namespace) -> None:
+    """Show what the text is like so far, as far as the stages have come; also in reports/data.md and data.svg."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from gptpipe.evaluation.data_view import view_data
+
+    page, run = view_data(Path(), options.seed), Path("reports/mlflow_run.json")
+    Console().print(Markdown(page))
+    if run.exists():
+        from gptpipe.tracking.store import RunWriter, connect, find_run  # seconds, which the page need not wait for
+
+        if run_id := find_run(connect(), json.loads(run.read_bytes())["run_id"]):  # a fresh clone's store has none
+            RunWriter(run_id).write(("text", ["data.md", page]))
 
 
 def _generate(options: argparse.Namespace) -> None:

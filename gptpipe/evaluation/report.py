@@ -12,7 +12,7 @@ from gptpipe.evaluation import charts
 from gptpipe.evaluation.continuations import Continuation
 from gptpipe.files import Manifest, write_bytes
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
     autoescape=jinja2.select_autoescape(["html"]),
     undefined=jinja2.StrictUndefined,
@@ -23,13 +23,13 @@ _TEMPLATES = jinja2.Environment(
 
 def samples_page(samples: dict[str, str], continuations: list[Continuation]) -> str:
     """Continuations of the prompts, then of held-out documents beside the real text."""
-    return _TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
+    return TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
 
 
 def full_card(card: str, results: dict[str, Any]) -> str:
     """The model card of training with a table of what evaluation found."""
     sides = [side for side in ("val", "test") if side in results]
-    return _TEMPLATES.get_template("model_card.md").render(card=card, results=results, sides=sides)
+    return TEMPLATES.get_template("model_card.md").render(card=card, results=results, sides=sides)
 
 
 def draw_figures(reports: Path) -> dict[str, str]:
@@ -66,7 +66,7 @@ def write_page(reports: Path, params: Params, lineage: Manifest, collected: dict
     results, trained, samples = (
         json.loads((reports / f"{name}.json").read_bytes()) for name in ("eval", "train", "train.samples")
     )
-    page = _TEMPLATES.get_template("report.html").render(
+    page = TEMPLATES.get_template("report.html").render(
         results=results,
         trained=trained,
         samples=samples["data"],
