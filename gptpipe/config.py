@@ -41,10 +41,11 @@ class AnySource(Section):
     weight: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0  # share of its documents to keep, drawn by id
 
 
-class PythonDocs(AnySource):
-    """Help topics and docstrings of the standard library of the running Python."""
+class Python(AnySource):
+    """Docstrings or code of an installed package; of none named, of the standard library, with its help topics."""
 
-    kind: Literal["python-docs"]
+    kind: Literal["python-docs", "python-code"]
+    package: Annotated[str, Field(pattern=r"^\w+$")] | None = None  # as in `import`
 
 
 class Text(AnySource):
@@ -101,7 +102,7 @@ class HuggingFace(AnySource):
     text_column: str = "text"
 
 
-Source = Annotated[PythonDocs | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]
+Source = Annotated[Python | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]
 
 
 class FilterParams(Section):
@@ -345,7 +346,9 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     if len(location) == 1:
         return list(Params.model_fields)
     if location[:2] == ("collect", "sources"):
-        kinds = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in AnySource.__subclasses__()}
+        kinds = {
+            name: kind for kind in AnySource.__subclasses__() for name in get_args(kind.model_fields["kind"].annotation)
+        }
         return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
     section: Any = Params
     for name in location[:-1]:

@@ -128,7 +128,7 @@ def test_a_bad_value_is_named(tmp_path: Path, lines: dict[str, str], fault: str)
     ("source", "fault"),
     [
         ("{kind: texts, paths: [a]}", "collect.sources.0: Input tag 'texts' found using 'kind' does not match any of "
-         "the expected tags: 'python-docs', 'text', 'jsonl', 'parquet', 'url', "
+         "the expected tags: 'python-docs', 'python-code', 'text', 'jsonl', 'parquet', 'url', "
          "'huggingface'"),
         ("{kind: huggingface, dataset: a/b}", "collect.sources.0.huggingface.revision: missing"),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),

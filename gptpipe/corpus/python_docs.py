@@ -1,36 +1,60 @@
-"""The standard library's own documentation: real English text that every machine already has.
+"""Documentation and code of Python's standard library, which every machine already has, and of installed packages.
 
-Pure Python modules are parsed, never imported. Only modules compiled into the interpreter are asked for their objects.
+Pure Python modules are read, never imported. Only modules compiled into the interpreter are asked for their objects.
 """
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import sys
 import sysconfig
+import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from gptpipe.errors import InputError
 
 # No documentation of the language: test suites, vendored code, and demos.
 _LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
 
 
-def python_docs() -> Iterator[str]:
-    """Help topics, then docstrings, one text each, in the order of names.
+def python_docs(package: str | None = None) -> Iterator[str]:
+    """Help topics of the language, then docstrings, one text each, in the order of names; of a package no topics.
 
     Without the objects' names: many objects share a docstring (aliases, wrappers, inherited methods), and under a name
     of its own each would pass exact deduplication and could stand on two sides of a split.
     """
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
-        yield topics[name]
-    standard_library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(standard_library.rglob("*.py")):
-        if not _LEFT_OUT.intersection(path.relative_to(standard_library).parts):
-            yield from _module_file(path)
-    for name in sorted(sys.builtin_module_names):
+    if package is None:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        for name in sorted(topics):
+            yield topics[name]
+    for path in module_files(package):
+        yield from _module_file(path)
+    for name in sorted(sys.builtin_module_names) if package is None else ():
         yield from _compiled_module(name)
+
+
+def python_code(package: str | None = None) -> Iterator[str]:
+    """Modules, one text each, in the order of names; those that say a wrong encoding are passed over."""
+    for path in module_files(package):
+        with suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
+            yield file.read()
+
+
+def module_files(package: str | None) -> list[Path]:
+    """The files of a package, or of the standard library, without tests. Raises InputError."""
+    roots: Sequence[str] = [sysconfig.get_path("stdlib")]
+    if package is not None:
+        spec = importlib.util.find_spec(package)
+        roots = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+    files = {path for root in map(Path, roots) for path in ([root] if root.suffix == ".py" else root.rglob("*.py"))
+             if not _LEFT_OUT.intersection(path.relative_to(root).parts)}  # fmt: skip
+    if not files:
+        raise InputError(f"collect.sources: no Python package {package} is here; install it, or name another")
+    return sorted(files)
 
 
 def _module_file(path: Path) -> Iterator[str]:

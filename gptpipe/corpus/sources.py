@@ -5,6 +5,7 @@ Held in memory at a time: a document of a text file, a line of JSON, or a batch 
 
 import codecs
 import glob
+import hashlib
 import io
 import json
 import os
@@ -18,11 +19,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, PythonDocs, Source, Text, Url
+from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
 from gptpipe.corpus.cleaning import Rejected, cut, plain_line_ends
 from gptpipe.corpus.downloads import download
 from gptpipe.corpus.opening import CHUNK, is_remote, open_files, read_errors, remote_addresses, seekable
-from gptpipe.corpus.python_docs import python_docs
+from gptpipe.corpus.python_docs import module_files, python_code, python_docs
 from gptpipe.environment import optional_module
 from gptpipe.errors import InputError, first_line
 from gptpipe.files import sha256_of
@@ -56,8 +57,8 @@ def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]
 
 
 def _texts(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
-    if isinstance(source, PythonDocs):
-        yield from python_docs()
+    if isinstance(source, Python):
+        yield from (python_docs if source.kind == "python-docs" else python_code)(source.package)
         return
     if isinstance(source, HuggingFace):
         yield from _huggingface(source)
@@ -81,10 +82,13 @@ def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
     Raises InputError that names every file that cannot be read.
     """
     digests: dict[str, str] = {}
-    if any(isinstance(source, PythonDocs) for source in sources):
-        digests["python-docs"] = f"{platform.python_implementation()} {platform.python_version()}"
     for source in sources:
-        if isinstance(source, HuggingFace):
+        if isinstance(source, Python) and source.package is None:
+            digests[source.kind] = f"{platform.python_implementation()} {platform.python_version()}"
+        elif isinstance(source, Python):
+            files = "".join(map(sha256_of, module_files(source.package)))
+            digests[f"{source.kind} {source.package}"] = hashlib.sha256(files.encode()).hexdigest()
+        elif isinstance(source, HuggingFace):
             digests[_hub_address(source)] = source.revision
         elif isinstance(source, Url):
             digests[source.url] = source.sha256

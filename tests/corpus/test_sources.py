@@ -279,3 +279,40 @@ def test_a_file_name_that_is_not_utf8_can_be_written_down(tmp_path: Path, collec
         pytest.skip("this file system takes UTF-8 only")
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/*",)})
     assert [name.encode() for name in fingerprint(params.sources)] == [f"{tmp_path}/caf\\xe9.txt".encode()]
+
+
+def test_docstrings_and_code_of_an_installed_package(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read, never imported; without its tests, and without a file that says a wrong encoding."""
+    canary = tmp_path / "imported"
+    files = {
+        "__init__.py": f'"""All of it."""\nopen({str(canary)!r}, "w")\n',
+        "b.py": "# -*- coding: latin-1 -*-\ndef f():\n    '''Says \xe4.'''\n",
+        "a/deep.py": "class C:\n    '''A class.'''\n",
+        "broken.py": "# -*- coding: no-such -*-\n",
+        "tests/test_b.py": "'''Not of the library.'''\n",
+    }
+    for name, content in files.items():
+        (path := tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode("latin-1"))
+    monkeypatch.syspath_prepend(tmp_path)
+    params = collect_params({"kind": "python-docs", "package": "pack"}, {"kind": "python-code", "package": "pack"})
+    docs, code = (list(read(source, params, Counter(), {})) for source in params.sources)
+    assert docs == ["All of it.", "A class.", "Says \xe4."]
+    assert code == [files["__init__.py"], files["a/deep.py"], files["b.py"]]
+    assert not canary.exists()
+    before = fingerprint(params.sources)
+    assert sorted(before) == ["python-code pack", "python-docs pack"]
+    (tmp_path / "pack/a/deep.py").write_text("x = 1\n")
+    assert fingerprint(params.sources).items().isdisjoint(before.items())
+    missing = collect_params({"kind": "python-code", "package": "nowhere"})
+    with pytest.raises(InputError, match="no Python package nowhere is here"):
+        fingerprint(missing.sources)
+
+
+def test_code_of_the_standard_library(collect_params: MakeParams) -> None:
+    params = collect_params({"kind": "python-code"})
+    code = list(read(params.sources[0], params, Counter(), {}))
+    assert any('def parse(source, filename="<unknown>", mode="exec"' in str(text).replace("'", '"') for text in code)
+    assert sum(map(len, map(str, code))) > 5_000_000
