@@ -156,7 +156,10 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     refused.close()
     store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(ports[0]), "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes for nothing
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         while process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/health", timeout=5):
