@@ -57,12 +57,14 @@ def test_generate_asks_for_prompt_after_prompt(tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
     command = ["-m", "gptpipe.cli", "generate", "--interactive", "--model", str(model), "--temperature", "0"]
     process = subprocess.Popen([sys.executable, *command, "--max-new-tokens", "1000000"], cwd=ROOT, stdin=terminal,
-                               stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"})  # fmt: skip
+                               stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     os.close(terminal)
 
     def read_until(pattern: str) -> str:
         shown = ""
         while not re.search(pattern, shown, re.DOTALL):
+            assert len(shown) < 100_000
             assert select.select([controller], [], [], 60)[0], shown
             shown += os.read(controller, 1024).decode(errors="replace")
         return shown
