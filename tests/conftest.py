@@ -1,5 +1,6 @@
 """What tests of several rooms share: the shipped parameters, and an environment that nothing leaks into."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from gptpipe.config import CollectParams, Params, load_params
 
 ROOT = Path(__file__).parents[1]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run on all cores, and threads of several would wait in turns
 
 
 @pytest.fixture(autouse=True)
