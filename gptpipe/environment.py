@@ -65,6 +65,11 @@ def place() -> Place:
     return Place(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else Place()
 
 
+def attempt() -> str:
+    """Which start of a training by torchrun this is; it may start the ranks again after a fault."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def optional_module(name: str, extra: str) -> ModuleType:
     """A module that an extra brings. Raises ConfigError that says how to get it."""
     try:

@@ -151,6 +151,11 @@ class RunWriter:
                     tags = [RunTag(key, value[:_TAG_CHARACTERS]) for key, value in content.items()]
                     self._client.log_batch(self.run_id, tags=tags)
                 case "end":
+                    for run in self._client.search_runs(
+                        [_experiment_id(self._client)], f"tags.{TRAINING} = '{self.name}'"
+                    ):
+                        if run.info.run_id != self.run_id:  # made twice, by an answer that came too late
+                            self._client.delete_run(run.info.run_id)
                     self._client.set_terminated(self.run_id, status=content)
                     write_note(self._client, self.run_id)
 

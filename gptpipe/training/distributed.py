@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gptpipe.config import TrainParams
 from gptpipe.console import console
-from gptpipe.environment import place
+from gptpipe.environment import attempt, place
 from gptpipe.errors import ConfigError, GptpipeError, Interrupted, NumericError, ResourceError
 from gptpipe.model.device import is_sharded, whole
 from gptpipe.model.gpt import GPT
@@ -33,6 +33,8 @@ def together() -> Iterator[None]:
         yield
         return
     store, _, _ = next(rendezvous("env://"))
+    # torchrun keeps the store when it starts ranks again: without a part of their own they would meet those of before.
+    store = dist.PrefixStore(f"attempt {attempt()}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.n_ranks)
     try:

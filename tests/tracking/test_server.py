@@ -252,7 +252,11 @@ def test_a_training_is_not_harmed_and_nothing_is_lost(
     assert Project(project, toy_split).digests() == undisturbed
     assert len(list((project / ".gptpipe/outbox").glob("*.jsonl"))) == 1
     middleman.mood = "helpful"
-    send_outbox()
+    for _ in range(10):  # a server at work on what was given up on may refuse the same again
+        send_outbox()
+        if not list((project / ".gptpipe/outbox").glob("*.jsonl")):
+            break
+        time.sleep(1)
     assert list(logged().values()) == [list(range(1, params.train.max_steps + 1))]
     (run_id,) = logged("val/loss")
     assert connect().get_run(run_id).data.params["train.lr"] == str(params.train.lr)

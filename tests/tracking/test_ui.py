@@ -38,6 +38,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple
     params = tiny.params()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # mlflow itself sets the second
+            patch.delenv(name, raising=False)
         patch.setenv("DVC_EXP_NAME", "dapper-owl")
         model, reports = Path("models/gpt"), Path("reports")
         train_model(params, toy_split, model, reports, functools.partial(training_run, params))
@@ -77,7 +79,10 @@ def ui(recorded: tuple[Path, str]) -> Iterator[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
             cwd=recorded[0],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # a dozen processes for nothing
+            env={
+                **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },  # a dozen processes for nothing
             stdout=log,
             stderr=log,
             start_new_session=True,
