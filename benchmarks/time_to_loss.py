@@ -11,17 +11,16 @@ then as far as it comes in the peer's own time.
 
 import argparse
 import math
-import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import psutil
 import torch
 import torch.nn.functional as F
 
@@ -56,12 +55,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--ours", choices=["short", "long"], help="one training of ours in this process")
     parser.add_argument("--seed", type=int, default=0, help="of --ours")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of --ours long: since the process started")
+    parser.add_argument("--until", type=float, default=0.0, help="of --ours long: seconds since 1970 when it must end")
     options = parser.parse_args()
     tokens, n_characters = characters(options.text)
     if options.ours:
         settings = SHORT if options.ours == "short" else LONG
-        print(train_ours(tokens, n_characters, settings, options.seed, options.seconds))
+        print(train_ours(tokens, n_characters, settings, options.seed, options.until))
         return
     found = []
     for seed in range(options.seeds):
@@ -92,16 +91,17 @@ def run_ours(text: Path, kind: str, seed: int, seconds: float = 0.0) -> tuple[fl
     """Seconds of the whole process, and its validation loss."""
     command = [sys.executable, "-m", "benchmarks.time_to_loss", str(text), "--ours", kind]
     started = time.perf_counter()
+    until = time.time() + seconds if seconds else 0.0
     result = subprocess.run(
-        [*command, "--seed", str(seed), "--seconds", str(seconds)], cwd=ROOT, check=True, capture_output=True, text=True
+        [*command, "--seed", str(seed), "--until", str(until)], cwd=ROOT, check=True, capture_output=True, text=True
     )
     return time.perf_counter() - started, float(result.stdout)
 
 
 def train_ours(
-    tokens: npt.NDArray[np.uint16], n_characters: int, settings: dict[str, Any], seed: int, seconds: float
+    tokens: npt.NDArray[np.uint16], n_characters: int, settings: dict[str, Any], seed: int, until: float
 ) -> float:
-    """Validation loss after `max_steps`, or after `seconds` since this process started."""
+    """Validation loss after `max_steps`, or of as many steps as there is time for."""
     params = load_params(ROOT / "params.yaml")
     model_params = params.model.model_copy(update=settings["model"])
     section = params.train.model_copy(update={"stride": 1, **settings["train"]})
@@ -119,28 +119,28 @@ def train_ours(
         seed=seed,
     )
     state = TrainState(model, build_optimizers(model, section), section.batch_size)
-    n_steps = section.max_steps
-    if seconds:
-        n_steps = steps_in(seconds, state, batches, val, Plan(section, 10**6, seed, torch.float32, model.loss))
-    plan = Plan(section, n_steps, seed, torch.float32, model.loss)
-    while state.step < n_steps:
+    plan = Plan(section, section.max_steps or 0, seed, torch.float32, model.loss)
+    if until:
+        plan = in_time(until, state, batches, val, replace(plan, n_steps=10**6))
+    while state.step < plan.n_steps:
         optimizer_step(state, batches, plan)
     scores = score(model, val)
     return float(scores.nats.sum() / scores.n_tokens.sum())
 
 
-def steps_in(seconds: float, state: TrainState, batches: Batches, val: Stream, plan: Plan) -> int:
-    """How many steps, with those done here, leave time for the validation; a few warm-up steps tell."""
-    times = []
-    for _ in range(20):
-        started = time.perf_counter()
-        optimizer_step(state, batches, plan)
-        times.append(time.perf_counter() - started)
+def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan: Plan) -> Plan:
+    """Train until few steps are left of those that end in time, with the validation; looks at the clock all along."""
     started = time.perf_counter()
     score(state.model, val)
-    validation = time.perf_counter() - started
-    left = seconds - (time.time() - psutil.Process().create_time()) - 1.2 * validation
-    return len(times) + int(0.97 * left / statistics.median(times))
+    validation = 1.2 * (time.perf_counter() - started)
+    started = time.perf_counter()
+    while plan.n_steps - state.step > 10:
+        optimizer_step(state, batches, plan)
+        if state.step % 10 == 0:
+            left = until - time.time() - validation - 1.0  # for the end of the process
+            rate = state.step / (time.perf_counter() - started)
+            plan = replace(plan, n_steps=state.step + max(0, int(0.98 * left * rate)))
+    return plan
 
 
 def train_peer(tokens: npt.NDArray[np.uint16], n_characters: int, seed: int) -> tuple[float, float, float]:
