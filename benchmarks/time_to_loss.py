@@ -137,7 +137,7 @@ def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan
     while plan.n_steps - state.step > 10:
         optimizer_step(state, batches, plan)
         if state.step % 10 == 0:
-            left = until - time.time() - validation - 1.0  # for the end of the process
+            left = until - time.time() - validation - 2.0  # for the end of the process
             rate = state.step / (time.perf_counter() - started)
             plan = replace(plan, n_steps=state.step + max(0, int(0.98 * left * rate)))
     return plan
