@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from gptpipe.corpus.shards import shard_paths
 from gptpipe.evaluation import charts
 from gptpipe.evaluation.report import TEMPLATES
-from gptpipe.files import MANIFEST, read_manifest, write_bytes
+from gptpipe.files import MANIFEST, read_manifest, verify, write_bytes
 
 _SHOWN, _CHARACTERS = 3, 300  # longest, shortest and random documents; of each
 
@@ -19,9 +19,9 @@ _SHOWN, _CHARACTERS = 3, 300  # longest, shortest and random documents; of each
 def view_data(root: Path, seed: int) -> str:
     """Write reports/data.md and reports/data.svg below `root`, and return the page. Needs stage collect alone.
 
-    In memory: 9 bytes per document, and a shard. Raises IntegrityError where nothing is collected.
+    In memory: 9 bytes per document, and a shard. Raises IntegrityError where nothing is collected, or it is damaged.
     """
-    raw = read_manifest(root / "data/raw")
+    raw = verify(root / "data/raw")
     made = {"raw": raw.counts}
     for name in ("tokens", "split"):
         if (root / "data" / name / MANIFEST).exists():

@@ -97,3 +97,11 @@ def test_the_page_goes_to_the_run(
     assert logged.read_text() == (root / "reports/data.md").read_text()
     (root / "reports/mlflow_run.json").write_text(json.dumps({"run_id": "0" * 32}))
     main()  # a run that the store does not know
+
+
+def test_a_damaged_corpus_is_told_before_it_is_read(root: Path) -> None:
+    shard = shard_paths(root / "data/raw")[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(IntegrityError, match="docs-00000"):
+        view_data(root, 0)
+    assert not (root / "reports").exists()

@@ -150,7 +150,7 @@ def test_the_champion_and_the_run_of_the_workspace(made: Path, told) -> None:
     assert told()[1][CHAMPION][0] == "error"
 
 
-def test_a_store_that_is_damaged_or_of_another_version(made: Path, told) -> None:
+def test_a_store_that_is_damaged(made: Path, told) -> None:
     connect()
     database = made / "mlflow.db"
     database.write_bytes(b"SQLite format 3\0" + bytes(5000))
