@@ -60,6 +60,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         return hidden_gradient * gradients[0], weight_gradient * gradients[0], None, None
 
 
+class TanhGELU(torch.autograd.Function):
+    """GELU in GPT-2's tanh form (Hendrycks and Gimpel, 2016, arXiv:1606.08415), elementwise.
+
+    0.5 x (1 + tanh(z / 2)) is x sigmoid(z), with z = sqrt(8 / pi) (x + 0.044715 x^3). On a CPU this takes half the time
+    of torch's kernel, whose tanh is slow; the sigmoid is kept for the backward pass.
+    """
+
+    LINEAR, CUBIC = math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        linear = x.new_tensor(TanhGELU.LINEAR)
+        sigmoid = torch.addcmul(linear, x, x, value=TanhGELU.CUBIC).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, sigmoid)
+        return x * sigmoid
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x, sigmoid = ctx.saved_tensors
+        through_z = torch.addcmul(x.new_tensor(TanhGELU.LINEAR), x, x, value=3 * TanhGELU.CUBIC)  # dz / dx
+        through_z *= torch.ops.aten.sigmoid_backward(gradients[0] * x, sigmoid)
+        return through_z.addcmul_(gradients[0], sigmoid)
+
+
 @dataclass
 class KVCache:
     """Keys and values of the tokens seen so far, one pair of (B, K, capacity, H) per layer; `length` are used."""
@@ -143,6 +167,14 @@ def _extend(cache: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, T
     return cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], mask
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's activation, by what is fastest for it here."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.requires_grad and not torch.compiler.is_compiling():
+        y: Tensor = TanhGELU.apply(x)  # type: ignore[no-untyped-call]
+        return y
+    return F.gelu(x, approximate="tanh")
+
+
 class FeedForward(nn.Module):
     """GELU (GPT-2's tanh form), or SwiGLU (Shazeer, 2020, arXiv:2002.05202, eq. 6)."""
 
@@ -156,7 +188,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(params.n_inner, params.n_embd, bias=not self.gated)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.gate_proj(x)) * self.up_proj(x) if self.gated else F.gelu(self.up_proj(x), approximate="tanh")
+        up = self.up_proj(x)
+        h = F.silu(self.gate_proj(x)) * up if self.gated else gelu(up)
         return F.dropout(self.down_proj(h), self.dropout, self.training)
 
 

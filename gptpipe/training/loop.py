@@ -164,7 +164,8 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
         model.zero_grad(set_to_none=True)
         raise NumericError(f"train: step {state.step + 1}: {fault}; stopped before the update: {_REMEDY}")
     if params.grad_clip is not None and norm > params.grad_clip:
-        torch._foreach_mul_(gradients, params.grad_clip / norm)
+        scale = torch.tensor(params.grad_clip / norm, device=device)  # a plain number would be converted for each
+        torch._foreach_mul_(gradients, scale)
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from gptpipe import __version__
-from gptpipe.config import TrainParams
+from gptpipe.config import ModelParams, TrainParams
 from gptpipe.environment import place
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.model.device import best_device, is_sharded
@@ -49,8 +49,8 @@ class Runtime:
         }
 
 
-def resolve(params: TrainParams, flops: float) -> Runtime:
-    """Turn `auto` into what this machine has and a training of so many FLOPs needs.
+def resolve(params: TrainParams, flops: float, model: ModelParams) -> Runtime:
+    """Turn `auto` into what this machine has and a training of this model by so many FLOPs needs.
 
     Raises ConfigError for a device that is not there.
     """
@@ -66,18 +66,21 @@ def resolve(params: TrainParams, flops: float) -> Runtime:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     ranks = "1" if place().n_ranks == 1 else f"{place().n_ranks} by {params.parallel}"
-    compiles = _compiling_pays(params, device, flops) if params.compile == "auto" else params.compile
+    compiles = _compiling_pays(params, device, flops, model) if params.compile == "auto" else params.compile
     return Runtime(device, getattr(torch, precision), compiles, ranks)
 
 
-def _compiling_pays(params: TrainParams, device: torch.device, flops: float) -> bool:
-    """Whether compiling, about a minute, is short beside what it saves: a twelfth of the steps' time on a CPU."""
+def _compiling_pays(params: TrainParams, device: torch.device, flops: float, model: ModelParams) -> bool:
+    """Whether compiling, about a minute, is short beside what it saves.
+
+    On a CPU a twelfth of the steps' time or more, but nothing of GPT-2's, whose eager kernels are as fast.
+    """
     if place().n_ranks > 1 and (device.type == "cpu" or params.parallel == "fsdp"):  # never tried
         return False
     has_compiler = any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
     match device.type:
         case "cpu":
-            return has_compiler and flops > _HALF_AN_HOUR * torch.get_num_threads()
+            return has_compiler and model.architecture != "gpt2" and flops > _HALF_AN_HOUR * torch.get_num_threads()
         case "cuda":
             return flops > _MINUTES_OF_A_GPU
     return False

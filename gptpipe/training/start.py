@@ -57,4 +57,4 @@ def start(params: Params, split: Path) -> Start:
     with torch.device("meta"):
         flops_per_token = GPT(params.model, tokenizer.vocab_size).flops_per_token()
     flops = flops_per_token * n_steps * section.batch_size * params.model.context_length
-    return Start(made_from, tokenizer, train, val, batches, n_steps, runtime.resolve(section, flops))
+    return Start(made_from, tokenizer, train, val, batches, n_steps, runtime.resolve(section, flops, params.model))

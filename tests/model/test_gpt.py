@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptpipe.model.gpt import GPT, document_mask, rotary_tables, rotate
+from gptpipe.model.gpt import GPT, TanhGELU, document_mask, gelu, rotary_tables, rotate
 
 every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
 
@@ -37,6 +37,19 @@ def test_scores_depend_on_distance_not_on_place() -> None:
 
     torch.testing.assert_close(scored(5, 2), scored(30, 27))
     assert not torch.allclose(scored(5, 2), scored(5, 3))
+
+
+def test_gelu_and_its_gradient_are_those_of_torch() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e15, -200.0, 0.0, 200.0, 1e15])])
+    weights = torch.randn(len(x), generator=torch.Generator().manual_seed(0))
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    found, expected = gelu(ours), F.gelu(theirs, approximate="tanh")
+    assert type(found.grad_fn).__name__ == "TanhGELUBackward"
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad.float(), atol=5e-6, rtol=1e-6)
+    assert torch.autograd.gradcheck(TanhGELU.apply, theirs[400:600].detach().requires_grad_())
 
 
 @every_architecture

@@ -12,6 +12,8 @@ from gptpipe.config import TrainParams
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.training.runtime import StopRequest, estimated_bytes, micro_batch_size, resolve
 
+QWEN3, GPT2 = (tiny.model_params(architecture=name, n_kv_head=4) for name in ("qwen3", "gpt2"))
+
 
 def section(**changes: Any) -> TrainParams:
     return TrainParams(**{**tiny.TRAIN, **changes})
@@ -51,13 +53,13 @@ def test_the_estimate_grows_with_the_sequences_and_shrinks_with_checkpointing() 
 @pytest.mark.parametrize("device", ["cuda:77", "abacus", "cpu:x"])
 def test_a_device_that_is_not_there_is_told(device: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.device"):
-        resolve(section(device=device), 1e9)
+        resolve(section(device=device), 1e9, QWEN3)
 
 
 def test_explicit_values_are_kept() -> None:
-    found = resolve(section(device="cpu", precision="bfloat16", compile=True), 1e9)
+    found = resolve(section(device="cpu", precision="bfloat16", compile=True), 1e9, QWEN3)
     assert (found.device.type, found.precision, found.compiles) == ("cpu", torch.bfloat16, True)
-    plain = resolve(section(device="cpu", precision="auto", compile="auto"), 1e9)
+    plain = resolve(section(device="cpu", precision="auto", compile="auto"), 1e9, QWEN3)
     assert (plain.precision, plain.compiles) == (torch.float32, False)
 
 
@@ -65,15 +67,17 @@ def test_a_long_training_compiles_where_a_compiler_is(monkeypatch: pytest.Monkey
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name == "g++" else None)
     auto = section(device="cpu", compile="auto")
     an_hour = 3600 * 3e10 * torch.get_num_threads()
-    assert [resolve(auto, share * an_hour).compiles for share in (0.1, 0.4, 0.6, 10)] == [False, False, True, True]
-    assert not resolve(section(device="cpu", compile=False), an_hour).compiles
+    shares = (0.1, 0.4, 0.6, 10)
+    assert [resolve(auto, share * an_hour, QWEN3).compiles for share in shares] == [False, False, True, True]
+    assert not resolve(auto, an_hour, GPT2).compiles
+    assert not resolve(section(device="cpu", compile=False), an_hour, QWEN3).compiles
     with monkeypatch.context() as ranked:
         two_ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
         for name, value in {**two_ranks, "TORCHELASTIC_RUN_ID": "test"}.items():
             ranked.setenv(name, value)
-        assert not resolve(auto, an_hour).compiles
+        assert not resolve(auto, an_hour, QWEN3).compiles
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert not resolve(auto, an_hour).compiles
+    assert not resolve(auto, an_hour, QWEN3).compiles
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
