@@ -60,7 +60,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=32, help="of text; shards hold 8")
+    parser.add_argument("--megabytes", type=int, default=64, help="of text; shards hold 8")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     datasets.disable_progress_bars()

