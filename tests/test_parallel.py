@@ -88,7 +88,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A real cluster of two workers on this machine. Ray is large (79 MB to download), so CI goes without."""
+    """A real cluster of two workers on this machine."""
     ray = pytest.importorskip("ray", reason="needs the extra cluster")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
