@@ -29,18 +29,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 
-from gptpipe.config import CollectParams, SplitParams, TokenizeParams, load_params
+from gptpipe.config import CollectParams, TokenizeParams, load_params
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.python_docs import python_docs
 from gptpipe.environment import n_workers
 from gptpipe.tokens import encode
+from gptpipe.tokens.contamination import report_contamination
 from gptpipe.tokens.huggingface import to_tokenizer_json
 from gptpipe.tokens.streams import split
 from gptpipe.tokens.tokenizer import PATTERN, Tokenizer, build_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 4096
 PARTS: list[list[str]] = []  # of the texts, one for each core
-SPLIT = SplitParams(val_fraction=0.05, test_fraction=0.05)
+SPLIT = load_params().split
 LOOP, LIMIT = "tiktoken, one process", "tiktoken, all cores, no files"
 STAGE = """
 import sys
@@ -53,7 +54,7 @@ elif stage == "tokenize":
     gpt2 = data_plane.TokenizeParams(encoding="gpt2", vocab_size=data_plane.VOCAB_SIZE)
     data_plane.encode.tokenize(folder / "raw", folder / "tokens3", gpt2, data_plane.SPLIT, 0)
 else:
-    data_plane.split(folder / "tokens", folder / "split3", data_plane.SPLIT, 0)
+    data_plane.stage_split(folder)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
@@ -136,13 +137,18 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
         ),
         "gptpipe tokenize, Parquet to Parquet": lambda: tokenize_with(lambda *_: tokenizer),
         "gptpipe collect, exact": lambda: collect(params, folder / "raw2"),
-        "gptpipe split": lambda: split(folder / "tokens", folder / "split", SPLIT, 0),
+        "gptpipe split, with the overlap in words": lambda: stage_split(folder),
         "tokenizers encode_batch": lambda: theirs.encode_batch(texts),
         "datasets.map of tiktoken": lambda: table.map(
             encode_rows, batched=True, load_from_cache_file=False, num_proc=n_workers()
         ),
         **training(their_training),
     }  # fmt: skip
+
+
+def stage_split(folder: Path) -> None:
+    report_contamination(folder / "raw", folder / "split.json", SPLIT, load_params().collect, 0)
+    split(folder / "tokens", folder / "split", SPLIT, 0)
 
 
 def collect_params(folder: Path) -> CollectParams:

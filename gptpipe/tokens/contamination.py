@@ -1,31 +1,36 @@
 """Contamination: runs of words that held-out text shares with train (Brown et al., 2020, arXiv:2005.14165, app. C)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import accumulate, groupby, islice, tee
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from gptpipe.config import CollectParams, SplitParams
 from gptpipe.corpus.dedup import WORD
-from gptpipe.corpus.shards import read_documents, shard_paths
+from gptpipe.corpus.shards import shard_paths
 from gptpipe.corpus.sources import read
 from gptpipe.errors import InputError
 from gptpipe.files import verify, write_json
 from gptpipe.parallel import map_in_order
-from gptpipe.tokens.splits import side_of
+from gptpipe.parquet import read_parquet, strings
+from gptpipe.tokens.splits import SIDES, sides_of
 
 _LARGEST = 1 << 21  # n-grams of held-out text in memory, 8 bytes each; of more, every 2nd, 4th, ... by hash
 _BLOCK = 1 << 16  # characters hashed at once, 60 bytes of memory each; a document is never cut
+_PARTS = 1 << 24  # of hashes, by some of their bits, in a table of 16 MB: most are told apart by one look
 _BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
 _SEPARATED = bytes(c if c > 127 or c == 10 or chr(c).isalnum() or chr(c) == "_" else 32 for c in range(256))
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
-Texts = Iterable[tuple[str, str, str]]  # group, id, text
+Mask = npt.NDArray[np.bool_]
+Texts = Iterator[tuple[list[str], list[str], list[str]]]  # groups, ids and texts of about _BLOCK characters together
 
 
 def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
@@ -44,8 +49,8 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
         while len(keys := keys[keys <= np.uint64(((1 << 64) - 1) // step)]) > _LARGEST:
             step *= 2
     in_train, counts = np.zeros(len(keys), bool), Counter[str]()
-    for hits, found, _ in map_in_order(partial(_matches, keys=keys, n=params.ngram), of_train):
-        in_train[hits] = True
+    for is_there, found, _ in map_in_order(partial(_matches, keys=keys, n=params.ngram), of_train):
+        in_train |= is_there
         counts.update(found)
     _, found, ids = _matches(held_out, keys=keys[in_train], n=params.ngram)
     counts.update(found)
@@ -60,41 +65,61 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
 
 def _texts(shards: list[Path], params: SplitParams, collect: CollectParams, seed: int, is_train: bool) -> Texts:
     """The train documents, or those that are held out and the benchmarks."""
-    for shard in shards:
-        for document_id, document in read_documents(shard):
-            if ((side := side_of(document_id, params, seed)) == "train") == is_train:
-                yield side, document_id, document.text
+    for batch in chain.from_iterable(read_parquet(shard, ["id", "text"]) for shard in shards):
+        sides = sides_of(strings(batch, "id"), params, seed)
+        chosen = (sides == SIDES.index("train")) == is_train
+        found = batch.filter(pa.array(chosen))
+        yield from _blocks([SIDES[i] for i in sides[chosen]], strings(found, "id"), strings(found, "text"))
     for i, source in enumerate(() if is_train else params.benchmarks):
-        for number, text in enumerate(read(source, collect, Counter(), {}), 1):
-            if isinstance(text, str):
-                yield f"benchmark-{i}", f"number {number}", text
+        numbered = enumerate(read(source, collect, Counter(), {}), 1)
+        texts = ((f"number {number}", text.replace("\0", " ")) for number, text in numbered if isinstance(text, str))
+        while some := list(islice(texts, 64)):
+            yield from _blocks([f"benchmark-{i}"] * len(some), *map(list, zip(*some, strict=True)))
 
 
-def _matches(texts: Callable[[], Texts], *, keys: Hashes, n: int) -> tuple[Indices, Counter[str], dict[str, list[str]]]:
+def _blocks(groups: list[str], ids: list[str], texts: list[str]) -> Texts:
+    of_block = np.cumsum([len(text) for text in texts]) // _BLOCK
+    for start, end in pairwise([0, *np.flatnonzero(np.diff(of_block)) + 1, len(texts)]):
+        yield groups[start:end], ids[start:end], texts[start:end]
+
+
+def _matches(texts: Callable[[], Texts], *, keys: Hashes, n: int) -> tuple[Mask, Counter[str], dict[str, list[str]]]:
     """Which of the sorted keys the texts hold; counts of texts, and the first ids, by group. Runs in a worker too."""
-    hits, counts, ids = [np.empty(0, np.int64)], Counter[str](), dict[str, list[str]]()
+    is_there, counts, listed = np.zeros(len(keys), bool), Counter[str](), dict[str, list[str]]()
+    has_key = np.zeros(_PARTS, bool)
+    has_key[_part(keys)] = True
     padded = np.append(keys, np.uint64(0))
-    for block, hashes, owners in _ngrams(texts(), n):
-        equal = padded[at := np.searchsorted(keys, hashes)] == hashes
-        hits.append(np.unique(at[equal]))
-        counts.update(f"{name}_documents" for name, _, _ in block)
-        counts.update(f"{block[i][0]}_examined" for i in np.unique(owners))
-        for name, document_id, _ in (block[i] for i in np.unique(owners[equal])):
-            counts[f"{name}_contaminated"] += 1
-            if counts[f"{name}_contaminated"] <= 20:  # for the report
-                ids.setdefault(name, []).append(document_id)
-    return np.concatenate(hits), counts, ids
+    for (groups, ids, _), hashes, owners in _ngrams(texts(), n):
+        likely = np.flatnonzero(has_key[_part(hashes)])
+        at = np.searchsorted(keys, hashes[likely])
+        equal = padded[at] == hashes[likely]
+        is_there[at[equal]] = True
+        contaminated = _distinct(owners[likely[equal]])
+        found = {"documents": range(len(ids)), "examined": _distinct(owners), "contaminated": contaminated}
+        for what, indices in found.items():
+            counts.update({f"{name}_{what}": k for name, k in Counter(groups[i] for i in indices).items()})
+        for i in contaminated:
+            if len(of_group := listed.setdefault(groups[i], [])) < 20:  # for the report
+                of_group.append(ids[i])
+    return is_there, counts, listed
 
 
-def _ngrams(texts: Texts, n: int) -> Iterator[tuple[list[tuple[str, str, str]], Hashes, Indices]]:
-    """Texts of about _BLOCK characters together, hashes of their runs of n words, and the index of the text of each."""
-    one, other = tee(texts)
-    sizes = accumulate(len(text) for _, _, text in one)
-    for _, group in groupby(zip(sizes, other, strict=True), lambda pair: pair[0] // _BLOCK):
-        block = [text for _, text in group]
-        lower = (text.replace("\n", " ").lower() for _, _, text in block)
-        words = (text if text.isascii() else " ".join(WORD.findall(text)) for text in lower)
-        data = np.frombuffer("\n".join(words).encode().translate(_SEPARATED), np.uint8)
+def _part(hashes: Hashes) -> Hashes:
+    return hashes >> np.uint64(20) & np.uint64(_PARTS - 1)
+
+
+def _distinct(ascending: Indices) -> Indices:
+    return ascending[np.flatnonzero(np.diff(ascending, prepend=-1))]
+
+
+def _ngrams(texts: Texts, n: int) -> Iterator[tuple[Any, Hashes, Indices]]:
+    """Each block of texts, hashes of their runs of n words, and the index of the text of each."""
+    for block in texts:
+        lower = "\0".join(block[2]).replace("\n", " ").lower()  # no clean text has that character
+        if not lower.isascii():
+            words = (text if text.isascii() else " ".join(WORD.findall(text)) for text in lower.split("\0"))
+            lower = "\0".join(words)
+        data = np.frombuffer(lower.replace("\0", "\n").encode().translate(_SEPARATED), np.uint8)
         is_word = np.concatenate([[False], data > 32, [False]])
         starts, ends = np.flatnonzero(is_word[1:] > is_word[:-1]), np.flatnonzero(is_word[1:] < is_word[:-1])
         owners = np.searchsorted(np.flatnonzero(data == 10), starts)
@@ -106,6 +131,13 @@ def _ngrams(texts: Texts, n: int) -> Iterator[tuple[list[tuple[str, str, str]], 
 
 def _runs(values: Hashes, starts: Indices, ends: Indices, base: int) -> Hashes:
     """A polynomial modulo 2**64 of the values from each start to its end, by differences of one running sum."""
-    powers, inverses = (np.cumprod(np.full(len(values) + 1, b, np.uint64)) for b in (base, pow(base, -1, 1 << 64)))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers[:-1])])
+    size = 1 << len(values).bit_length()
+    powers, inverses = _powers(base, size)[: len(values)], _powers(pow(base, -1, 1 << 64), size)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
     return np.asarray((sums[ends] - sums[starts]) * inverses[starts], np.uint64)
+
+
+@lru_cache(8)
+def _powers(base: int, n: int) -> Hashes:
+    powers: Hashes = np.cumprod(np.full(n, base, np.uint64), dtype=np.uint64)
+    return powers
