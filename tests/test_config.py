@@ -206,14 +206,21 @@ def test_a_python_tag_is_not_executed(tmp_path: Path, tag: str) -> None:
     assert not canary.exists()
 
 
-def test_a_stage_with_bad_parameters_ends_with_2_and_one_line_before_any_file(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(edited(lr="-1"))
+@pytest.mark.parametrize("stage", ["collect", "tokenize", "split", "train", "evaluate"])
+def test_a_stage_names_all_bad_parameters_before_any_file(tmp_path: Path, stage: str) -> None:
+    text = edited(lr=".nan", stride="0", n_head="3", dropout="1.0", warmup_steps="5000", tie_embeddings="yes")
+    (tmp_path / "params.yaml").write_text(text.replace("  grad_clip:", "  grad_clp:"))
     done = subprocess.run(
-        [sys.executable, "-m", "stages.collect"],
+        [sys.executable, "-m", f"stages.{stage}"],
         cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: params.yaml: train.lr: Input should be greater than 0, got -1\n"
+    lines = done.stderr.removeprefix("error: ").splitlines()
+    assert "params.yaml: train.lr: Input should be a finite number, got nan" in lines
+    assert {line.split(": ")[1] for line in lines} == {
+        "model.n_kv_head", "model.head_dim", "model.dropout", "model.tie_embeddings", "train.lr", "train.stride",
+        "train.max_steps", "train.grad_clip", "train.grad_clp",
+    }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 

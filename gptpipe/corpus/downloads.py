@@ -33,7 +33,10 @@ def download(url: str, sha256: str) -> Path:
         try:
             missing = _fetch(url, part) > 0
         except (OSError, http.client.HTTPException) as error:
-            code = error.code if isinstance(error, urllib.error.HTTPError) else 500
+            code = 500
+            if isinstance(error, urllib.error.HTTPError):
+                code = error.code
+                error.close()
             if code < 500 and code not in (408, 416, 429):  # 416: the part is the whole already, or worth nothing
                 raise InputError(f"{url}: {first_line(error)}; mend the address in collect.sources") from error
             missing, reason = code != 416, first_line(error)

@@ -74,9 +74,7 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
     def count_out(data: bytes) -> None:
         nonlocal n_out
         n_out += len(data)
-        if n_out > max(_FREE_BYTES, max_expansion * (n_in or Path(address).stat().st_size)):
-            raise InputError(f"{address}: grows to more than {max_expansion} times its size; remove it, or raise "
-                             "collect.max_expansion")  # fmt: skip
+        check_growth(address, n_in or Path(address).stat().st_size, n_out, max_expansion)
 
     with _open(address) as raw:
         if not is_remote(address):
@@ -88,6 +86,13 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
             _drain(file)
         finally:  # also where a source's limit ends it
             digests[address] = sha256.hexdigest()
+
+
+def check_growth(name: str, n_in: int, n_out: int, max_expansion: int) -> None:
+    """Raise InputError where more bytes come out than `max_expansion` times those that went in."""
+    if n_out > max(_FREE_BYTES, max_expansion * n_in):
+        raise InputError(f"{name}: grows to more than {max_expansion} times its size; remove it, or raise "
+                         "collect.max_expansion")  # fmt: skip
 
 
 def _unpacked(name: str, file: io.BufferedReader, note: Note) -> Iterator[tuple[str, io.BufferedReader]]:
@@ -180,9 +185,11 @@ def read_errors(name: str) -> Iterator[None]:
     except Exception as error:  # every file system behind fsspec has errors of its own
         if not isinstance(error, OSError) and not is_remote(name):
             raise
-        # fsspec says of a host that cannot be reached, too, that the file is not there.
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        # fsspec says of a host that cannot be reached, and of a server that fails, too, that the file is not there.
+        cause: Any = (isinstance(error, FileNotFoundError) and error.__cause__) or error
+        is_lost = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError)
+        is_lost = is_lost or getattr(cause, "status", 0) in (408, 429, *range(500, 600))
+        if is_remote(name) and (is_lost or not isinstance(error, OSError)):
+            raise ResourceError(f"{name}: cannot read: {first_line(cause)}; rerun when it can be reached") from error
         reason = (cause.strerror if isinstance(cause, OSError) else None) or first_line(cause)
-        if not is_remote(name) or isinstance(cause, FileNotFoundError | PermissionError):
-            raise InputError(f"{name}: cannot read: {reason}; mend the file, or collect.sources") from error
-        raise ResourceError(f"{name}: cannot read: {first_line(cause)}; rerun when it can be reached") from error
+        raise InputError(f"{name}: cannot read: {reason}; mend the file, or collect.sources") from error

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
 from gptpipe.corpus.cleaning import Rejected, cut, plain_line_ends
 from gptpipe.corpus.downloads import download
-from gptpipe.corpus.opening import CHUNK, is_remote, open_files, read_errors, remote_addresses, seekable
+from gptpipe.corpus.opening import CHUNK, check_growth, is_remote, open_files, read_errors, remote_addresses, seekable
 from gptpipe.corpus.python_docs import module_files, python_code, python_docs
-from gptpipe.environment import optional_module
+from gptpipe.environment import optional_module, project_root
 from gptpipe.errors import InputError, first_line
 from gptpipe.files import sha256_of
 
@@ -112,6 +114,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     """The regular files that the globs name, sorted, each once. Raises InputError that names all that is wrong."""
     faults: list[str] = []
     found: set[str] = set()
+    project = project_root().resolve()
     for pattern in patterns:
         if links := _links_to_folders(pattern):
             faults += [f"{link}: a link to a folder, which could lead in circles" for link in links]
@@ -119,6 +122,10 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
         names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207  takes absolute patterns too
         if not names:
             faults.append(f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches"))
+        homes = (project, Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve())
+        for name, real in sorted((name, Path(os.path.realpath(name))) for name in names):
+            if not any(map(real.is_relative_to, homes)):
+                faults.append(f"{name}: a link that leads out of {homes[1]} and of the project, to {real}")
         found.update(names)
     for path in sorted(map(Path, found)):
         try:
@@ -220,9 +227,14 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise InputError(f"{name}: column `{column}` holds {kind}, not text; set text_column of the source")
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            n_in, n_out = whole.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
+            check_growth(name, n_in, n_out, params.max_expansion)
             widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-            for batch in file.iter_batches(max(1, min(1024, _BATCH_BYTES // (widest + 1))), columns=[column]):
+            widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups)), 0
+            n_rows = max(1, min(1024, _BATCH_BYTES // (widest + 1)))
+            for batch in file.iter_batches(n_rows, columns=[column]):
                 contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8
+                check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
                 for content in contents.to_numpy(zero_copy_only=False):
                     yield Rejected("no_text") if content is None else content.decode(errors=params.encoding_errors)
     except UnicodeDecodeError as error:
@@ -231,6 +243,15 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
         ) from error
     except pa.ArrowException as error:
         raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
+
+
+def _longest_in_dictionaries(whole: BinaryIO, column: str, groups: list[Any]) -> int:
+    """Bytes of the longest text that a row can name by a number: a small file may have it in a million rows."""
+    with pq.ParquetFile(whole, read_dictionary=[column]) as file:
+        some = (i for i, group in enumerate(groups) if group.num_rows
+                and any(group.column(j).has_dictionary_page for j in range(group.num_columns)))  # fmt: skip
+        texts = (next(file.iter_batches(1, [i], [column])).column(0).dictionary for i in some)
+        return max((pc.max(pc.binary_length(text)).as_py() or 0 for text in texts), default=0)
 
 
 def _hub_address(source: HuggingFace) -> str:

@@ -112,7 +112,7 @@ def _check_sides(counts: dict[str, int], params: SplitParams) -> None:
 def open_stream(folder: Path, side: Side) -> Stream:
     """One side of the split, its tokens memory-mapped. The caller has verified the folder. Raises IntegrityError."""
     try:
-        tokens = np.load(folder / side / TOKENS, mmap_mode="r", allow_pickle=False)
+        tokens = np.lib.format.open_memmap(folder / side / TOKENS, mode="r")  # of an array without objects, no zip
     except (OSError, ValueError, EOFError) as error:
         raise IntegrityError(f"{folder / side / TOKENS}: not a token stream ({error}); run `dvc repro -f`") from error
     columns = [field.name for field in _SCHEMA]

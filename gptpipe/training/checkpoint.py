@@ -101,18 +101,19 @@ class Checkpoints:
             try:
                 verify(candidate)
                 content = json.loads((candidate / _STATE).read_bytes())
+                journal = [*map(json.loads, (candidate / _JOURNAL).read_bytes().splitlines())]
                 if content["best_step"] is not None:
                     verify(self._best_folder(content["best_step"]))
-            except IntegrityError as error:
-                complain(f"warning: {error.args[0].split(';')[0]}; trying the checkpoint before")
+            except (IntegrityError, ValueError) as error:  # the second of what no training wrote
+                what = error.args[0].split(";")[0] if isinstance(error, IntegrityError) else f"{candidate}: not JSON"
+                complain(f"warning: {what}; trying the checkpoint before")
                 continue
             self._check_environment(content["environment"], allow_inexact)
             _load_tensors(state, weights_from_bytes((candidate / _TENSORS).read_bytes()))
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
             state.skipped, state.micro_batch_size = content["skipped"], content["micro_batch_size"]
-            lines = (candidate / _JOURNAL).read_bytes().splitlines()
-            state.journal = [(step, time_ms, metrics) for step, time_ms, metrics in map(json.loads, lines)]
+            state.journal = [(step, time_ms, metrics) for step, time_ms, metrics in journal]
             state.steps = [(m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m]
             for unsound in candidates[:i] if place().rank == 0 else ():
                 _discard(unsound)

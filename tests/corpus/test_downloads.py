@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import json
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from gptpipe.corpus import downloads
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.downloads import download
 from gptpipe.corpus.sources import fingerprint, read
-from gptpipe.errors import InputError, IntegrityError, ResourceError
+from gptpipe.errors import GptpipeError, InputError, IntegrityError, ResourceError
 
 MakeParams = Callable[..., CollectParams]
 BODY = b"".join(b"line %d\n" % i for i in range(20_000))
@@ -57,7 +59,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(BODY) - start))
             self.end_headers()
-            self.wfile.write(BODY[start : int(0.9 * len(BODY)) if script == "breaks off" else None])
+            self.wfile.write(BODY[start : int(0.9 * len(BODY)) if script in ("breaks off", "resets") else None])
+            if script == "resets":  # the connection, in place of its orderly end
+                self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                for end in (self.connection, self.rfile, self.wfile):
+                    end.close()
 
 
 @pytest.fixture
@@ -116,6 +123,37 @@ def test_what_cannot_be_had(
         download(address(server), SHA256)
     assert len(server.asked) == n_asked
     assert not (tmp_path / ".gptpipe/downloads" / SHA256).exists()
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+@pytest.mark.parametrize(
+    ("script", "sha256", "code", "words"),
+    [
+        ("404", SHA256, 3, "404"),
+        ("500", SHA256, 5, "500"),
+        ("stalled", SHA256, 5, "timed out"),
+        ("resets", SHA256, 5, "reset by peer"),
+        ("breaks off", SHA256, 5, "cut short"),
+        ("to a file", SHA256, 3, "file:///etc/hostname"),
+        ("whole", "0" * 64, 4, f"SHA-256 is {SHA256}"),
+    ],
+)
+def test_a_corpus_with_a_bad_address_is_not_made(
+    server: Server, tmp_path: Path, collect_params: MakeParams, script: str, sha256: str, code: int, words: str,
+    alone: bool,
+) -> None:  # fmt: skip
+    server.script = [script]
+    (tmp_path / "good.txt").write_text("\n".join(f"good {i}" for i in range(99)))
+    good = {"kind": "text", "paths": (f"{tmp_path}/good.txt",), "document": "line"}
+    bad = {"kind": "url", "url": address(server), "sha256": sha256, "document": "line"}
+    with pytest.raises(GptpipeError) as caught:
+        collect(collect_params(*([] if alone else [good]), bad), tmp_path / "raw")
+    assert caught.value.exit_code == code
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "raw").exists()
+    kept = {path.suffix for path in (tmp_path / ".gptpipe/downloads").iterdir()}
+    assert kept <= {".part"}  # nothing under the final name
 
 
 def test_another_content_is_an_integrity_error_and_leaves_nothing(server: Server, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ TABLE: dict[str, tuple[bytes, dict[str, int] | str]] = {
     "invalid utf-8": (b"fine until \xff here", "hostile: not UTF-8 at byte 11; "),
     "cut off utf-8": ("ends in a €".encode()[:-1], "hostile: not UTF-8 at byte 10; "),
     "utf-16": ("some text".encode("utf-16"), "hostile: not UTF-8 at byte 0; "),
+    "utf-16 the other way round": (b"\xfe\xff\0a\0b", "hostile: not UTF-8 at byte 0; "),
     "utf-16 without a mark": ("some text".encode("utf-16-le"), {"rejected_binary": 1}),
     "nul": (b"some\0text", {"rejected_binary": 1}),
     "elf": (b"\x7fELF\x02\x01\x01\0\0", {"rejected_binary": 1}),
@@ -65,9 +67,12 @@ def collected(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> C
 def check(run: Callable[[], dict[str, int]], outcome: dict[str, int] | str, alone: bool, raw: Path) -> None:
     expected = {} if isinstance(outcome, str) else outcome
     if isinstance(outcome, str) or (alone and not expected.get("documents")):
-        words = outcome if isinstance(outcome, str) else "no document left of 1 (1 " + "".join(expected)[9:] + ")"
+        reasons = "".join(expected)[9:]
+        left = f"no document left of 1 (1 {reasons})" if reasons else "no document left of 0 (the sources are empty)"
+        words = outcome if isinstance(outcome, str) else left
         with pytest.raises(InputError) as caught:
             run()
+        assert caught.value.exit_code == 3
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not raw.exists()
@@ -101,8 +106,12 @@ def test_a_file(collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
         (b'{"text": 7}', {"rejected_no_text": 1}),
         (b'{"text": "' + b"x" * (20 << 20) + b'"}', {"rejected_line_too_long": 1}),
         (b'{"text": ', "hostile, line 1: not JSON: "),
+        (b'{"text": "caf\xe9"}', "hostile: not UTF-8 at byte 13; "),
+        (b"\x7fELF\x02\x01\x01\0\0", "hostile, line 1: not JSON: "),
+        (b'{"text": "a\\u0000b"}', {"documents": 1, "bytes": 2}),
+        (b"", {}),
     ],
-    ids=["lone surrogate", "no text", "20 MB", "not json"],
+    ids=["lone surrogate", "no text", "20 MB", "not json", "invalid utf-8", "elf", "nul", "empty"],
 )
 def test_a_line_of_json(collected, tmp_path: Path, line: bytes, outcome: dict[str, int] | str, alone: bool) -> None:
     (tmp_path / "hostile").write_bytes(line)
@@ -110,7 +119,7 @@ def test_a_line_of_json(collected, tmp_path: Path, line: bytes, outcome: dict[st
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
-@pytest.mark.parametrize("kind", ["loop", "fifo", "folder", "dangling link"])
+@pytest.mark.parametrize("kind", ["loop", "fifo", "folder", "dangling link", "link out"])
 def test_what_is_no_file_is_named_and_nothing_hangs(collected, tmp_path: Path, kind: str, alone: bool) -> None:
     path = tmp_path / "hostile"
     if kind == "loop":
@@ -119,6 +128,8 @@ def test_what_is_no_file_is_named_and_nothing_hangs(collected, tmp_path: Path, k
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
+    elif kind == "link out":
+        path.symlink_to("/etc/passwd")
     else:
         path.symlink_to("nothing")
     check(lambda: collected(alone), f"{tmp_path}/hostile: ", alone, tmp_path / "raw")
@@ -132,8 +143,55 @@ def test_equal_and_nearly_equal_documents(collected, tmp_path: Path, alone: bool
     check(lambda: collected(alone, "parquet", dedup="near"), outcome, alone, tmp_path / "raw")
 
 
-def test_a_windows_file_has_the_id_of_its_clean_twin(collected, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+def test_a_windows_file_has_the_id_of_its_clean_twin(collected, tmp_path: Path, alone: bool) -> None:
     (tmp_path / "hostile").write_bytes(TABLE["byte order mark and crlf"][0])
-    collected(True)
+    collected(alone)
     table = pq.read_table(tmp_path / "raw/docs-00000.parquet")
-    assert table["id"].to_pylist() == [hashlib.sha256(b"one\ntwo").hexdigest()]
+    assert table["id"].to_pylist()[-1] == hashlib.sha256(b"one\ntwo").hexdigest()
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+def test_bytes_that_are_replaced_are_counted(collected, tmp_path: Path, alone: bool) -> None:
+    (tmp_path / "hostile").write_bytes(TABLE["invalid utf-8"][0])
+    counts = collected(alone, encoding_errors="replace")
+    assert counts["with_replacement_character"] == 1
+    texts = pq.read_table(tmp_path / "raw/docs-00000.parquet")["text"].to_pylist()
+    assert texts == [*([] if alone else GOOD), "fine until \ufffd here"]
+
+
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+@pytest.mark.parametrize(
+    ("texts", "options", "outcome"),
+    [
+        (["a" * 100] * 20_000, {}, "hostile: grows to more than 200 times its size; "),
+        (["a" * (1 << 20) + str(i) for i in range(4)], {"use_dictionary": False, "compression": "zstd"},
+         "hostile: grows to more than 200 times its size; "),
+        (NOT_UTF8, {}, "hostile: column `text` is not UTF-8; "),
+        (pa.array([None], pa.string()), {}, {"rejected_no_text": 1}),
+        (pa.array([], pa.string()), {}, {}),
+    ],
+    ids=["dictionary bomb", "zstd bomb", "invalid utf-8", "no text", "empty"],
+)  # fmt: skip
+def test_a_table(
+    collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: Any, options: Any, outcome: Any, alone: bool
+) -> None:
+    monkeypatch.setattr(opening, "_FREE_BYTES", 1 << 20)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "hostile", **options)
+    check(lambda: collected(alone, "parquet"), outcome, alone, tmp_path / "raw")
+
+
+def test_a_table_whose_rows_name_one_long_text_is_read_in_small_parts(tmp_path: Path, collected) -> None:
+    """2 KB of file for 200 MB of text, under a limit of the address space; allowed to grow, it is one document."""
+    pq.write_table(pa.table({"text": ["a" * 200_000] * 1000}), tmp_path / "hostile")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), limits[1]))
+    try:
+        counts = collected(True, "parquet", max_expansion=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert (counts["documents"], counts["rejected_duplicate"]) == (1, 999)

@@ -208,7 +208,7 @@ def test_http(tmp_path: Path, texts, server: str, collect_params: MakeParams) ->
         assert digests == {f"{server}/{name}": hashlib.sha256(content).hexdigest()}
     (tmp_path / "e.parquet").write_bytes(parquet(LINES))
     assert texts(f"{server}/e.parquet", "parquet") == LINES
-    with pytest.raises(InputError, match=r"/none\.txt: cannot read: .*none\.txt; mend"):
+    with pytest.raises(InputError, match=r"/none\.txt: cannot read: 404, .*none\.txt'; mend"):
         texts(f"{server}/none.txt")
     params = collect_params({"kind": "text", "paths": (f"{server}/a.txt",)})
     assert fingerprint(params.sources) == {}
@@ -217,6 +217,37 @@ def test_http(tmp_path: Path, texts, server: str, collect_params: MakeParams) ->
 def test_a_server_that_is_not_there_is_a_resource_error(texts, server: str) -> None:
     with pytest.raises(ResourceError, match=r"http://127.0.0.1:1/a: cannot read: Cannot connect to host .*; rerun"):
         texts("http://127.0.0.1:1/a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (b"404 Not Found", InputError, "404"),
+        (b"302 Found\r\nLocation: file:///etc/hostname", InputError, "file:///etc/hostname; mend"),
+        (b"503 Service Unavailable", ResourceError, "503"),
+        (b"200 OK\r\nContent-Length: 99", ResourceError, "not completed"),
+    ],
+    ids=["404", "to a file", "503", "short"],
+)
+def test_what_a_server_does_wrong(texts, answer: bytes, error: type[GptpipeError], words: str) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(b"HTTP/1.0 " + answer + b"\r\n\r\n" + (b"" if self.command == "HEAD" else b"some"))
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever, args=[0.05])
+        thread.start()
+        try:
+            with pytest.raises(error, match=rf"http://127.0.0.1:\d+/a: cannot read: .*{words}"):
+                texts(f"http://127.0.0.1:{serving.server_port}/a")
+        finally:
+            serving.shutdown()
+            thread.join()
 
 
 def test_an_unknown_protocol_is_an_input_error(texts) -> None:

@@ -237,6 +237,30 @@ def test_links_to_folders_are_named_not_followed_for_ever(tmp_path: Path) -> Non
     assert matching_files([f"{tmp_path}/sub/*.txt"]) == [tmp_path / "sub" / "a.txt"]
 
 
+def test_links_that_lead_out_are_named_and_others_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of the folder that a glob starts in and of the project; a folder that is itself a link is the user's word."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    for name in ("elsewhere/a.txt", "project/cache/b.txt", "corpus/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("text")
+    links = {"corpus/in.txt": "c.txt", "corpus/cached.txt": "../project/cache/b.txt", "linked": "elsewhere"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    followed = [*map(Path, ("corpus/c.txt", "corpus/cached.txt", "corpus/in.txt", "linked/a.txt"))]
+    assert matching_files(["corpus/*.txt", "linked/*.txt"]) == followed
+    (tmp_path / "corpus/out.txt").symlink_to("../elsewhere/a.txt")
+    (tmp_path / "corpus/up").symlink_to("..")
+    found = []
+    for pattern in ("corpus/*.txt", "corpus/out.txt", "corpus/*/elsewhere/*"):
+        with pytest.raises(
+            InputError, match=rf"a link that leads out of {tmp_path}/corpus .*elsewhere/a\.txt"
+        ) as caught:
+            matching_files([pattern])
+        found.append(str(caught.value).split(":")[0])
+    assert found == ["corpus/out.txt", "corpus/out.txt", "corpus/up/elsewhere/a.txt"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="drops privileges")
 def test_no_permission_is_named(tmp_path: Path) -> None:
     """In a process of its own without root's rights: root may read anything."""
@@ -256,9 +280,10 @@ except InputError as error:
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text("text")
         (folder / name).chmod(0)
+    (folder / "good.txt").write_text("text")
     folder.chmod(0o755)
     done = subprocess.run(
-        [sys.executable, "-c", program, "a.txt", "b.txt"], cwd=folder, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, "*.txt"], cwd=folder, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("a.txt: Permission denied; b.txt: Permission denied; mend collect.sources")
 

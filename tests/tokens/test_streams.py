@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gptpipe.config import SplitParams, TokenizeParams
+from gptpipe.config import CollectParams, SplitParams, TokenizeParams
 from gptpipe.corpus import shards
+from gptpipe.corpus.collect import collect
 from gptpipe.corpus.document import Document
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
@@ -79,6 +80,29 @@ def test_no_document_and_no_window_is_on_two_sides(tmp_path: Path, tokens: Path,
     assert min(map(len, windows.values())) > 1000
     for side, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert windows[side].isdisjoint(windows[other])
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact", "near"])
+def test_equal_and_nearly_equal_documents_are_never_on_two_sides(
+    tmp_path: Path, sentences: list[str], trained: TokenizeParams, fifths: SplitParams, dedup: str,
+    collect_params: Callable[..., CollectParams],
+) -> None:  # fmt: skip
+    """Near ones where they are looked for; equal ones always, for their ids are equal."""
+    pytest.importorskip("rensa")
+    almost = [f"{text} more" for text in sentences] if dedup == "near" else []
+    (tmp_path / "a.txt").write_text("\n".join([*sentences, *almost, *sentences]))
+    source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
+    counts = collect(collect_params(source, dedup=dedup), tmp_path / "raw")
+    assert counts["documents"] == (600 if dedup == "none" else 300)
+    tokenize(tmp_path / "raw", tmp_path / "tokens", trained, fifths, SEED)
+    split(tmp_path / "tokens", tmp_path / "split", fifths, SEED)
+    tokenizer = Tokenizer.load(tmp_path / "split/tokenizer")
+    found = []
+    for side in SIDES:
+        stream = open_stream(tmp_path / "split", side)
+        documents = np.split(stream.tokens, stream.documents["offset"])
+        found.append({tokenizer.decode(tokens.tolist()[:-1]).removesuffix(" more") for tokens in documents[1:]})
+    assert sum(map(len, found)) == len(set().union(*found)) == 300
 
 
 def test_ninety_to_ten(tmp_path: Path, tokens: Path) -> None:

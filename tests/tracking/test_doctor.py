@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,25 @@ def test_a_store_that_is_damaged(made: Path, told) -> None:
     code, lines = told()
     assert (code, lines["store"][0]) == (4, "error")
     assert str(database) in lines["store"][1]
+
+
+def test_a_store_of_an_older_mlflow_is_told_with_its_remedy_and_left_as_it_is(
+    made: Path, told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect()
+    with closing(sqlite3.connect(made / "mlflow.db")) as database:
+        database.execute(f"vacuum into '{made / 'old.db'}'")  # under a name that this process has not looked at yet
+    with closing(sqlite3.connect(made / "old.db")) as database, database:
+        database.execute("update alembic_version set version_num = '451aebb31d03'")
+    before = (made / "old.db").read_bytes()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made / 'old.db'}")
+    code, lines = told()
+    assert (code, lines["store"][0]) == (5, "error")
+    assert "out-of-date database schema" in lines["store"][1]
+    assert "mlflow db upgrade" in lines["store"][1]
+    assert "runs" not in lines
+    assert told(fix=True)[0] == 5
+    assert (made / "old.db").read_bytes() == before
 
 
 def test_other_versions_than_the_pinned_ones(project: Path, told) -> None:

@@ -16,13 +16,13 @@ import tiny
 import torch
 from toy_project import Project, start, wait_for_the_lock
 
-from gptpipe.config import Params
+from gptpipe.config import Params, SplitParams
 from gptpipe.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.files import verify
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import load_model
 from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.streams import open_stream
+from gptpipe.tokens.streams import open_stream, split
 from gptpipe.tokens.tokenizer import Tokenizer
 
 
@@ -270,6 +270,27 @@ def test_it_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_p
 def test_a_warm_up_beyond_the_epochs_is_told(project: Project) -> None:
     with pytest.raises(ConfigError, match=r"train\.warmup_steps 100 must be below the 36 steps"):
         project.train(tiny.params(train__epochs=1.0, train__max_steps=None, train__warmup_steps=100))
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
+    project: Project, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    monkeypatch.setattr("gptpipe.training.runtime.free_bytes", lambda _: 1 << 16)
+    with pytest.raises(ResourceError, match=f"micro-batches of {size or 1} need about 0.0 GiB, 0.0 are free") as caught:
+        project.train(tiny.params(train__micro_batch_size=size))
+    assert caught.value.exit_code == 5
+    assert project.records == project.checkpoints() == []
+
+
+def test_too_little_text_is_told(project: Project) -> None:
+    with pytest.raises(InputError, match=r"the train split has \d+ tokens, one window needs 10001"):
+        project.train(tiny.params(model__context_length=10_000))
+    split(project.split.parent / "tokens", project.root / "split", SplitParams(val_fraction=0.0, test_fraction=0.2), 7)
+    project.split = project.root / "split"
+    with pytest.raises(InputError, match=r"validation split is empty; raise split\.val_fraction or add documents"):
+        project.train(tiny.params())
+    assert project.records == []
 
 
 def test_a_damaged_split_is_never_trained_on(project: Project, tmp_path: Path) -> None:
