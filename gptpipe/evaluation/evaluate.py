@@ -65,13 +65,14 @@ def evaluate_model(
     with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
         for side, stream in held_out.items():
             scores = score(model, stream, advance=progress.advance)
-            results[side] = figures(scores, stream.documents)
-            results["by_source"][side] = figures_by_source(scores, stream.documents)
-            by_confidence = calibration_table(scores)
+            results[side] = figures(scores.by_document, stream.documents)
+            results["by_source"][side] = figures_by_source(scores.by_document, stream.documents)
+            by_confidence = calibration_table(scores.by_confidence)
             results[side]["calibration_error"] = calibration_error(by_confidence)
             calibration.append(by_confidence.assign(split=side))
-            n = scores.n_by_position.clip(min=1)
-            found = {"loss": scores.nats_by_position / n, "token_accuracy": scores.correct_by_position / n}
+            nats, hits, n_tokens = scores.by_position
+            n = n_tokens.clip(min=1)
+            found = {"loss": nats / n, "token_accuracy": hits / n}
             positions.append(pd.DataFrame({"split": side, "position": np.arange(len(n)), **found}))
             sources += [
                 {"split": side, "source": source, **values} for source, values in results["by_source"][side].items()

@@ -185,7 +185,7 @@ class _Training:
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
-        found = figures(scores, self.begin.val.documents)
+        found = figures(scores.by_document, self.begin.val.documents)
         self.log(self.state.step, {f"val/{name}": found[name] for name in _VALIDATION_FIGURES})
         return distributed.from_first(found["loss"])
 
