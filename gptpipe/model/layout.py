@@ -237,11 +237,16 @@ def initialise_from(model: GPT, folder: Path) -> None:
 
 
 def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {}
+    """In whatever order `weights` are: a safetensors file has them by name."""
+    theirs: dict[str, Tensor] = {}
     for name, value in weights.items():
+        their_name = _their_name(name, params)
+        if ".c_attn." in their_name:
+            part = name.split(".")[-2]
+            value = torch.cat([weights[name.replace(part, f"{letter}_proj")] for letter in "qkv"])
         if not (params.tie_embeddings and name == "head.weight"):
-            parts.setdefault(_their_name(name, params), []).append(_transposed(name, value, params))
-    return {name: values[0] if len(values) == 1 else torch.cat(values, dim=-1) for name, values in parts.items()}
+            theirs[their_name] = _transposed(name, value, params)
+    return theirs
 
 
 def _to_our_names(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:

@@ -32,7 +32,8 @@ TEXT = (
 
 def saved(folder: Path, model: GPT, end_of_text: int = 0) -> Path:
     folder.mkdir(exist_ok=True)
-    save_model(folder, model.params, model.vocab_size, end_of_text, dict(model.named_parameters()))
+    weights = dict(sorted(model.named_parameters()))  # as a checkpoint has them
+    save_model(folder, model.params, model.vocab_size, end_of_text, weights)
     return folder
 
 
