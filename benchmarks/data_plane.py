@@ -40,7 +40,7 @@ from gptpipe.tokens.tokenizer import PATTERN, Tokenizer, build_tokenizer, train_
 
 VOCAB_SIZE = 4096
 PARTS: list[list[str]] = []  # of the texts, one for each core
-SPLIT = SplitParams(val_fraction=0.05, test_fraction=0.05)
+SPLIT = SplitParams(val_fraction=0.05, test_fraction=0.05, ngram=13, benchmarks=(), max_contamination=None)
 LOOP, LIMIT = "tiktoken, one process", "tiktoken, all cores, no files"
 STAGE = """
 import sys

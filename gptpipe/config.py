@@ -1,6 +1,6 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
-Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources and of checks.
+Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources.
 A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
@@ -108,22 +108,22 @@ Source = Annotated[Python | Text | Jsonl | Parquet | Url | HuggingFace, Field(di
 class FilterParams(Section):
     """Which lines and documents stay in the corpus; null, false or no phrase: that filter is off."""
 
-    drop_lines_with: tuple[Phrase, ...] = ()
-    drop_lines_below: Positive | None = None  # words
-    drop_lines_unfinished: bool = False
-    phrases: tuple[Phrase, ...] = ()
-    sentences: Positive | None = None
-    words: tuple[Count, Positive] | None = None
-    mean_word_length: tuple[PositiveFloat, PositiveFloat] | None = None  # characters
-    symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None = None
-    ellipsis_lines: Ratio | None = None
-    bullet_lines: Ratio | None = None
-    alphabetic_words: Ratio | None = None
-    stop_words: Annotated[int, Field(ge=1, le=8)] | None = None
-    duplicate_lines: tuple[Ratio, Ratio] | None = None  # of lines, of their characters
-    duplicate_paragraphs: tuple[Ratio, Ratio] | None = None
-    top_ngrams: tuple[Ratio, Ratio, Ratio] | None = None  # of 2 to 4 words
-    duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None = None  # of 5 to 10 words
+    drop_lines_with: tuple[Phrase, ...]
+    drop_lines_below: Positive | None  # words
+    drop_lines_unfinished: bool
+    phrases: tuple[Phrase, ...]
+    sentences: Positive | None
+    words: tuple[Count, Positive] | None
+    mean_word_length: tuple[PositiveFloat, PositiveFloat] | None  # characters
+    symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None
+    ellipsis_lines: Ratio | None
+    bullet_lines: Ratio | None
+    alphabetic_words: Ratio | None
+    stop_words: Annotated[int, Field(ge=1, le=8)] | None
+    duplicate_lines: tuple[Ratio, Ratio] | None  # of lines, of their characters
+    duplicate_paragraphs: tuple[Ratio, Ratio] | None
+    top_ngrams: tuple[Ratio, Ratio, Ratio] | None  # of 2 to 4 words
+    duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None  # of 5 to 10 words
 
 
 class CollectParams(Section):
@@ -132,7 +132,7 @@ class CollectParams(Section):
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
     max_expansion: Positive
-    filters: FilterParams = FilterParams()
+    filters: FilterParams
     dedup: Literal["none", "exact", "near"]
     near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 
@@ -149,9 +149,9 @@ class TokenizeParams(Section):
 class SplitParams(Section):
     val_fraction: Share
     test_fraction: Share
-    ngram: Annotated[int, Field(ge=2)] = 13  # words
-    benchmarks: tuple[Source, ...] = ()
-    max_contamination: Ratio | None = None
+    ngram: Annotated[int, Field(ge=2)]  # words
+    benchmarks: tuple[Source, ...]
+    max_contamination: Ratio | None
 
     @field_validator("test_fraction")
     @classmethod
