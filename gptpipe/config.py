@@ -345,12 +345,8 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """The keys that are known where `location` points."""
     if len(location) == 1:
         return list(Params.model_fields)
-    if location[:2] == ("collect", "sources"):
-        kinds = {
-            name: kind for kind in AnySource.__subclasses__() for name in get_args(kind.model_fields["kind"].annotation)
-        }
-        return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
-    section: Any = Params
-    for name in location[:-1]:
-        section = section.model_fields[str(name)].annotation if hasattr(section, "model_fields") else None
+    sections: dict[Any, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
+    for kind in AnySource.__subclasses__():
+        sections |= dict.fromkeys(get_args(kind.model_fields["kind"].annotation), kind)
+    section = FilterParams if location[-2] == "filters" else sections.get(location[-2])
     return list(getattr(section, "model_fields", ()))

@@ -11,9 +11,8 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import infer_signature
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from gptpipe.config import EvaluateParams, Params
 from gptpipe.files import Manifest
@@ -94,14 +93,22 @@ def _log_new(client: MlflowClient, run_id: str, step: int, metrics: dict[str, fl
 def _register(client: MlflowClient, run_id: str, model: Path, params: EvaluateParams) -> str:
     """Log the model folder as a pyfunc whose code is a plain file, and register it; returns its version."""
     status = client.get_run(run_id).info.status
+    prompt = list(params.prompts[:1]) or [""]
+    options = {
+        "max_new_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k or 0,  # 0: all tokens
+        "top_p": params.top_p,
+        "seed": 0,
+    }
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_SERVED_MODEL),
             artifacts={"model": str(model)},
             code_paths=[str(_PACKAGE)],
-            signature=_signature(params),
-            input_example=pd.DataFrame({"prompt": list(params.prompts[:1]) or [""]}),
+            signature=infer_signature(pd.DataFrame({"prompt": prompt}), pd.DataFrame({"text": prompt}), options),
+            input_example=pd.DataFrame({"prompt": prompt}),
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
         )
     client.set_terminated(run_id, status=status)  # as it was: leaving the block ends the run as finished
@@ -109,20 +116,6 @@ def _register(client: MlflowClient, run_id: str, model: Path, params: EvaluatePa
         client.create_registered_model(MODEL_NAME)
     created = client.create_model_version(MODEL_NAME, logged.model_uri, run_id, model_id=logged.model_id)
     return str(created.version)
-
-
-def _signature(params: EvaluateParams) -> ModelSignature:
-    """A column `prompt` in, a column `text` out, and how to draw it."""
-    parameters = [
-        ParamSpec("max_new_tokens", "long", params.max_new_tokens),
-        ParamSpec("temperature", "double", params.temperature),
-        ParamSpec("top_k", "long", params.top_k or 0),  # 0: all tokens
-        ParamSpec("top_p", "double", params.top_p),
-        ParamSpec("seed", "long", 0),
-    ]
-    return ModelSignature(
-        Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "text")]), ParamSchema(parameters)
-    )
 
 
 def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | None, test_digest: str) -> str:

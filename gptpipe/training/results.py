@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import StrictUndefined, Template
 
 from gptpipe.config import Params
 from gptpipe.files import Manifest, new_folder, to_json, write_bytes, write_json
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
 from gptpipe.tokens.tokenizer import Tokenizer
-from gptpipe.training.card import model_card
 from gptpipe.training.checkpoint import Checkpoints
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import red_flags
@@ -31,8 +31,17 @@ def write_model(
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(folder.path)
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
-        write_bytes(folder.path / "README.md", model_card(params, summary, made).encode())
+        write_bytes(folder.path / "README.md", _card(params, summary, made).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+
+
+def _card(params: Params, summary: dict[str, Any], made: Manifest) -> str:
+    """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
+    text = Path(__file__).with_name("card.jinja").read_text(encoding="utf-8")
+    template = Template(text, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    origin = "from scratch" if params.train.init_from is None else f"from the weights in `{params.train.init_from}`"
+    ancestors = sorted(made.lineage("split").items())
+    return str(template.render(**dict(params), val=summary["val"], summary=summary, origin=origin, ancestors=ancestors))
 
 
 def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:

@@ -92,10 +92,10 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         opened: Any = open_record(run_id, begin.made_from, environment) if place().rank == 0 else nullcontext()
         with opened as record:
             with (
-                runtime.StopRequest() as stop,
+                runtime.noted_signals() as check_stop,
                 Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
             ):
-                training = _Training(params, plan, state, begin, checkpoints, record, progress, stop)
+                training = _Training(params, plan, state, begin, checkpoints, record, progress, check_stop)
                 training.run()
             summary = summarise(params, state, n_steps)
             if place().rank == 0:
@@ -154,7 +154,7 @@ class _Training:
     checkpoints: Checkpoints
     record: Record
     progress: Progress
-    stop: runtime.StopRequest
+    check_stop: Callable[[], None]
     _n_sent: int = 0  # entries of the journal that went to the record
     _flags_said: set[str] = field(default_factory=set)
     _rolled_back_to: list[int] = field(default_factory=list)
@@ -171,7 +171,7 @@ class _Training:
                 save=self.save,
                 roll_back=self.roll_back,
                 log=self.log,
-                check_stop=self.stop.check,
+                check_stop=self.check_stop,
             )
         except Interrupted:
             self.save()
@@ -181,7 +181,7 @@ class _Training:
     def validate(self) -> float:
         model, part = distributed.whole_model(self.state.model), place()[:2]
         scores = score(
-            model, self.begin.val, precision=self.plan.precision, part=part, advance=lambda _: self.stop.check()
+            model, self.begin.val, precision=self.plan.precision, part=part, advance=lambda _: self.check_stop()
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
