@@ -61,7 +61,7 @@ def evaluate_model(
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
     results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
     xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
-    positions, sources, calibration = [], [], []
+    positions, calibration = [], []
     with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
         for side, stream in held_out.items():
             scores = score(model, stream, advance=progress.advance)
@@ -74,9 +74,6 @@ def evaluate_model(
             n = n_tokens.clip(min=1)
             found = {"loss": nats / n, "token_accuracy": hits / n}
             positions.append(pd.DataFrame({"split": side, "position": np.arange(len(n)), **found}))
-            sources += [
-                {"split": side, "source": source, **values} for source, values in results["by_source"][side].items()
-            ]
             results["reference_bits_per_byte"][side] = {
                 "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
                 "xz": xz[side],
@@ -92,6 +89,8 @@ def evaluate_model(
     card = full_card((model_folder / "README.md").read_text(encoding="utf-8"), results)
     page = samples_page(samples, continuations)
     write_json(reports / "eval.json", results)
+    by_source = results["by_source"].items()
+    sources = [{"split": side, "source": name, **found} for side, of in by_source for name, found in of.items()]
     tables = {
         "positions": pd.concat(positions),
         "sources": pd.DataFrame(sources),

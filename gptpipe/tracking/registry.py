@@ -15,7 +15,7 @@ from mlflow.models import infer_signature
 from mlflow.tracking import MlflowClient
 
 from gptpipe.config import EvaluateParams, Params
-from gptpipe.files import Manifest
+from gptpipe.evaluation.evaluate import Evaluation
 from gptpipe.tracking.record import send_outbox
 from gptpipe.tracking.store import (
     REPRODUCE,
@@ -40,41 +40,34 @@ _SERVING_REQUIREMENTS = (
 
 
 def record_evaluation(
-    params: Params,
-    lineage: Manifest,
-    run_id: str | None,
-    *,
-    step: int,
-    metrics: dict[str, float],
-    texts: dict[str, str],
-    figures: dict[str, str],
-    card: str,
-    test_digest: str,
-    model: Path,
+    params: Params, found: Evaluation, run_id: str | None, page: str, figures: dict[str, str], model: Path
 ) -> str:
-    """Log metrics, texts and figures (title -> SVG) into the training's run, register `model`, and say who is champion.
+    """Log what was found, the report and figures (title -> SVG) into the training's run, register `model`, and say who
+    is champion.
 
-    Metrics stand at `step`, that of the model, so that the figures of its validation fall on the curves of training.
-    Where the store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that
-    fails is said in the line that is returned: the figures are on disk all the same.
+    Metrics stand at the model's step, so that the figures of its validation fall on the curves of training. Where the
+    store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that fails is
+    said in the line that is returned: the figures are on disk all the same.
     """
     try:
         with store_errors():
             send_outbox()
             client = connect()
-            found = find_run(client, run_id)
-            if found is None:
-                found = create_run(client, describe_run(params, lineage, {}), run_id)
-                client.set_terminated(found)
-            _log_new(client, found, step, metrics)
-            drawn = {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
-            kept = {f"{REPRODUCE}/{p}": p.read_text("utf-8") for p in map(Path, _KEPT) if p.exists()}
-            for name, text in (texts | drawn | kept).items():
-                client.log_text(found, text, name)
-            write_note(client, found)
-            number = _register(client, found, model, params.evaluate)
-            client.update_model_version(MODEL_NAME, number, description=card)
-            return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)
+            run = find_run(client, run_id)
+            if run is None:
+                run = create_run(client, describe_run(params, found.lineage, {}), run_id)
+                client.set_terminated(run)
+            metrics = found.metrics()
+            _log_new(client, run, found.step, metrics)
+            texts = {"samples.md": found.samples, "model_card.md": found.card, "report.html": page}
+            texts |= {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
+            texts |= {f"{REPRODUCE}/{p}": p.read_text("utf-8") for p in map(Path, _KEPT) if p.exists()}
+            for name, text in texts.items():
+                client.log_text(run, text, name)
+            write_note(client, run)
+            number = _register(client, run, model, params.evaluate)
+            client.update_model_version(MODEL_NAME, number, description=found.card)
+            return _choose_champion(client, number, metrics.get("test/bits_per_byte"), found.results["test_digest"])
     except StoreError as error:
         return f"warning: not recorded, the tracking store does not answer ({error}); later: `dvc repro -fs evaluate`"
 

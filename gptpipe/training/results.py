@@ -16,6 +16,8 @@ from gptpipe.training.checkpoint import Checkpoints
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import red_flags
 
+VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # that training keeps
+
 
 def write_model(
     target: Path,
@@ -92,10 +94,7 @@ def _steps(state: TrainState) -> pd.DataFrame:
 
 def _validations(state: TrainState) -> pd.DataFrame:
     """Each validation, with the mean training loss since the one before."""
-    figures = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/token_accuracy")
     found = (metrics for _, _, metrics in state.journal if "val/loss" in metrics)
-    rows = [(validation.step, validation.train_loss, *(metrics[name] for name in figures))
+    rows = [(validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_FIGURES))
             for validation, metrics in zip(state.history, found, strict=True)]  # fmt: skip
-    return pd.DataFrame(
-        rows, columns=["step", "train_loss", "val_loss", "perplexity", "bits_per_byte", "token_accuracy"]
-    )
+    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_FIGURES[1:]])
