@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gptpipe.config import ModelParams
@@ -136,15 +136,6 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: not there; weights must be in safetensors files")
     return [folder / name for name in names]
-
-
-def weights_from_bytes(content: bytes) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name. Raises IntegrityError."""
-    try:
-        tensors: dict[str, Tensor] = load(content)
-    except SafetensorError as error:
-        raise IntegrityError(f"not a safetensors file: {error}") from error
-    return tensors
 
 
 def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[str, Any]:

@@ -153,9 +153,7 @@ def send_outbox() -> None:
     """Send what earlier runs could not; stops where the store fails and leaves the rest for the next time."""
     with suppress(Timeout), FileLock(_outbox().with_suffix(".lock"), timeout=0):  # else another process is at it
         for path in sorted(_outbox().glob("*.jsonl")):
-            operations: list[Operation] = [
-                (kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())
-            ]
+            operations: list[Operation] = [json.loads(line) for line in path.read_bytes().splitlines()]
             writer = RunWriter(path.stem)
             try:
                 for operation in operations:

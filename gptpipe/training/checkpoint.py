@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from gptpipe.console import complain
@@ -30,7 +30,7 @@ from gptpipe.errors import IntegrityError, ResourceError
 from gptpipe.files import new_folder, to_json, verify, write_bytes, write_json
 from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
-from gptpipe.model.layout import WEIGHTS, weights_from_bytes
+from gptpipe.model.layout import WEIGHTS
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import Validation
 
@@ -107,7 +107,7 @@ class Checkpoints:
                 complain(f"warning: {error.args[0].split(';')[0]}; trying the checkpoint before")
                 continue
             self._check_environment(content["environment"], allow_inexact)
-            _load_tensors(state, weights_from_bytes((candidate / _TENSORS).read_bytes()))
+            _load_tensors(state, load((candidate / _TENSORS).read_bytes()))
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
             state.skipped, state.micro_batch_size = content["skipped"], content["micro_batch_size"]
@@ -133,7 +133,7 @@ class Checkpoints:
         """Weights of the best model by our parameter names. Raises IntegrityError."""
         folder = self._best_folder(step)
         verify(folder)
-        return weights_from_bytes((folder / WEIGHTS).read_bytes())
+        return load((folder / WEIGHTS).read_bytes())
 
     def remove(self) -> None:
         """The training is complete and its results are on disk: drop the state, keep the lock file."""
