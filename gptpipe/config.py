@@ -22,7 +22,6 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, lt=1)]
-Seed = Count
 Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Phrase = Annotated[str, Field(min_length=1)]
 
@@ -229,7 +228,7 @@ class TrainParams(Section):
     schedule: Literal["cosine", "wsd", "linear", "constant"]
     warmup_steps: Count
     decay_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)]
-    final_lr_fraction: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    final_lr_fraction: Ratio
     batch_size: Positive
     micro_batch_size: Positive | None
     stride: Positive
@@ -294,7 +293,7 @@ class EvaluateParams(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: Seed
+    seed: Count
     collect: CollectParams
     tokenize: TokenizeParams
     split: SplitParams

@@ -14,7 +14,7 @@ from gptpipe.errors import IntegrityError
 from gptpipe.evaluation.continuations import continue_documents, continue_text, overlap_scores
 from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source
 from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_per_byte
-from gptpipe.evaluation.report import full_card, samples_page
+from gptpipe.evaluation.report import TEMPLATES
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import Manifest, verify, write_bytes, write_json
 from gptpipe.model.device import best_device, keep_freed_memory
@@ -39,10 +39,9 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The figures by the names that the tracking store gets, such as `test/bits_per_byte`."""
-        flat = {
-            f"{side}/{name}": float(value) for side in _HELD_OUT for name, value in self.results.get(side, {}).items()
-        }
-        flat |= {f"continuations/{name}": float(value) for name, value in self.results["continuations"].items()}
+        flat: dict[str, float] = {}
+        for part in (*_HELD_OUT, "continuations"):
+            flat |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
         for side, references in self.results["reference_bits_per_byte"].items():
             flat |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
         return flat
@@ -86,8 +85,9 @@ def evaluate_model(
     results["test_digest"] = documents_digest(streams["test"])
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     samples = {p: "".join(continue_text(model, tokenizer, p, params.max_new_tokens, sampling)) for p in params.prompts}
-    card = full_card((model_folder / "README.md").read_text(encoding="utf-8"), results)
-    page = samples_page(samples, continuations)
+    trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
+    card = TEMPLATES.get_template("model_card.md").render(card=trained_card, results=results, sides=list(held_out))
+    page = TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
     by_source = results["by_source"].items()
     sources = [{"split": side, "source": name, **found} for side, of in by_source for name, found in of.items()]
