@@ -19,21 +19,17 @@ def figures(scores: Array, documents: pd.DataFrame) -> Figures:
     nats, hits, n_tokens = scores
     n_bytes = documents["n_bytes"].to_numpy(dtype=np.float64)
     loss, loss_error = ratio(nats, n_tokens)
-    bits, bits_error = ratio(nats / math.log(2), n_bytes)
-    accuracy, accuracy_error = ratio(hits, n_tokens)
-    return {
-        "loss": loss,
-        "loss_standard_error": loss_error,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "perplexity_standard_error": math.exp(min(loss, 700.0)) * loss_error,
-        "bits_per_byte": bits,
-        "bits_per_byte_standard_error": bits_error,
-        "token_accuracy": accuracy,
-        "token_accuracy_standard_error": accuracy_error,
-        "n_tokens": int(n_tokens.sum()),
-        "n_bytes": int(n_bytes.sum()),
-        "n_documents": len(documents),
+    perplexity = math.exp(min(loss, 700.0))
+    with_errors = {
+        "loss": (loss, loss_error),
+        "perplexity": (perplexity, perplexity * loss_error),
+        "bits_per_byte": ratio(nats / math.log(2), n_bytes),
+        "token_accuracy": ratio(hits, n_tokens),
     }
+    found: Figures = {}
+    for name, (value, error) in with_errors.items():
+        found |= {name: value, f"{name}_standard_error": error}
+    return {**found, "n_tokens": int(n_tokens.sum()), "n_bytes": int(n_bytes.sum()), "n_documents": len(documents)}
 
 
 def figures_by_source(scores: Array, documents: pd.DataFrame) -> dict[str, Figures]:

@@ -11,23 +11,17 @@ from gptpipe.config import Params
 from gptpipe.files import Manifest, new_folder, to_json, write_bytes, write_json
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
-from gptpipe.tokens.tokenizer import Tokenizer
 from gptpipe.training.checkpoint import Checkpoints
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import red_flags
+from gptpipe.training.start import Start
 
 VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # that training keeps
 
 
-def write_model(
-    target: Path,
-    params: Params,
-    tokenizer: Tokenizer,
-    checkpoints: Checkpoints,
-    summary: dict[str, Any],
-    made: Manifest,
-) -> None:
-    """The best model so far in Hugging Face layout, whole or not at all; `made` is the split that it is made from."""
+def write_model(target: Path, params: Params, begin: Start, checkpoints: Checkpoints, summary: dict[str, Any]) -> None:
+    """The best model so far in Hugging Face layout, whole or not at all."""
+    tokenizer, made = begin.tokenizer, begin.made_from
     with new_folder(target, made.lineage("split")) as folder:
         weights = checkpoints.load_best(summary["best_step"])
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)

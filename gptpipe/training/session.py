@@ -98,7 +98,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
                 training.run()
             summary = summarise(params, state, n_steps)
             if place().rank == 0:
-                write_model(target, params, begin.tokenizer, checkpoints, summary, begin.made_from)
+                write_model(target, params, begin, checkpoints, summary)
                 write_curves(reports, state, summary, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
                 record.tags({"best_step": str(summary["best_step"])})
