@@ -125,7 +125,7 @@ def train_ours(
     while state.step < plan.n_steps:
         optimizer_step(state, batches, plan)
     scores = score(model, val)
-    return float(scores.nats.sum() / scores.n_tokens.sum())
+    return float(scores.by_document[0].sum() / scores.by_document[2].sum())
 
 
 def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan: Plan) -> Plan:

@@ -1,6 +1,6 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
-Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources and of checks.
+Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources.
 A check of several values hangs on the last of them, so that it is made whatever else is wrong.
 """
 
@@ -22,7 +22,6 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, lt=1)]
-Seed = Count
 Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Phrase = Annotated[str, Field(min_length=1)]
 
@@ -108,22 +107,22 @@ Source = Annotated[Python | Text | Jsonl | Parquet | Url | HuggingFace, Field(di
 class FilterParams(Section):
     """Which lines and documents stay in the corpus; null, false or no phrase: that filter is off."""
 
-    drop_lines_with: tuple[Phrase, ...] = ()
-    drop_lines_below: Positive | None = None  # words
-    drop_lines_unfinished: bool = False
-    phrases: tuple[Phrase, ...] = ()
-    sentences: Positive | None = None
-    words: tuple[Count, Positive] | None = None
-    mean_word_length: tuple[PositiveFloat, PositiveFloat] | None = None  # characters
-    symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None = None
-    ellipsis_lines: Ratio | None = None
-    bullet_lines: Ratio | None = None
-    alphabetic_words: Ratio | None = None
-    stop_words: Annotated[int, Field(ge=1, le=8)] | None = None
-    duplicate_lines: tuple[Ratio, Ratio] | None = None  # of lines, of their characters
-    duplicate_paragraphs: tuple[Ratio, Ratio] | None = None
-    top_ngrams: tuple[Ratio, Ratio, Ratio] | None = None  # of 2 to 4 words
-    duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None = None  # of 5 to 10 words
+    drop_lines_with: tuple[Phrase, ...]
+    drop_lines_below: Positive | None  # words
+    drop_lines_unfinished: bool
+    phrases: tuple[Phrase, ...]
+    sentences: Positive | None
+    words: tuple[Count, Positive] | None
+    mean_word_length: tuple[PositiveFloat, PositiveFloat] | None  # characters
+    symbols_per_word: Annotated[FiniteFloat, Field(ge=0)] | None
+    ellipsis_lines: Ratio | None
+    bullet_lines: Ratio | None
+    alphabetic_words: Ratio | None
+    stop_words: Annotated[int, Field(ge=1, le=8)] | None
+    duplicate_lines: tuple[Ratio, Ratio] | None  # of lines, of their characters
+    duplicate_paragraphs: tuple[Ratio, Ratio] | None
+    top_ngrams: tuple[Ratio, Ratio, Ratio] | None  # of 2 to 4 words
+    duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None  # of 5 to 10 words
 
 
 class CollectParams(Section):
@@ -132,7 +131,7 @@ class CollectParams(Section):
     min_document_bytes: Positive
     max_document_bytes: Annotated[int, Field(ge=64, lt=2**31)]
     max_expansion: Positive
-    filters: FilterParams = FilterParams()
+    filters: FilterParams
     dedup: Literal["none", "exact", "near"]
     near_similarity: Annotated[FiniteFloat, Field(ge=0.5, le=1)]
 
@@ -149,9 +148,9 @@ class TokenizeParams(Section):
 class SplitParams(Section):
     val_fraction: Share
     test_fraction: Share
-    ngram: Annotated[int, Field(ge=2)] = 13  # words
-    benchmarks: tuple[Source, ...] = ()
-    max_contamination: Ratio | None = None
+    ngram: Annotated[int, Field(ge=2)]  # words
+    benchmarks: tuple[Source, ...]
+    max_contamination: Ratio | None
 
     @field_validator("test_fraction")
     @classmethod
@@ -229,7 +228,7 @@ class TrainParams(Section):
     schedule: Literal["cosine", "wsd", "linear", "constant"]
     warmup_steps: Count
     decay_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)]
-    final_lr_fraction: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    final_lr_fraction: Ratio
     batch_size: Positive
     micro_batch_size: Positive | None
     stride: Positive
@@ -294,7 +293,7 @@ class EvaluateParams(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: Seed
+    seed: Count
     collect: CollectParams
     tokenize: TokenizeParams
     split: SplitParams
@@ -345,12 +344,8 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """The keys that are known where `location` points."""
     if len(location) == 1:
         return list(Params.model_fields)
-    if location[:2] == ("collect", "sources"):
-        kinds = {
-            name: kind for kind in AnySource.__subclasses__() for name in get_args(kind.model_fields["kind"].annotation)
-        }
-        return list(kinds[str(location[3])].model_fields) if len(location) > 4 else []
-    section: Any = Params
-    for name in location[:-1]:
-        section = section.model_fields[str(name)].annotation if hasattr(section, "model_fields") else None
+    sections: dict[Any, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
+    for kind in AnySource.__subclasses__():
+        sections |= dict.fromkeys(get_args(kind.model_fields["kind"].annotation), kind)
+    section = FilterParams if location[-2] == "filters" else sections.get(location[-2])
     return list(getattr(section, "model_fields", ()))

@@ -20,18 +20,7 @@ def main() -> None:
     found = evaluate_model(model, Path("data/split"), reports, params.evaluate, params.seed)
     figures = draw_figures(reports)
     page = write_page(reports, params, found.lineage, read_manifest(Path("data/raw")).counts, run_id, figures)
-    champion = record_evaluation(
-        params,
-        found.lineage,
-        run_id,
-        step=found.step,
-        metrics=found.metrics(),
-        texts={"samples.md": found.samples, "model_card.md": found.card, "report.html": page},
-        figures=figures,
-        card=found.card,
-        test_digest=found.results["test_digest"],
-        model=model,
-    )
+    champion = record_evaluation(params, found, run_id, page, figures, model)
     for side in ("val", "test"):
         if side in found.results:
             result, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sections import filters
 
 from gptpipe.config import CollectParams, Params, load_params
 
@@ -43,6 +44,6 @@ def collect_params() -> Callable[..., CollectParams]:
             "dedup": "exact",
             "near_similarity": 0.7,
         }
-        return CollectParams.model_validate({**values, **changed})
+        return CollectParams.model_validate({**values, **changed, "filters": filters(**changed.get("filters", {}))})
 
     return make

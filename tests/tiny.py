@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sections import SHIPPED
 
 from gptpipe.config import ModelParams, Params
 from gptpipe.corpus.collect import collect
@@ -98,10 +99,11 @@ def params(texts: tuple[str, ...] = ("none.txt",), **changes: Any) -> Params:
             "max_document_bytes": 100_000,
             "max_expansion": 200,
             "dedup": "exact",
+            "filters": dict(SHIPPED.collect.filters),
             "near_similarity": 0.7,
         },
         "tokenize": {"encoding": "trained", "vocab_size": 300},
-        "split": {"val_fraction": 0.2, "test_fraction": 0.2},
+        "split": {**dict(SHIPPED.split), "val_fraction": 0.2, "test_fraction": 0.2},
         "model": dict(MODEL),
         "train": dict(TRAIN),
         "evaluate": dict(EVALUATE),

@@ -14,7 +14,7 @@ from gptpipe.errors import IntegrityError
 from gptpipe.evaluation.continuations import continue_documents, continue_text, overlap_scores
 from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source
 from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_per_byte
-from gptpipe.evaluation.report import full_card, samples_page
+from gptpipe.evaluation.report import TEMPLATES
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import Manifest, verify, write_bytes, write_json
 from gptpipe.model.device import best_device, keep_freed_memory
@@ -39,10 +39,9 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The figures by the names that the tracking store gets, such as `test/bits_per_byte`."""
-        flat = {
-            f"{side}/{name}": float(value) for side in _HELD_OUT for name, value in self.results.get(side, {}).items()
-        }
-        flat |= {f"continuations/{name}": float(value) for name, value in self.results["continuations"].items()}
+        flat: dict[str, float] = {}
+        for part in (*_HELD_OUT, "continuations"):
+            flat |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
         for side, references in self.results["reference_bits_per_byte"].items():
             flat |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
         return flat
@@ -61,21 +60,19 @@ def evaluate_model(
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
     results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
     xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
-    positions, sources, calibration = [], [], []
+    positions, calibration = [], []
     with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
         for side, stream in held_out.items():
             scores = score(model, stream, advance=progress.advance)
-            results[side] = figures(scores, stream.documents)
-            results["by_source"][side] = figures_by_source(scores, stream.documents)
-            by_confidence = calibration_table(scores)
+            results[side] = figures(scores.by_document, stream.documents)
+            results["by_source"][side] = figures_by_source(scores.by_document, stream.documents)
+            by_confidence = calibration_table(scores.by_confidence)
             results[side]["calibration_error"] = calibration_error(by_confidence)
             calibration.append(by_confidence.assign(split=side))
-            n = scores.n_by_position.clip(min=1)
-            found = {"loss": scores.nats_by_position / n, "token_accuracy": scores.correct_by_position / n}
+            nats, hits, n_tokens = scores.by_position
+            n = n_tokens.clip(min=1)
+            found = {"loss": nats / n, "token_accuracy": hits / n}
             positions.append(pd.DataFrame({"split": side, "position": np.arange(len(n)), **found}))
-            sources += [
-                {"split": side, "source": source, **values} for source, values in results["by_source"][side].items()
-            ]
             results["reference_bits_per_byte"][side] = {
                 "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
                 "xz": xz[side],
@@ -88,9 +85,12 @@ def evaluate_model(
     results["test_digest"] = documents_digest(streams["test"])
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     samples = {p: "".join(continue_text(model, tokenizer, p, params.max_new_tokens, sampling)) for p in params.prompts}
-    card = full_card((model_folder / "README.md").read_text(encoding="utf-8"), results)
-    page = samples_page(samples, continuations)
+    trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
+    card = TEMPLATES.get_template("model_card.md").render(card=trained_card, results=results, sides=list(held_out))
+    page = TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
+    by_source = results["by_source"].items()
+    sources = [{"split": side, "source": name, **found} for side, of in by_source for name, found in of.items()]
     tables = {
         "positions": pd.concat(positions),
         "sources": pd.DataFrame(sources),

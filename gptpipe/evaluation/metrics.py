@@ -1,59 +1,47 @@
 """From sums of nats to the figures that people compare, each with its standard error."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from gptpipe.evaluation.scoring import Scores
+from gptpipe.evaluation.scoring import Array
 
 Figures = dict[str, float]
 
 
-def figures(scores: Scores, documents: pd.DataFrame) -> Figures:
-    """Loss, perplexity, bits per byte and token accuracy of a stream, or of some of its documents.
+def figures(scores: Array, documents: pd.DataFrame) -> Figures:
+    """Loss, perplexity, bits per byte and token accuracy of a stream, or of some of its documents, by their scores.
 
     `loss` is nats per token, `bits_per_byte` the sum of nats / ln 2 / the documents' UTF-8 bytes. Standard errors
     treat documents as the independent units, for tokens of one text are not.
     """
-    nats, n_tokens = scores.nats, scores.n_tokens
+    nats, hits, n_tokens = scores
     n_bytes = documents["n_bytes"].to_numpy(dtype=np.float64)
     loss, loss_error = ratio(nats, n_tokens)
-    bits, bits_error = ratio(nats / math.log(2), n_bytes)
-    accuracy, accuracy_error = ratio(scores.correct, n_tokens)
-    return {
-        "loss": loss,
-        "loss_standard_error": loss_error,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "perplexity_standard_error": math.exp(min(loss, 700.0)) * loss_error,
-        "bits_per_byte": bits,
-        "bits_per_byte_standard_error": bits_error,
-        "token_accuracy": accuracy,
-        "token_accuracy_standard_error": accuracy_error,
-        "n_tokens": int(n_tokens.sum()),
-        "n_bytes": int(n_bytes.sum()),
-        "n_documents": len(documents),
+    perplexity = math.exp(min(loss, 700.0))
+    with_errors = {
+        "loss": (loss, loss_error),
+        "perplexity": (perplexity, perplexity * loss_error),
+        "bits_per_byte": ratio(nats / math.log(2), n_bytes),
+        "token_accuracy": ratio(hits, n_tokens),
     }
+    found: Figures = {}
+    for name, (value, error) in with_errors.items():
+        found |= {name: value, f"{name}_standard_error": error}
+    return {**found, "n_tokens": int(n_tokens.sum()), "n_bytes": int(n_bytes.sum()), "n_documents": len(documents)}
 
 
-def figures_by_source(scores: Scores, documents: pd.DataFrame) -> dict[str, Figures]:
+def figures_by_source(scores: Array, documents: pd.DataFrame) -> dict[str, Figures]:
     """The same figures for the documents of each source."""
-    by_source: dict[str, Figures] = {}
-    for source in sorted(documents["source"].unique()):
-        chosen = (documents["source"] == source).to_numpy()
-        part = replace(
-            scores, nats=scores.nats[chosen], correct=scores.correct[chosen], n_tokens=scores.n_tokens[chosen]
-        )
-        by_source[str(source)] = figures(part, documents[chosen])
-    return by_source
+    chosen = {str(s): (documents["source"] == s).to_numpy() for s in sorted(documents["source"].unique())}
+    return {source: figures(scores[:, rows], documents[rows]) for source, rows in chosen.items()}
 
 
-def calibration_table(scores: Scores) -> pd.DataFrame:
+def calibration_table(by_confidence: Array) -> pd.DataFrame:
     """How sure the model was of its most probable token, and how often it was right, by tenths of that confidence."""
-    confidence, correct, n_tokens = scores.by_confidence[:, scores.by_confidence[2] > 0]
-    return pd.DataFrame({"confidence": confidence / n_tokens, "accuracy": correct / n_tokens, "n_tokens": n_tokens})
+    confidence, hits, n_tokens = by_confidence[:, by_confidence[2] > 0]
+    return pd.DataFrame({"confidence": confidence / n_tokens, "accuracy": hits / n_tokens, "n_tokens": n_tokens})
 
 
 def calibration_error(table: pd.DataFrame) -> float:
@@ -62,7 +50,7 @@ def calibration_error(table: pd.DataFrame) -> float:
     return float((gaps * table["n_tokens"]).sum() / max(1.0, table["n_tokens"].sum()))
 
 
-def ratio(numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64]) -> tuple[float, float]:
+def ratio(numerators: Array, denominators: Array) -> tuple[float, float]:
     """sum(numerators) / sum(denominators), and its standard error over units.
 
     The error is the linearised one of a ratio of means (Cochran, Sampling Techniques, 1977, section 6.4); with a

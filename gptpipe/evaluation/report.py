@@ -9,7 +9,6 @@ import pandas as pd
 
 from gptpipe.config import Params
 from gptpipe.evaluation import charts
-from gptpipe.evaluation.continuations import Continuation
 from gptpipe.files import Manifest, write_bytes
 
 TEMPLATES = jinja2.Environment(
@@ -19,17 +18,6 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     keep_trailing_newline=True,
 )
-
-
-def samples_page(samples: dict[str, str], continuations: list[Continuation]) -> str:
-    """Continuations of the prompts, then of held-out documents beside the real text."""
-    return TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
-
-
-def full_card(card: str, results: dict[str, Any]) -> str:
-    """The model card of training with a table of what evaluation found."""
-    sides = [side for side in ("val", "test") if side in results]
-    return TEMPLATES.get_template("model_card.md").render(card=card, results=results, sides=sides)
 
 
 def draw_figures(reports: Path) -> dict[str, str]:

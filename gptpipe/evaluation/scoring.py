@@ -25,15 +25,14 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums per document (documents,) and per position in the window (context_length,)."""
+    """Sums over the tokens that fall to a column; rows: negative log-likelihood in nats, hits, tokens scored.
 
-    nats: Array  # negative log-likelihood
-    correct: Array  # tokens whose most probable prediction is right
-    n_tokens: Array  # tokens scored
-    nats_by_position: Array
-    correct_by_position: Array
-    n_by_position: Array
-    by_confidence: Array  # (3, CONFIDENCE_BINS): probability of the likeliest token, summed; correct; tokens scored
+    A hit is a token whose most probable prediction is right.
+    """
+
+    by_document: Array  # (3, documents)
+    by_position: Array  # (3, context_length), in the window
+    by_confidence: Array  # (3, CONFIDENCE_BINS); for nats, the probability of the most probable token
 
 
 def score(
@@ -52,9 +51,7 @@ def score(
     context = model.params.context_length
     device = model.embedding.weight.device
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
-    sums = {name: np.zeros(len(ends)) for name in ("nats", "correct", "n_tokens")}
-    by_position = {name: np.zeros(context) for name in sums}
-    by_confidence = np.zeros((3, CONFIDENCE_BINS))
+    scores = Scores(*(np.zeros((3, n)) for n in (len(ends), context, CONFIDENCE_BINS)))
     n_targets = max(0, len(stream.tokens) - 1)
     n_full = n_targets // context * context  # in full windows; the rest is one shorter window
     step = max(1, _LOGITS // (context * model.vocab_size)) * context
@@ -67,20 +64,20 @@ def score(
             for start, end in turn[part[0] :][:1]:
                 n = end - start
                 chunk = torch.from_numpy(stream.tokens[start : end + 1].astype(np.int64)).to(device)
-                nats, correct, confidence = _score_windows(model, chunk, max(1, n // context), precision)
+                nats, hits, confidence = _score_windows(model, chunk, max(1, n // context), precision)
                 document = np.searchsorted(ends, np.arange(start + 1, end + 1), side="right")
-                position = np.arange(n) % context
-                for name, values in (("nats", nats), ("correct", correct), ("n_tokens", np.ones(n))):
-                    sums[name] += np.bincount(document, weights=values, minlength=len(ends))
-                    by_position[name] += np.bincount(position, weights=values, minlength=context)
                 bins = np.minimum(confidence * CONFIDENCE_BINS, CONFIDENCE_BINS - 1).astype(np.int64)
-                for row, values in zip(by_confidence, (confidence, correct, np.ones(n)), strict=True):
-                    row += np.bincount(bins, weights=values, minlength=CONFIDENCE_BINS)
+                for sums, columns, first in (
+                    (scores.by_document, document, nats),
+                    (scores.by_position, np.arange(n) % context, nats),
+                    (scores.by_confidence, bins, confidence),
+                ):
+                    for row, values in zip(sums, (first, hits, np.ones(n)), strict=True):
+                        row += np.bincount(columns, weights=values, minlength=len(row))
             advance(turn[-1][1] - turn[0][0])
     finally:
         model.train(was_training)
-    at = {f"{'n' if name == 'n_tokens' else name}_by_position": values for name, values in by_position.items()}
-    return Scores(**sums, **at, by_confidence=by_confidence)
+    return scores
 
 
 @torch.no_grad()
@@ -93,5 +90,5 @@ def _score_windows(model: GPT, chunk: Tensor, n_windows: int, precision: torch.d
     best = logits.argmax(dim=-1)
     lead = (logits.gather(-1, best[:, None]) - logits.gather(-1, targets[:, None]))[:, 0].float()
     found = (nats, best == targets, (lead - nats).exp().clamp(max=1))
-    losses, correct, confidence = (x.double().cpu().numpy() for x in found)
-    return losses, correct, confidence
+    losses, hits, confidence = (x.double().cpu().numpy() for x in found)
+    return losses, hits, confidence

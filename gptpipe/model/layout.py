@@ -1,14 +1,13 @@
 """The folder layout that the Hugging Face ecosystem reads: config.json, generation_config.json, model.safetensors."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gptpipe.config import ModelParams
@@ -19,27 +18,32 @@ from gptpipe.model.gpt import GPT
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
-# Our parameter names -> theirs; the first pattern that matches rewrites the name.
-_LLAMA_NAMES = [
-    (r"^embedding\.", "model.embed_tokens."),
-    (r"^head\.", "lm_head."),
-    (r"^final_norm\.", "model.norm."),
-    (r"^blocks\.(\d+)\.attention_norm\.", r"model.layers.\1.input_layernorm."),
-    (r"^blocks\.(\d+)\.feed_forward_norm\.", r"model.layers.\1.post_attention_layernorm."),
-    (r"^blocks\.(\d+)\.attention\.", r"model.layers.\1.self_attn."),
-    (r"^blocks\.(\d+)\.feed_forward\.", r"model.layers.\1.mlp."),
-]
-_GPT2_NAMES = [
-    (r"^embedding\.", "transformer.wte."),
-    (r"^position_embedding\.", "transformer.wpe."),
-    (r"^head\.", "lm_head."),
-    (r"^final_norm\.", "transformer.ln_f."),
-    (r"^blocks\.(\d+)\.attention_norm\.", r"transformer.h.\1.ln_1."),
-    (r"^blocks\.(\d+)\.feed_forward_norm\.", r"transformer.h.\1.ln_2."),
-    (r"^blocks\.(\d+)\.attention\.o_proj\.", r"transformer.h.\1.attn.c_proj."),
-    (r"^blocks\.(\d+)\.feed_forward\.up_proj\.", r"transformer.h.\1.mlp.c_fc."),
-    (r"^blocks\.(\d+)\.feed_forward\.down_proj\.", r"transformer.h.\1.mlp.c_proj."),
-]
+# Parts of our parameter names -> theirs; the others are alike.
+_LLAMA_NAMES = {
+    "embedding": "model.embed_tokens",
+    "blocks": "model.layers",
+    "attention_norm": "input_layernorm",
+    "attention": "self_attn",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward": "mlp",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+_GPT2_NAMES = {
+    "embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "blocks": "transformer.h",
+    "attention_norm": "ln_1",
+    "attention": "attn",
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn"),  # one matrix holds the three
+    "o_proj": "c_proj",
+    "feed_forward_norm": "ln_2",
+    "feed_forward": "mlp",
+    "up_proj": "c_fc",
+    "down_proj": "c_proj",
+    "final_norm": "transformer.ln_f",
+    "head": "lm_head",
+}
 _MODEL_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Our parameters -> keys of config.json.
@@ -134,15 +138,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def weights_from_bytes(content: bytes) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name. Raises IntegrityError."""
-    try:
-        tensors: dict[str, Tensor] = load(content)
-    except SafetensorError as error:
-        raise IntegrityError(f"not a safetensors file: {error}") from error
-    return tensors
-
-
 def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[str, Any]:
     """config.json as transformers writes it for this architecture."""
     values = {**params.model_dump(), "head_dim": params.head_width}
@@ -233,47 +228,36 @@ def initialise_from(model: GPT, folder: Path) -> None:
 
 
 def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
-    weights = {name: value for name, value in weights.items() if not (params.tie_embeddings and name == "head.weight")}
-    if params.architecture != "gpt2":
-        return {_rename(name, _LLAMA_NAMES): value for name, value in weights.items()}
+    """In whatever order `weights` are: a safetensors file has them by name."""
     theirs: dict[str, Tensor] = {}
     for name, value in weights.items():
-        if match := re.match(r"blocks\.(\d+)\.attention\.q_proj\.(weight|bias)", name):
-            layer, kind = match.groups()
-            parts = [weights[f"blocks.{layer}.attention.{part}_proj.{kind}"] for part in "qkv"]
-            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = _transposed(torch.cat(parts))
-        elif not re.search(r"\.[kv]_proj\.", name):
-            value = _transposed(value) if "_proj." in name else value
-            theirs[_rename(name, _GPT2_NAMES)] = value
+        their_name = _their_name(name, params)
+        if ".c_attn." in their_name:
+            part = name.split(".")[-2]
+            value = torch.cat([weights[name.replace(part, f"{letter}_proj")] for letter in "qkv"])
+        if not (params.tie_embeddings and name == "head.weight"):
+            theirs[their_name] = _transposed(name, value, params)
     return theirs
 
 
 def _to_our_names(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The reverse, by asking for each of our names what theirs is; what they store beside weights is left out."""
-    names = dict(model.named_parameters())
-    if model.params.architecture != "gpt2":
-        return {name: theirs[_rename(name, _LLAMA_NAMES)] for name in names}
-    if "wte.weight" in theirs:  # without the prefix, as in OpenAI's own upload
+    if "wte.weight" in theirs:  # GPT-2 without the prefix, as in OpenAI's own upload
         theirs = {f"transformer.{name}": value for name, value in theirs.items()}
     ours: dict[str, Tensor] = {}
-    for name in names:
-        if match := re.match(r"blocks\.(\d+)\.attention\.([qkv])_proj\.(weight|bias)", name):
-            layer, part, kind = match.groups()
-            fused = _transposed(theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"])
-            ours[name] = fused.chunk(3)["qkv".index(part)]
-        else:
-            value = theirs[_rename(name, _GPT2_NAMES)]
-            ours[name] = _transposed(value) if "_proj." in name else value
+    for name, _ in model.named_parameters():
+        value = theirs[their_name := _their_name(name, model.params)]
+        if ".c_attn." in their_name:
+            value = value.chunk(3, dim=-1)["qkv".index(name.split(".")[-2][0])]
+        ours[name] = _transposed(name, value, model.params)
     return ours
 
 
-def _rename(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name)
-    raise KeyError(name)
+def _their_name(name: str, params: ModelParams) -> str:
+    table = _GPT2_NAMES if params.architecture == "gpt2" else _LLAMA_NAMES
+    return ".".join(table.get(part, part) for part in name.split("."))
 
 
-def _transposed(value: Tensor) -> Tensor:
-    """GPT-2 keeps its matrices as (in, out), torch as (out, in); biases stay."""
-    return value.T.contiguous() if value.dim() == 2 else value
+def _transposed(name: str, value: Tensor, params: ModelParams) -> Tensor:
+    """GPT-2 keeps the matrices of its blocks as (in, out), torch as (out, in)."""
+    return value.mT if params.architecture == "gpt2" and "_proj.weight" in name else value

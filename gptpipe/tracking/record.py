@@ -5,10 +5,10 @@ Operations go out in order on a thread of their own. What the store has not take
 """
 
 import json
-import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +28,6 @@ from gptpipe.tracking.store import Operation, RunWriter, StoreError, describe_ru
 
 Metrics = dict[str, float]
 
-_METRICS_PER_BATCH = 1000  # MLflow's limit
 _RETRY_SECONDS = 15.0
 _SYSTEM_SECONDS = 10.0  # without news before a look at processor, memory, disk and GPUs
 _START_SECONDS = 10.0  # that the start of a training waits for the store's first answer
@@ -41,9 +40,8 @@ class RunRecord:
 
     def __init__(self, run_id: str | None, description: dict[str, Any]) -> None:
         self._writer = RunWriter(run_id or uuid.uuid4().hex)
-        self._waiting: queue.Queue[Operation | None] = queue.Queue()
-        self._unsent: list[Operation] = [("create", description)]  # taken from the queue, not yet by the store
-        self._closing, self._tried = threading.Event(), threading.Event()
+        self._waiting: deque[Operation] = deque([("create", description)])  # the first goes when the store has taken it
+        self._news, self._tried, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._has_complained = False
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
@@ -61,28 +59,27 @@ class RunRecord:
     def metrics(self, entries: list[tuple[int, int, Metrics]]) -> None:
         """Log (step, milliseconds since 1970, metrics); a step that the store has already is left as it is."""
         rows = [(key, value, time_ms, step) for step, time_ms, metrics in entries for key, value in metrics.items()]
-        for start in range(0, len(rows), _METRICS_PER_BATCH):
-            self._waiting.put(("metrics", rows[start : start + _METRICS_PER_BATCH]))
+        self._put("metrics", rows)
 
     def text(self, name: str, content: str) -> None:
         """Log a text as an artifact."""
-        self._waiting.put(("text", [name, content]))
+        self._put("text", [name, content])
 
     def tags(self, tags: dict[str, str]) -> None:
-        if tags:
-            self._waiting.put(("tags", tags))
+        self._put("tags", tags)
+
+    def _put(self, kind: str, content: Any) -> None:
+        if content:
+            self._waiting.append((kind, content))
+            self._news.set()
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED; what is not sent in time goes to the outbox."""
-        self._waiting.put(("end", status))
-        self._waiting.put(None)
+        self._put("end", status)
         self._closing.set()
+        self._news.set()
         self._thread.join(timeout=_STOP_SECONDS if status == "KILLED" else _CLOSE_SECONDS)
-        waiting: list[Operation] = []
-        with suppress(queue.Empty):
-            while (operation := self._waiting.get_nowait()) is not None:
-                waiting.append(operation)
-        if left := [*self._unsent, *waiting]:
+        if left := list(self._waiting):
             path = _outbox() / f"{self._writer.name}.jsonl"
             before = path.read_bytes() if path.exists() else b""  # of the same run, from before it was resumed
             write_bytes(path, before + "".join(json.dumps(op) + "\n" for op in left).encode())
@@ -92,20 +89,16 @@ class RunRecord:
         try:
             send_outbox()
             while True:
-                sent = self._send_unsent()
+                self._news.clear()
+                is_closing = self._closing.is_set()  # all has been put, and is tried now
+                is_sent = self._send()
                 self._tried.set()
-                if not sent:
-                    if self._closing.is_set():
-                        return
-                    self._closing.wait(_RETRY_SECONDS)
-                    continue
-                try:
-                    operation = self._waiting.get(timeout=_SYSTEM_SECONDS)
-                except queue.Empty:
-                    operation = ("metrics", self._system_metrics())
-                if operation is None:
+                if is_closing:
                     return
-                self._unsent.append(operation)
+                if not is_sent:
+                    self._closing.wait(_RETRY_SECONDS)
+                elif not self._news.wait(_SYSTEM_SECONDS):
+                    self._put("metrics", self._system_metrics())
         finally:
             self._tried.set()  # or the training would wait for a thread that is no more
 
@@ -118,12 +111,12 @@ class RunRecord:
             monitor.clear_metrics()
         return [(f"system/{name}", value, int(now * 1000), int(now)) for name, value in found.items()]
 
-    def _send_unsent(self) -> bool:
+    def _send(self) -> bool:
         """Send in order until all is sent or the store fails; returns whether all is."""
         try:
-            while self._unsent:
-                self._writer.write(self._unsent[0])
-                self._unsent.pop(0)
+            while self._waiting:
+                self._writer.write(self._waiting[0])
+                self._waiting.popleft()
         except StoreError as error:
             if not self._has_complained:
                 complain(f"warning: the tracking store does not answer ({error}); training goes on, the record is kept")
@@ -160,9 +153,7 @@ def send_outbox() -> None:
     """Send what earlier runs could not; stops where the store fails and leaves the rest for the next time."""
     with suppress(Timeout), FileLock(_outbox().with_suffix(".lock"), timeout=0):  # else another process is at it
         for path in sorted(_outbox().glob("*.jsonl")):
-            operations: list[Operation] = [
-                (kind, content) for kind, content in map(json.loads, path.read_bytes().splitlines())
-            ]
+            operations: list[Operation] = [json.loads(line) for line in path.read_bytes().splitlines()]
             writer = RunWriter(path.stem)
             try:
                 for operation in operations:

@@ -11,12 +11,11 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import infer_signature
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from gptpipe.config import EvaluateParams, Params
-from gptpipe.files import Manifest
+from gptpipe.evaluation.evaluate import Evaluation
 from gptpipe.tracking.record import send_outbox
 from gptpipe.tracking.store import (
     REPRODUCE,
@@ -41,41 +40,34 @@ _SERVING_REQUIREMENTS = (
 
 
 def record_evaluation(
-    params: Params,
-    lineage: Manifest,
-    run_id: str | None,
-    *,
-    step: int,
-    metrics: dict[str, float],
-    texts: dict[str, str],
-    figures: dict[str, str],
-    card: str,
-    test_digest: str,
-    model: Path,
+    params: Params, found: Evaluation, run_id: str | None, page: str, figures: dict[str, str], model: Path
 ) -> str:
-    """Log metrics, texts and figures (title -> SVG) into the training's run, register `model`, and say who is champion.
+    """Log what was found, the report and figures (title -> SVG) into the training's run, register `model`, and say who
+    is champion.
 
-    Metrics stand at `step`, that of the model, so that the figures of its validation fall on the curves of training.
-    Where the store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that
-    fails is said in the line that is returned: the figures are on disk all the same.
+    Metrics stand at the model's step, so that the figures of its validation fall on the curves of training. Where the
+    store does not know the run (a fresh clone), a new one is made and tagged with the old id. A store that fails is
+    said in the line that is returned: the figures are on disk all the same.
     """
     try:
         with store_errors():
             send_outbox()
             client = connect()
-            found = find_run(client, run_id)
-            if found is None:
-                found = create_run(client, describe_run(params, lineage, {}), run_id)
-                client.set_terminated(found)
-            _log_new(client, found, step, metrics)
-            drawn = {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
-            kept = {f"{REPRODUCE}/{p}": p.read_text("utf-8") for p in map(Path, _KEPT) if p.exists()}
-            for name, text in (texts | drawn | kept).items():
-                client.log_text(found, text, name)
-            write_note(client, found)
-            number = _register(client, found, model, params.evaluate)
-            client.update_model_version(MODEL_NAME, number, description=card)
-            return _choose_champion(client, number, metrics.get("test/bits_per_byte"), test_digest)
+            run = find_run(client, run_id)
+            if run is None:
+                run = create_run(client, describe_run(params, found.lineage, {}), run_id)
+                client.set_terminated(run)
+            metrics = found.metrics()
+            _log_new(client, run, found.step, metrics)
+            texts = {"samples.md": found.samples, "model_card.md": found.card, "report.html": page}
+            texts |= {f"figures/{title.lower().replace(' ', '_')}.svg": svg for title, svg in figures.items()}
+            texts |= {f"{REPRODUCE}/{p}": p.read_text("utf-8") for p in map(Path, _KEPT) if p.exists()}
+            for name, text in texts.items():
+                client.log_text(run, text, name)
+            write_note(client, run)
+            number = _register(client, run, model, params.evaluate)
+            client.update_model_version(MODEL_NAME, number, description=found.card)
+            return _choose_champion(client, number, metrics.get("test/bits_per_byte"), found.results["test_digest"])
     except StoreError as error:
         return f"warning: not recorded, the tracking store does not answer ({error}); later: `dvc repro -fs evaluate`"
 
@@ -94,14 +86,22 @@ def _log_new(client: MlflowClient, run_id: str, step: int, metrics: dict[str, fl
 def _register(client: MlflowClient, run_id: str, model: Path, params: EvaluateParams) -> str:
     """Log the model folder as a pyfunc whose code is a plain file, and register it; returns its version."""
     status = client.get_run(run_id).info.status
+    prompt = list(params.prompts[:1]) or [""]
+    options = {
+        "max_new_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k or 0,  # 0: all tokens
+        "top_p": params.top_p,
+        "seed": 0,
+    }
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(_SERVED_MODEL),
             artifacts={"model": str(model)},
             code_paths=[str(_PACKAGE)],
-            signature=_signature(params),
-            input_example=pd.DataFrame({"prompt": list(params.prompts[:1]) or [""]}),
+            signature=infer_signature(pd.DataFrame({"prompt": prompt}), pd.DataFrame({"text": prompt}), options),
+            input_example=pd.DataFrame({"prompt": prompt}),
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
         )
     client.set_terminated(run_id, status=status)  # as it was: leaving the block ends the run as finished
@@ -109,20 +109,6 @@ def _register(client: MlflowClient, run_id: str, model: Path, params: EvaluatePa
         client.create_registered_model(MODEL_NAME)
     created = client.create_model_version(MODEL_NAME, logged.model_uri, run_id, model_id=logged.model_id)
     return str(created.version)
-
-
-def _signature(params: EvaluateParams) -> ModelSignature:
-    """A column `prompt` in, a column `text` out, and how to draw it."""
-    parameters = [
-        ParamSpec("max_new_tokens", "long", params.max_new_tokens),
-        ParamSpec("temperature", "double", params.temperature),
-        ParamSpec("top_k", "long", params.top_k or 0),  # 0: all tokens
-        ParamSpec("top_p", "double", params.top_p),
-        ParamSpec("seed", "long", 0),
-    ]
-    return ModelSignature(
-        Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "text")]), ParamSchema(parameters)
-    )
 
 
 def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | None, test_digest: str) -> str:

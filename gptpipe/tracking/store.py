@@ -32,7 +32,7 @@ from gptpipe.environment import experiment_name, git, project_root, provenance, 
 from gptpipe.errors import ResourceError, first_line
 from gptpipe.files import Manifest, to_json
 
-_PARAMS_PER_BATCH, _TAG_CHARACTERS, _PARAM_CHARACTERS = 100, 5000, 6000  # MLflow's limits
+_TAG_CHARACTERS, _PARAM_CHARACTERS = 5000, 6000  # MLflow's limits
 _PATCH_BYTES = 1 << 20  # of changed code beside the commit; more is data, not code
 REPRODUCE = "reproduce"  # artifacts of a run that `gptpipe restore` needs, beside the commit
 TRAINING = "training_run_id"  # tag: the name that a training had for its run before the store gave it an id
@@ -246,8 +246,7 @@ def create_run(
         client.log_text(run_id, text, path)
     write_note(client, run_id)
     params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in description["params"].items()]
-    for start in range(0, len(params), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
+    client.log_batch(run_id, params=params)
     return run_id
 
 
@@ -255,8 +254,5 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested sections as `section.key` -> text."""
     result: dict[str, str] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = str(value)
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return result

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from gptpipe.console import complain
@@ -30,7 +30,7 @@ from gptpipe.errors import IntegrityError, ResourceError
 from gptpipe.files import new_folder, to_json, verify, write_bytes, write_json
 from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
-from gptpipe.model.layout import WEIGHTS, weights_from_bytes
+from gptpipe.model.layout import WEIGHTS
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import Validation
 
@@ -109,7 +109,7 @@ class Checkpoints:
                 complain(f"warning: {what}; trying the checkpoint before")
                 continue
             self._check_environment(content["environment"], allow_inexact)
-            _load_tensors(state, weights_from_bytes((candidate / _TENSORS).read_bytes()))
+            _load_tensors(state, load((candidate / _TENSORS).read_bytes()))
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
             state.skipped, state.micro_batch_size = content["skipped"], content["micro_batch_size"]
@@ -126,14 +126,15 @@ class Checkpoints:
     def save_best(self, model: GPT, step: int) -> None:
         """Keep the present weights as the best ones, validated at `step`."""
         with new_folder(self._best_folder(step), {}) as new:
-            write_bytes(new.path / WEIGHTS, save(_weights(model)))
+            weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
+            write_bytes(new.path / WEIGHTS, save(weights))
         verify(self._best_folder(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Weights of the best model by our parameter names. Raises IntegrityError."""
         folder = self._best_folder(step)
         verify(folder)
-        return weights_from_bytes((folder / WEIGHTS).read_bytes())
+        return load((folder / WEIGHTS).read_bytes())
 
     def remove(self) -> None:
         """The training is complete and its results are on disk: drop the state, keep the lock file."""
@@ -175,18 +176,14 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _weights(model: GPT) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
-    tensors = {f"model.{name}": whole(weight).cpu() for name, weight in _weights(state.model).items()}
-    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
-    for optimizer in state.optimizers:
-        for parameter, values in optimizer.state.items():
-            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": whole(value).cpu() for key, value in values.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        tensors[f"model.{name}"] = whole(parameter.detach()).cpu()
+        for optimizer in state.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = whole(value).cpu()
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
@@ -195,15 +192,13 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _load_tensors(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    groups = [(optimizer, group) for optimizer in state.optimizers for group in optimizer.param_groups]
+    updates = {parameter: optimizer for optimizer, group in groups for parameter in group["params"]}
     for name, parameter in state.model.named_parameters():
         parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
-    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                prefix = f"optimizer.{names[id(parameter)]}."
-                saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in saved.items()}
+        prefix = f"optimizer.{name}."
+        saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        updates[parameter].state[parameter] = {key: shard_like(value, parameter) for key, value in saved.items()}
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["generator.cuda"])

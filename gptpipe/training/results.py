@@ -5,34 +5,39 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import StrictUndefined, Template
 
 from gptpipe.config import Params
 from gptpipe.files import Manifest, new_folder, to_json, write_bytes, write_json
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
-from gptpipe.tokens.tokenizer import Tokenizer
-from gptpipe.training.card import model_card
 from gptpipe.training.checkpoint import Checkpoints
 from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import red_flags
+from gptpipe.training.start import Start
+
+VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # that training keeps
 
 
-def write_model(
-    target: Path,
-    params: Params,
-    tokenizer: Tokenizer,
-    checkpoints: Checkpoints,
-    summary: dict[str, Any],
-    made: Manifest,
-) -> None:
-    """The best model so far in Hugging Face layout, whole or not at all; `made` is the split that it is made from."""
+def write_model(target: Path, params: Params, begin: Start, checkpoints: Checkpoints, summary: dict[str, Any]) -> None:
+    """The best model so far in Hugging Face layout, whole or not at all."""
+    tokenizer, made = begin.tokenizer, begin.made_from
     with new_folder(target, made.lineage("split")) as folder:
         weights = checkpoints.load_best(summary["best_step"])
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(folder.path)
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
-        write_bytes(folder.path / "README.md", model_card(params, summary, made).encode())
+        write_bytes(folder.path / "README.md", _card(params, summary, made).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+
+
+def _card(params: Params, summary: dict[str, Any], made: Manifest) -> str:
+    """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
+    text = Path(__file__).with_name("card.jinja").read_text(encoding="utf-8")
+    template = Template(text, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    origin = "from scratch" if params.train.init_from is None else f"from the weights in `{params.train.init_from}`"
+    ancestors = sorted(made.lineage("split").items())
+    return str(template.render(**dict(params), val=summary["val"], summary=summary, origin=origin, ancestors=ancestors))
 
 
 def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:
@@ -83,10 +88,7 @@ def _steps(state: TrainState) -> pd.DataFrame:
 
 def _validations(state: TrainState) -> pd.DataFrame:
     """Each validation, with the mean training loss since the one before."""
-    figures = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/token_accuracy")
     found = (metrics for _, _, metrics in state.journal if "val/loss" in metrics)
-    rows = [(validation.step, validation.train_loss, *(metrics[name] for name in figures))
+    rows = [(validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_FIGURES))
             for validation, metrics in zip(state.history, found, strict=True)]  # fmt: skip
-    return pd.DataFrame(
-        rows, columns=["step", "train_loss", "val_loss", "perplexity", "bits_per_byte", "token_accuracy"]
-    )
+    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_FIGURES[1:]])

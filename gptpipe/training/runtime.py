@@ -5,9 +5,10 @@ import platform
 import shutil
 import signal
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 
 import psutil
 import torch
@@ -137,29 +138,27 @@ def micro_batch_size(params: TrainParams, model: GPT, free: int) -> int:
     )
 
 
-@dataclass
-class StopRequest:
-    """SIGINT and SIGTERM ask the loop to stop after the step; the second signal ends the process at once."""
+@contextmanager
+def noted_signals() -> Iterator[Callable[[], None]]:
+    """Gives a check that raises Interrupted once SIGINT or SIGTERM came, to this rank or to another.
 
-    signum: int | None = None
-    _previous: dict[int, object] = field(default_factory=dict)
+    The second signal ends the process at once.
+    """
+    came: list[int] = []
 
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._note)
-        return self
+    def note(signum: int, _: object) -> None:
+        if came:
+            os._exit(128 + signum)
+        came.append(signum)
 
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
-
-    def check(self) -> None:
-        """Raise Interrupted if a signal came, to this rank or to another."""
-        if signum := int(distributed.all_reduce(torch.tensor(self.signum or 0), torch.distributed.ReduceOp.MAX)):
+    def check() -> None:
+        if signum := int(distributed.all_reduce(torch.tensor(max(came, default=0)), torch.distributed.ReduceOp.MAX)):
             raise Interrupted(signum, "train: stopped, all saved; rerun to go on from there")
 
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            os._exit(128 + signum)
-        self.signum = signum
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM) if is_main}
+    try:
+        yield check
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -27,12 +27,11 @@ from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
-from gptpipe.training.results import note_samples, summarise, write_curves, write_model
+from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_curves, write_model
 from gptpipe.training.start import Start, start
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
 _COURSE = 40  # steps whose losses are drawn on a terminal
-_VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 
 
 class Record(Protocol):
@@ -92,14 +91,14 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         opened: Any = open_record(run_id, begin.made_from, environment) if place().rank == 0 else nullcontext()
         with opened as record:
             with (
-                runtime.StopRequest() as stop,
+                runtime.noted_signals() as check_stop,
                 Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
             ):
-                training = _Training(params, plan, state, begin, checkpoints, record, progress, stop)
+                training = _Training(params, plan, state, begin, checkpoints, record, progress, check_stop)
                 training.run()
             summary = summarise(params, state, n_steps)
             if place().rank == 0:
-                write_model(target, params, begin.tokenizer, checkpoints, summary, begin.made_from)
+                write_model(target, params, begin, checkpoints, summary)
                 write_curves(reports, state, summary, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
                 record.tags({"best_step": str(summary["best_step"])})
@@ -154,7 +153,7 @@ class _Training:
     checkpoints: Checkpoints
     record: Record
     progress: Progress
-    stop: runtime.StopRequest
+    check_stop: Callable[[], None]
     _n_sent: int = 0  # entries of the journal that went to the record
     _flags_said: set[str] = field(default_factory=set)
     _rolled_back_to: list[int] = field(default_factory=list)
@@ -171,7 +170,7 @@ class _Training:
                 save=self.save,
                 roll_back=self.roll_back,
                 log=self.log,
-                check_stop=self.stop.check,
+                check_stop=self.check_stop,
             )
         except Interrupted:
             self.save()
@@ -181,12 +180,12 @@ class _Training:
     def validate(self) -> float:
         model, part = distributed.whole_model(self.state.model), place()[:2]
         scores = score(
-            model, self.begin.val, precision=self.plan.precision, part=part, advance=lambda _: self.stop.check()
+            model, self.begin.val, precision=self.plan.precision, part=part, advance=lambda _: self.check_stop()
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
-        found = figures(scores, self.begin.val.documents)
-        self.log(self.state.step, {f"val/{name}": found[name] for name in _VALIDATION_FIGURES})
+        found = figures(scores.by_document, self.begin.val.documents)
+        self.log(self.state.step, {f"val/{name}": found[name] for name in VALIDATION_FIGURES})
         return distributed.from_first(found["loss"])
 
     def report(self) -> None:
@@ -204,12 +203,15 @@ class _Training:
             complain(f"red flag: {flags[name]}")
         self._flags_said |= flags.keys()
         self.record.tags({f"red_flag.{name}": words for name, words in flags.items()})
-        samples = self._samples(model)
-        for prompt, continuation in samples.items():
+        section, samples = self.params.train, dict[str, str]()
+        sampling = Sampling(temperature=0.8, top_k=50, seed=self.params.seed)  # each time, so that they compare
+        for prompt in section.sample_prompts:
+            pieces = continue_text(model, self.begin.tokenizer, prompt, section.sample_tokens, sampling)
+            samples[prompt] = continuation = "".join(pieces)
             self.progress.sample = "".join(filter(str.isprintable, " ".join(f"{prompt}{continuation}".split())))
             say(f"train: step {validation.step:,}: {prompt!r} goes on {continuation!r}", "verbose")
         self.record.text("samples.json", note_samples(self.checkpoints.folder, self.state.step, samples))
-        if self.params.train.on_spike == "stop":  # else only what is never taken back: what is saved
+        if section.on_spike == "stop":  # else only what is never taken back: what is saved
             self._send()
 
     def save(self) -> None:
@@ -239,12 +241,3 @@ class _Training:
         if place().rank == 0:
             self.record.metrics(self.state.journal[self._n_sent :])
         self._n_sent = len(self.state.journal)
-
-    def _samples(self, model: GPT) -> dict[str, str]:
-        """Continuations of the sample prompts; the same seed each time, so that they compare."""
-        section = self.params.train
-        sampling = Sampling(temperature=0.8, top_k=50, seed=self.params.seed)
-        return {
-            prompt: "".join(continue_text(model, self.begin.tokenizer, prompt, section.sample_tokens, sampling))
-            for prompt in section.sample_prompts
-        }

@@ -170,13 +170,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from gptpipe import parquet
-from gptpipe.config import CollectParams
+from gptpipe.config import CollectParams, load_params
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
 source = {"kind": "text", "paths": (sys.argv[1],), "document": "line"}
-params = CollectParams.model_validate({"sources": (source,), "encoding_errors": "strict", "min_document_bytes": 1,
-                                       "max_document_bytes": 100_000, "max_expansion": 9, "dedup": "none",
-                                       "near_similarity": 0.7})
+params = CollectParams.model_validate({**dict(load_params().collect), "sources": (source,), "min_document_bytes": 1,
+                                       "max_document_bytes": 100_000, "max_expansion": 9, "dedup": "none"})
 parquet._GROUP_BYTES, shards.SHARD_BYTES = 1 << 18, 1 << 20  # a small corpus fills several
 collect(params, Path(sys.argv[2]))
 print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss starts at the parent's
@@ -188,7 +187,7 @@ print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru
             file.write("a" * 500 * n_lines)
         done = subprocess.run(
             [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}"],
-            capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(int(done.stdout))
     assert peaks[1] <= 1.1 * peaks[0]

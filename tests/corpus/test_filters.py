@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sections import filters
 
-from gptpipe.config import CollectParams, FilterParams
+from gptpipe.config import CollectParams
 from gptpipe.corpus.cleaning import Rejected, clean
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.filters import fault, without_boilerplate
@@ -42,10 +43,6 @@ CHARACTERS = [
         for size in range(5, 11) for run in [" ".join("abcdefghij"[:size])]
     ),
 ]  # fmt: skip
-
-
-def filters(**values: Any) -> FilterParams:
-    return FilterParams(**values)
 
 
 @pytest.mark.parametrize(("name", "setting", "good", "bad", "why"), TABLE)

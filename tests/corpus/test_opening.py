@@ -167,18 +167,18 @@ def test_memory_does_not_grow_with_what_comes_out(tmp_path: Path) -> None:
     program = """
 import resource, sys
 from collections import Counter
-from gptpipe.config import CollectParams
+from gptpipe.config import CollectParams, load_params
 from gptpipe.corpus.sources import read
-params = CollectParams.model_validate({"sources": ({"kind": "text", "paths": (sys.argv[1],)},),
-    "encoding_errors": "strict", "min_document_bytes": 1, "max_document_bytes": 1000, "max_expansion": 1000,
-    "dedup": "none", "near_similarity": 0.7})
+params = CollectParams.model_validate({**dict(load_params().collect), "max_document_bytes": 1000, "max_expansion": 1000,
+                                       "sources": ({"kind": "text", "paths": (sys.argv[1],)},)})
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
 print(sum(map(len, read(params.sources[0], params, Counter(), {}))))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "line.gz"], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", program, tmp_path / "line.gz"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+    )  # fmt: skip
     assert int(done.stdout) == 300 << 20
 
 

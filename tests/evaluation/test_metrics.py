@@ -1,25 +1,16 @@
 """Figures from sums, by hand: two documents of 4 and 6 tokens, 8 and 12 bytes."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source, ratio
-from gptpipe.evaluation.scoring import Scores
 
 DOCUMENTS = pd.DataFrame({"source": ["b", "a"], "n_bytes": [8, 12]})
-SCORES = Scores(
-    nats=np.array([10.0, 6.0]),
-    correct=np.array([1.0, 3.0]),
-    n_tokens=np.array([4.0, 6.0]),
-    nats_by_position=np.zeros(16),
-    correct_by_position=np.zeros(16),
-    n_by_position=np.zeros(16),
-    by_confidence=np.array([[0.0, 1.0, 0.0, 4.5], [0.0, 2.0, 0.0, 4.0], [0.0, 5.0, 0.0, 5.0]]),
-)
+SCORES = np.array([[10.0, 6.0], [1.0, 3.0], [4.0, 6.0]])  # nats, hits, tokens
+BY_CONFIDENCE = np.array([[0.0, 1.0, 0.0, 4.5], [0.0, 2.0, 0.0, 4.0], [0.0, 5.0, 0.0, 5.0]])
 
 
 def test_figures() -> None:
@@ -63,7 +54,7 @@ def test_a_ratio_of_nothing_is_nothing() -> None:
 
 def test_calibration() -> None:
     """Sure at 0.2 and right at 0.4 in five tokens, sure at 0.9 and right at 0.8 in the other five."""
-    table = calibration_table(SCORES)
+    table = calibration_table(BY_CONFIDENCE)
     assert table.to_numpy().tolist() == [[0.2, 0.4, 5.0], [0.9, 0.8, 5.0]]
     assert calibration_error(table) == pytest.approx(0.15)
     assert calibration_error(table[:0]) == 0.0
@@ -71,5 +62,5 @@ def test_calibration() -> None:
 
 def test_a_hopeless_loss_has_a_finite_perplexity() -> None:
     """JSON knows no infinity."""
-    hopeless = replace(SCORES, nats=np.array([1e6]), correct=np.zeros(1), n_tokens=np.ones(1))
+    hopeless = np.array([[1e6], [0.0], [1.0]])
     assert math.isfinite(figures(hopeless, DOCUMENTS[:1])["perplexity"])

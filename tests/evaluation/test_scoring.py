@@ -56,16 +56,17 @@ def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...
     monkeypatch.setattr(scoring, "_LOGITS", windows_at_once * 16 * model.vocab_size)
     heard: list[int] = []
     scores, expected = score(model, stream, advance=heard.append), by_hand(model, stream)
-    assert scores.n_tokens.tolist() == expected["n_tokens"]
-    assert scores.n_by_position.tolist() == expected["n_by_position"]
-    assert scores.correct.tolist() == expected["correct"]
-    np.testing.assert_allclose(scores.nats, expected["nats"], rtol=1e-5)
-    np.testing.assert_allclose(scores.nats_by_position, expected["by_position"], rtol=1e-5)
-    assert scores.correct_by_position.sum() == scores.by_confidence[1].sum() == sum(expected["correct"])
+    nats, hits, n_tokens = scores.by_document
+    assert n_tokens.tolist() == expected["n_tokens"]
+    assert scores.by_position[2].tolist() == expected["n_by_position"]
+    assert hits.tolist() == expected["correct"]
+    np.testing.assert_allclose(nats, expected["nats"], rtol=1e-5)
+    np.testing.assert_allclose(scores.by_position[0], expected["by_position"], rtol=1e-5)
+    assert scores.by_position[1].sum() == scores.by_confidence[1].sum() == sum(expected["correct"])
     np.testing.assert_allclose(scores.by_confidence[0], expected["confidence"], rtol=1e-5)
     assert scores.by_confidence[2].tolist() == expected["n_by_confidence"]
-    assert scores.n_tokens.sum() == sum(heard) == len(stream.tokens) - 1
-    assert scores.nats.sum() == pytest.approx(scores.nats_by_position.sum())
+    assert n_tokens.sum() == sum(heard) == len(stream.tokens) - 1
+    assert nats.sum() == pytest.approx(scores.by_position[0].sum())
 
 
 @pytest.mark.parametrize("n_parts", [2, 3, 7])
@@ -77,7 +78,7 @@ def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_parts: int
     parts = [score(model, stream, part=(i, n_parts), advance=heard[i].append) for i in range(n_parts)]
     for name, expected in vars(whole).items():
         np.testing.assert_allclose(sum(getattr(part, name) for part in parts), expected, rtol=1e-12)
-    assert all(part.n_tokens.sum() > 0 for part in parts)
+    assert all(part.by_document[2].sum() > 0 for part in parts)
     assert all(turns == heard[0] for turns in heard)
     assert sum(heard[0]) == 103
 
@@ -85,14 +86,14 @@ def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_parts: int
 @pytest.mark.parametrize("lengths", [(), (1,)])
 def test_nothing_to_score(lengths: tuple[int, ...]) -> None:
     scores = score(tiny.network(), stream_of(*lengths))
-    assert scores.nats.tolist() == [0.0] * len(lengths)
+    assert scores.by_document[0].tolist() == [0.0] * len(lengths)
 
 
 def test_it_disturbs_neither_the_mode_nor_the_generator() -> None:
     model = tiny.network(dropout=0.5).train()
     before = torch.get_rng_state()
     first, second = (score(model, stream_of(30)) for _ in range(2))
-    assert first.nats.tolist() == second.nats.tolist()
+    assert first.by_document.tolist() == second.by_document.tolist()
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -102,4 +103,4 @@ def test_a_split_as_it_lies_on_disk(toy_split: Path) -> None:
     scores: Scores = score(tiny.network(300), stream)
     expected = stream.documents["n_tokens"].to_numpy(dtype=float)
     expected[0] -= 1  # the very first token of the stream has nothing before it
-    assert scores.n_tokens.tolist() == expected.tolist()
+    assert scores.by_document[2].tolist() == expected.tolist()

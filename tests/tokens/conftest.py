@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from sections import split_params
 
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams
 from gptpipe.corpus.collect import collect
@@ -38,4 +39,4 @@ def trained() -> TokenizeParams:
 
 @pytest.fixture
 def fifths() -> SplitParams:
-    return SplitParams(val_fraction=0.2, test_fraction=0.2)
+    return split_params(val_fraction=0.2, test_fraction=0.2)

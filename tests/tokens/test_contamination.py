@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sections import split_params
 
-from gptpipe.config import CollectParams, SplitParams
+from gptpipe.config import CollectParams
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.document import Document
@@ -32,7 +33,7 @@ def look(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> Callab
         (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         params = collect_params({"kind": "jsonl", "paths": (f"{tmp_path}/corpus.jsonl",)})
         collect(params, tmp_path / "raw")
-        split = SplitParams.model_validate({**FIFTHS, **changed})
+        split = split_params(**{**FIFTHS, **changed})
         report_contamination(tmp_path / "raw", tmp_path / "split.json", split, params, SEED)
         return json.loads((tmp_path / "split.json").read_text())
 
@@ -42,7 +43,7 @@ def look(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> Callab
 def on_side(side: Side, words: list[str]) -> str:
     """A text of these words that falls on a side, by another word behind them."""
     texts = (" ".join([*words, f"end{i}"]) for i in count())
-    return next(text for text in texts if side_of(Document("", text).id, SplitParams(**FIFTHS), SEED) == side)
+    return next(text for text in texts if side_of(Document("", text).id, split_params(**FIFTHS), SEED) == side)
 
 
 def test_it_finds_what_a_plain_count_finds(
@@ -56,7 +57,7 @@ def test_it_finds_what_a_plain_count_finds(
     monkeypatch.setattr(shards, "SHARD_BYTES", 9_000)
     monkeypatch.setattr(contamination, "_BLOCK", 500)
     expected: dict[str, set[tuple[str, ...]]] = {}
-    sides = {Document("", text).id: side_of(Document("", text).id, SplitParams(**FIFTHS), SEED) for text in texts}
+    sides = {Document("", text).id: side_of(Document("", text).id, split_params(**FIFTHS), SEED) for text in texts}
     ngrams: dict[str, set[tuple[str, ...]]] = {}
     for text in texts:
         found = re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())

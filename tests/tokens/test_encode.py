@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sections import split_params
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.corpus import shards
@@ -68,7 +69,7 @@ def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     ranks = Tokenizer.load(tmp_path / "tokens" / "tokenizer").ranks
     assert [token for token in ranks if len(token) > 1 and (b"Q" in token or b"Z" in token)] == []
 
-    everything = SplitParams(val_fraction=0.0, test_fraction=0.0)  # the same text on the train side does shape it
+    everything = split_params(val_fraction=0.0, test_fraction=0.0)  # the same text on the train side does shape it
     tokenize(tmp_path / "raw", tmp_path / "all", trained, everything, SEED)
     assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
 
@@ -118,7 +119,8 @@ def encode_shard(shard, path, tokenizer):
     shards.append(shard)
     return really(shard, path, tokenizer)
 encode._encode_shard = encode_shard
-trained, fifths = TokenizeParams(encoding="trained", vocab_size=400), SplitParams(val_fraction=0.2, test_fraction=0.2)
+trained = TokenizeParams(encoding="trained", vocab_size=400)
+fifths = SplitParams(val_fraction=0.2, test_fraction=0.2, ngram=13, benchmarks=(), max_contamination=None)
 encode.tokenize(Path("raw"), Path("tokens"), trained, fifths, 7)
 """
 
@@ -170,7 +172,7 @@ def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
 
 
 def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:
-    held_out = SplitParams(val_fraction=0.5, test_fraction=0.499)
+    held_out = split_params(val_fraction=0.5, test_fraction=0.499)
     text = next(str(i) for i in range(100) if side(str(i), held_out) != "train")
     with pytest.raises(InputError, match="no document falls on the train side"):
         tokenize(corpus([text]), tmp_path / "tokens", trained, held_out, SEED)

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from sections import split_params
 
-from gptpipe.config import SplitParams
 from gptpipe.tokens.splits import SIDES, side_of
 
 IDS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(20_000)]
@@ -14,7 +14,7 @@ KNOWN = ["test", "train", "train", "train", "val", "val", "train", "val", "test"
 
 
 def sides(val: float, test: float, seed: int = 0) -> dict[str, str]:
-    params = SplitParams(val_fraction=val, test_fraction=test)
+    params = split_params(val_fraction=val, test_fraction=test)
     return {document_id: side_of(document_id, params, seed) for document_id in IDS}
 
 
@@ -29,7 +29,7 @@ def test_the_same_in_another_process() -> None:
 import hashlib
 from gptpipe.config import SplitParams
 from gptpipe.tokens.splits import side_of
-params = SplitParams(val_fraction=0.3, test_fraction=0.3)
+params = SplitParams(val_fraction=0.3, test_fraction=0.3, ngram=13, benchmarks=(), max_contamination=None)
 print(*[side_of(hashlib.sha256(str(i).encode()).hexdigest(), params, 0) for i in range(12)])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

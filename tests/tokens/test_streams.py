@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sections import split_params
 
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams
 from gptpipe.corpus import shards
@@ -106,7 +107,7 @@ def test_equal_and_nearly_equal_documents_are_never_on_two_sides(
 
 
 def test_ninety_to_ten(tmp_path: Path, tokens: Path) -> None:
-    counts = split(tokens, tmp_path / "split", SplitParams(val_fraction=0.1, test_fraction=0.0), SEED)
+    counts = split(tokens, tmp_path / "split", split_params(val_fraction=0.1, test_fraction=0.0), SEED)
     assert counts["test_documents"] == counts["test_tokens"] == 0
     assert 15 <= counts["val_documents"] <= 45
     empty = open_stream(tmp_path / "split", "test")
@@ -125,7 +126,7 @@ def test_splitting_twice_gives_the_same_bytes(tmp_path: Path, tokens: Path, fift
 
 def test_a_side_that_is_asked_for_and_stays_empty_is_an_input_error(tmp_path: Path, tokens: Path) -> None:
     with pytest.raises(InputError, match=r"no document fell to test \(documents: train \d+, val \d+, test 0\)"):
-        split(tokens, tmp_path / "split", SplitParams(val_fraction=0.1, test_fraction=1e-9), SEED)
+        split(tokens, tmp_path / "split", split_params(val_fraction=0.1, test_fraction=1e-9), SEED)
     assert not (tmp_path / "split").exists()
 
 

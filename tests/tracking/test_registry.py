@@ -18,6 +18,7 @@ from tiny import LINEAGE, make_model
 
 from gptpipe.config import Params
 from gptpipe.errors import IntegrityError
+from gptpipe.evaluation.evaluate import Evaluation
 from gptpipe.tracking.record import training_run
 from gptpipe.tracking.registry import record_evaluation
 from gptpipe.tracking.store import connect
@@ -29,20 +30,10 @@ def model(project: Path) -> Path:
 
 
 def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
-    metrics = {"val/loss": 1.0} | ({} if bits is None else {"test/bits_per_byte": bits})
-    texts = {"samples.md": "samples"}
-    return record_evaluation(
-        params,
-        LINEAGE,
-        run_id,
-        step=7,
-        metrics=metrics,
-        texts=texts,
-        figures={"Loss by position": "<svg/>"},
-        card="# card",
-        test_digest=digest,
-        model=model,
-    )
+    results: dict[str, Any] = {"val": {"loss": 1.0}, "continuations": {}, "reference_bits_per_byte": {}}
+    results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
+    found = Evaluation(results, card="# card", samples="samples", step=7, lineage=LINEAGE)
+    return record_evaluation(params, found, run_id, "<html/>", {"Loss by position": "<svg/>"}, model)
 
 
 def champion() -> str:

@@ -46,19 +46,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple
         run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
         found = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
         figures, counts = draw_figures(reports), read_manifest(toy_split.parent / "raw").counts
-        texts = {"report.html": write_page(reports, params, found.lineage, counts, run_id, figures)}
-        record_evaluation(
-            params,
-            found.lineage,
-            run_id,
-            step=found.step,
-            metrics=found.metrics(),
-            texts=texts,
-            figures=figures,
-            card=found.card,
-            test_digest="d1",
-            model=model,
-        )
+        page = write_page(reports, params, found.lineage, counts, run_id, figures)
+        record_evaluation(params, found, run_id, page, figures, model)
     return root, run_id
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gptpipe.config import TrainParams
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
-from gptpipe.training.runtime import StopRequest, estimated_bytes, micro_batch_size, resolve
+from gptpipe.training.runtime import estimated_bytes, micro_batch_size, noted_signals, resolve
 
 QWEN3, GPT2 = (tiny.model_params(architecture=name, n_kv_head=4) for name in ("qwen3", "gpt2"))
 
@@ -84,11 +84,11 @@ def test_a_long_training_compiles_where_a_compiler_is(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_for_a_stop_and_handlers_come_back(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
-    with StopRequest() as stop:
-        stop.check()
+    with noted_signals() as check:
+        check()
         os.kill(os.getpid(), signum)
         with pytest.raises(Interrupted) as caught:
-            stop.check()
+            check()
     assert caught.value.exit_code == 128 + signum
     assert signal.getsignal(signum) is before
 
@@ -96,7 +96,7 @@ def test_a_signal_asks_for_a_stop_and_handlers_come_back(signum: signal.Signals)
 def test_a_second_signal_ends_the_process_at_once() -> None:
     child = os.fork()
     if child == 0:
-        with StopRequest():
+        with noted_signals():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
