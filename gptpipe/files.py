@@ -5,6 +5,7 @@ fsync, rename, fsync of the folder). A folder appears the same way, with `manife
 version, the SHA-256 and size of every file, counts, and the digests of all that it was made from.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -92,7 +93,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             partial.replace(path)
             _sync_folder(path.parent)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                written = partial.stat().st_size if partial.exists() else 0
+                error.strerror = f"{error.strerror} (it needs more than {written:,} bytes)"
             partial.unlink(missing_ok=True)
             raise
 

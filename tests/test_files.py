@@ -310,7 +310,7 @@ except ResourceError as error:
     path = tmp_path / "large"
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (5, "")
-    assert done.stdout.startswith(f"{path}: cannot write: File too large")
+    assert done.stdout.startswith(f"{path}: cannot write: File too large (it needs more than 1,000 bytes); free space")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -83,16 +83,21 @@ def connect() -> MlflowClient:
         mlflow.set_registry_uri(uri)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "store.lock"):
-            is_new = is_sqlite and not Path(uri.removeprefix("sqlite:///")).exists()
+            if is_sqlite and not (file := Path(uri.removeprefix("sqlite:///"))).exists():
+                for left_by_a_kill in file.parent.glob(f".{file.name}.*"):
+                    left_by_a_kill.unlink()
+                # Under another name each time: one that is made in part is refused for ever, and stays open here.
+                partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+                MlflowClient(f"sqlite:///{partial}")
+                with closing(sqlite3.connect(partial)) as database:  # readers, as the UI, then never block the writer
+                    database.execute("PRAGMA journal_mode=WAL")
+                partial.replace(file)
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment_name()) is None:
                 artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None
                 number = client.create_experiment(experiment_name(), artifacts, _EXPERIMENT_TAGS)
                 link = f"#/experiments/{number}/runs?viewStateShareKey=figures&workflowType=machine_learning"
                 client.set_experiment_tag(number, "mlflow.note.content", f"[All runs with their figures]({link})")
-            if is_new:  # readers, such as the UI, then never block the writer
-                with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
-                    database.execute("PRAGMA journal_mode=WAL")
     return client
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from gptpipe.console import complain
 from gptpipe.environment import place
 from gptpipe.errors import IntegrityError, ResourceError
-from gptpipe.files import new_folder, to_json, verify, write_bytes, write_json
+from gptpipe.files import disk_errors, new_folder, to_json, verify, write_bytes, write_json
 from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import WEIGHTS
@@ -172,8 +172,9 @@ class Checkpoints:
 def _discard(folder: Path) -> None:
     """Remove a folder; killed in between, it is gone under its name all the same."""
     doomed = folder.with_name(f".{folder.name}.partial")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    with disk_errors(folder):
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:

@@ -1,10 +1,13 @@
 """The record of a training in a real SQLite store, and what happens when the store is not there."""
 
 import os
+import resource
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from gptpipe.config import Params
 from gptpipe.errors import Interrupted, NumericError
 from gptpipe.tracking import record as record_module
 from gptpipe.tracking.record import training_run
-from gptpipe.tracking.store import connect
+from gptpipe.tracking.store import StoreError, connect
 
 
 def rows(project: Path) -> list[tuple[str, int, float]]:
@@ -40,6 +43,25 @@ def test_a_run_holds_parameters_data_metrics_and_texts(project: Path, params: Pa
     }
     assert {f.path for f in client.list_artifacts(record.run_id)} == {"environment.txt", "lineage.json", "samples"}
     assert (project / "mlartifacts").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file size limits")
+def test_a_store_that_could_not_be_made_is_made_the_next_time(project: Path, params: Params) -> None:
+    """A full disk, or a kill, once left tables of which MLflow says for ever that they are there already."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="tracking store: "):
+            connect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (project / "mlflow.db").exists()
+    with training_run(params, None, LINEAGE, {}) as record:
+        record.metrics([(1, 1000, {"train/loss": 3.0})])
+    assert rows(project) == [("train/loss", 1, 3.0)]
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+    assert list(project.glob(".mlflow*")) == []
 
 
 def test_its_description_says_what_counts_and_how_to_come_back(params: Params) -> None:

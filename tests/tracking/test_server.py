@@ -169,7 +169,9 @@ def entries(*steps: int) -> list[tuple[int, int, dict[str, float]]]:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
     while not is_so():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 

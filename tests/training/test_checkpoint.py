@@ -1,5 +1,6 @@
 """Checkpoints: the same bits after a restore, damage found before use, and nothing lost by a kill at any moment."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -203,8 +204,12 @@ def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
         assert (tmp_path / "owner").read_text() == f"process {os.getpid()}"
 
 
-def killed_at_change(n: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a fork that dies, as by SIGKILL, before its n-th change of the disk; whether it came to that."""
+def at_change(n: int, work: Callable[[], object], code: int | None = None, for_ever: bool = False) -> int:
+    """Run `work` in a fork that dies, as by SIGKILL, before its n-th change of the disk, or in which that change fails.
+
+    Returns the exit code: 9 after the kill, 5 of a ResourceError, 1 of any other error, 7 where the failure did no
+    harm, 0 where it did not come to that change.
+    """
     pid = os.fork()
     if pid == 0:
         left = n
@@ -214,15 +219,20 @@ def killed_at_change(n: int, work: Callable[[], object]) -> bool:
             writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
                 left -= 1
-                if left < 0:
+                if left < 0 and code is None:
                     os._exit(9)
+                if left == -1 or (left < 0 and for_ever):
+                    raise OSError(code, os.strerror(code or 0))
 
         try:
             sys.addaudithook(count)
             work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        except ResourceError:
+            os._exit(5)
+        except BaseException:
+            os._exit(1)
+        os._exit(0 if left >= 0 else 7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("work", ["save", "save_best again", "remove"])
@@ -245,7 +255,7 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
             "save_best again": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
             "remove": checkpoints.remove,
         }
-        done = not killed_at_change(n, doing[work])
+        done = at_change(n, doing[work]) != 9
         again, notes = restored(folder, **SMALL)
         assert "warning" not in capsys.readouterr().err, f"change {n}"
         steps.add(again.step if notes is not None else None)
@@ -256,3 +266,37 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         n += 1
     assert n > 7
     assert steps == {"save": {6, 9}, "save_best again": {6}, "remove": {6, None}}[work]
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "for_ever"),
+    [
+        ("save", errno.ENOSPC, False),
+        ("save", errno.EIO, True),
+        ("save_best", errno.ENOSPC, False),
+        ("remove", errno.EIO, True),
+    ],
+)
+def test_a_change_that_fails_is_a_resource_error_and_leaves_what_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str, code: int, for_ever: bool
+) -> None:
+    sound = tmp_path / "sound"
+    state = saved_run(sound, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
+    state.step = 9
+    ended = []
+    while not ended or ended[-1] != 0:
+        folder = tmp_path / "failed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sound, folder)
+        checkpoints = Checkpoints(folder, ENVIRONMENT)
+        doing: dict[str, Callable[[], object]] = {
+            "save": lambda c=checkpoints: c.save(state, {}),  # type: ignore[misc]
+            "save_best": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
+            "remove": checkpoints.remove,
+        }
+        ended.append(at_change(len(ended), doing[work], code, for_ever))
+        again, notes = restored(folder, **SMALL)
+        assert "warning" not in capsys.readouterr().err, f"change {len(ended)}"
+        assert again.step in (6, 9) or (work == "remove" and notes is None)
+    assert {5, 0} <= set(ended) <= {5, 7, 0}
+    assert len(ended) > 7
