@@ -48,7 +48,7 @@ def draw_figures(reports: Path) -> dict[str, str]:
     }
 
 
-def write_page(reports: Path, params: Params, lineage: Manifest, collected: dict[str, Any], run_id: str | None,
+def write_page(reports: Path, params: Params, lineage: Manifest, collected: dict[str, Any], run_id: str,
                figures: dict[str, str]) -> str:  # fmt: skip
     """Write report.html and return it; `lineage` is the split's manifest, `collected` the counts of stage collect."""
     results, trained, samples = (

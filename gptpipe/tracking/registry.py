@@ -40,7 +40,7 @@ _SERVING_REQUIREMENTS = (
 
 
 def record_evaluation(
-    params: Params, found: Evaluation, run_id: str | None, page: str, figures: dict[str, str], model: Path
+    params: Params, found: Evaluation, run_id: str, page: str, figures: dict[str, str], model: Path
 ) -> str:
     """Log what was found, the report and figures (title -> SVG) into the training's run, register `model`, and say who
     is champion.

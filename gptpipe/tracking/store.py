@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import sqlite3
-import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import distributions
@@ -101,10 +100,8 @@ def connect() -> MlflowClient:
     return client
 
 
-def find_run(client: MlflowClient, run_id: str | None) -> str | None:
+def find_run(client: MlflowClient, run_id: str) -> str | None:
     """The id by which the store knows the run: as it is, or as that of the run that a training made under this name."""
-    if run_id is None:
-        return None
     try:
         if (info := client.get_run(run_id).info).lifecycle_stage == "active":
             return str(info.run_id)
@@ -232,11 +229,9 @@ def write_note(client: MlflowClient, run_id: str) -> None:
     client.set_tag(run_id, "mlflow.note.content", note[:_TAG_CHARACTERS])
 
 
-def create_run(
-    client: MlflowClient, description: dict[str, Any], name: str | None = None, run_id: str | None = None
-) -> str:
+def create_run(client: MlflowClient, description: dict[str, Any], name: str, run_id: str | None = None) -> str:
     """Make a run from what `describe_run` gives, or what an earlier try did not get to of `run_id`; returns its id."""
-    tags = {**description["tags"], TRAINING: name or uuid.uuid4().hex}
+    tags = {**description["tags"], TRAINING: name}
     run_id = run_id or str(
         client.create_run(_experiment_id(client), tags=tags, run_name=description["name"]).info.run_id
     )
