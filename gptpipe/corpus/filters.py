@@ -9,7 +9,6 @@ from math import inf
 
 from gptpipe.config import FilterParams
 
-_OFF = FilterParams()
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
@@ -49,8 +48,6 @@ def without_boilerplate(text: str, params: FilterParams) -> str:
 
 def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
     """The first filter that a text which is not empty does not pass, and what was found there and is allowed."""
-    if params == _OFF:
-        return None
     for phrase in params.phrases:
         if phrase.lower() in text.lower():
             return "phrases", f"has {phrase!r}"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptpipe.config import CollectParams
+from gptpipe.corpus import collect as collecting
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.python_docs import python_docs
@@ -161,6 +163,51 @@ def test_shards_are_cut_by_size_and_hold_the_corpus_in_order(
     assert all(document_id == document.id for document_id, document in read)
     collect(params, tmp_path / "again")
     assert verify(tmp_path / "again").digest == verify(tmp_path / "raw").digest
+
+
+def mixed_sources(folder: Path) -> list[dict[str, Any]]:
+    """Equal texts, rejections and cuts in three sources; two have limits, one a weight."""
+    texts = [f"text {i % 700} {'with a tail ' * (i % 40)}" for i in range(1500)]
+    texts[7::50] = ["lone \ud800"] * 30
+    texts[11::60] = [" \x00\r\n"] * 25
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "{}\n")
+    lines = write_lines(folder / "b.txt", *(f"line {i} \u00e9 \x07" for i in range(1000)), *(["text 1"] * 9))
+    records = {"kind": "jsonl", "paths": (f"{folder}/a.jsonl",)}
+    return [records | {"max_documents": 400}, lines | {"weight": 0.5, "max_bytes": 3000}, records]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7)
+    outcomes = []
+    for workers, n_texts, n_alone in (("1", 7, 9), ("1", 1 << 13, 9), ("2", 90, 0)):
+        monkeypatch.setenv("GPTPIPE_WORKERS", workers)
+        monkeypatch.setattr(collecting, "_TEXTS", n_texts)
+        monkeypatch.setattr(collecting, "_ALONE", n_alone)
+        monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
+        counts = collect(params, tmp_path / "raw", tmp_path / "report.md")
+        outcomes.append((counts, verify(tmp_path / "raw").digest, (tmp_path / "report.md").read_bytes()))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    counts = outcomes[0][0]
+    assert counts["documents_in"] == counts["documents"] + sum(n for name, n in counts.items() if "rejected" in name)
+    by_source = Counter(row["source"] for row in rows(tmp_path / "raw"))
+    assert by_source["jsonl-0"] == 400
+    assert 3000 <= sum(row["n_bytes"] for row in rows(tmp_path / "raw") if row["source"] == "text") < 3015
+    texts = [row["text"] for row in rows(tmp_path / "raw")]
+    assert len(texts) == len(set(texts)) == counts["documents"]
+    assert counts["cut"] > 100
+    assert len(shards.shard_paths(tmp_path / "raw")) > 3
+
+
+def test_what_lies_behind_a_limit_has_no_say(tmp_path: Path, collect_params: MakeParams) -> None:
+    """Texts are read ahead: neither an error there nor a text that was not taken may show."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n{bad\n')
+    limited = {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",), "max_documents": 2}
+    counts = collect(collect_params(limited, write_lines(tmp_path / "b.txt", "three")), tmp_path / "raw")
+    assert counts == {"documents_in": 3, "documents": 3, "bytes": 11, "cut": 0}
+    with pytest.raises(InputError, match=r"a\.jsonl, line 4: not JSON"):
+        collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
