@@ -31,7 +31,7 @@ from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 
 T = TypeVar("T")
-_TEXTS, _CHARACTERS = 1 << 13, 1 << 20  # at most, and about, that are cleaned together
+_TEXTS, _CHARACTERS = 1 << 13, 1 << 18  # at most, and about, that are cleaned together
 _ALONE = 0.5  # seconds that this process cleans a source by itself: to start another costs about as much
 
 

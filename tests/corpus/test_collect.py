@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -211,8 +212,9 @@ def test_what_lies_behind_a_limit_has_no_say(tmp_path: Path, collect_params: Mak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Ten times the text, at most a tenth more memory (a line of 10 MB is no exception)."""
+@pytest.mark.parametrize("kind", ["text", "parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
+    """Ten times the text, at most a tenth more memory: neither a line of 10 MB nor a single row group is held whole."""
     program = """
 import sys
 from pathlib import Path
@@ -220,7 +222,7 @@ from gptpipe import parquet
 from gptpipe.config import CollectParams
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
-source = {"kind": "text", "paths": (sys.argv[1],), "document": "line"}
+source = {"kind": sys.argv[3], "paths": (sys.argv[1],)} | ({"document": "line"} if sys.argv[3] == "text" else {})
 params = CollectParams.model_validate({"sources": (source,), "encoding_errors": "strict", "min_document_bytes": 1,
                                        "max_document_bytes": 100_000, "max_expansion": 9, "dedup": "none",
                                        "near_similarity": 0.7})
@@ -229,12 +231,16 @@ collect(params, Path(sys.argv[2]))
 print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss starts at the parent's
 """
     peaks = []
-    for name, n_lines in (("small", 2_000), ("large", 20_000)):
-        with (tmp_path / name).open("w") as file:
-            file.writelines(f"{i} " * 80 + "\n" for i in range(n_lines))
-            file.write("a" * 500 * n_lines)
+    for name, n_lines in (("small", 6_000), ("large", 60_000)):
+        if kind == "text":
+            with (tmp_path / name).open("w") as file:
+                file.writelines(f"{i} " * 80 + "\n" for i in range(n_lines))
+                file.write("a" * 250 * n_lines)
+        else:
+            texts = [os.urandom(500).hex() for _ in range(n_lines)]
+            pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=n_lines)
         done = subprocess.run(
-            [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}"],
+            [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}", kind],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(int(done.stdout))
