@@ -32,15 +32,12 @@ def clean(texts: Sequence[str | Rejected], params: CollectParams) -> list[str | 
     stack. Or Rejected: as it came in, `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`, a filter's name.
     Texts go through all that looks at each character as one: a short text alone costs several times as much.
     """
-    found = list(texts)
-    try:
-        plain = _plain([text for text in found if isinstance(text, str)])
-    except UnicodeEncodeError:
-        lone = Rejected("lone_surrogates")
-        found = [lone if isinstance(text, str) and _SURROGATE.search(text) else text for text in found]
-        plain = _plain([text for text in found if isinstance(text, str)])
+    lone = Rejected("lone_surrogates")
+    found = [
+        lone if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text) else text for text in texts
+    ]
+    rest = iter(_plain([text for text in found if isinstance(text, str)]))
     filters = None if params.filters == _NO_FILTERS else params.filters
-    rest = iter(plain)
     return [
         text if isinstance(text, Rejected) else _finished(next(rest), params.min_document_bytes, filters)
         for text in found

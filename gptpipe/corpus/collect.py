@@ -2,14 +2,14 @@
 
 import hashlib
 import shutil
-import time
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, tee
+from itertools import chain, islice, tee
 from math import inf
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,35 +26,35 @@ from gptpipe.corpus.sources import fingerprint, read
 from gptpipe.corpus.tally import Tally
 from gptpipe.environment import optional_module
 from gptpipe.errors import GptpipeError, InputError
-from gptpipe.files import new_folder
+from gptpipe.files import finish, finished, key_of, new_folder
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 
-T = TypeVar("T")
 _TEXTS, _CHARACTERS = 1 << 13, 1 << 18  # at most, and about, that are cleaned together
-_ALONE = 0.5  # seconds that this process cleans a source by itself: to start another costs about as much
+_ALONE = 16  # batches of a source that this process cleans by itself: to start another costs about as much
 
 
 def collect(params: CollectParams, target: Path, report: Path | None = None) -> dict[str, int]:
     """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason; also to `report`.
 
-    Raises InputError where a source cannot be read or nothing is left.
+    After a kill, shards that were finished are not made again: the sources are read up to where the last one ended, and
+    cleaned from there. A remote source may have changed, so with one all starts anew, as the search for near-duplicates
+    always does. Raises InputError where a source cannot be read or nothing is left.
     """
     if near := params.dedup == "near":
         optional_module("rensa", "near")  # said now, not after the first pass
     kinds = [source.kind for source in params.sources]
     tally = Tally(kind if kinds.count(kind) == 1 else f"{kind}-{i}" for i, kind in enumerate(kinds))
     made_from = fingerprint(params.sources)
-    with new_folder(target, made_from) as folder, Progress("collect", unit="documents") as progress:
+    libraries = ["pyarrow", *(["datasets"] if "huggingface" in kinds else [])]
+    key = "" if any(map(_is_remote, params.sources)) else key_of([made_from, params.model_dump()], *libraries)
+    with new_folder(target, made_from, key) as folder, Progress("collect", unit="documents") as progress:
         exact = folder.path / "exact" if near else folder.path
-        batches = _batches(params, tally, made_from)
-        for number, rows in enumerate(rows_of_shards(batches, partial(_count, tally=tally, params=params))):
-            write_shard(shard_path(exact, number), rows)
-            progress.advance(len(rows))
+        _write_shards(exact, params, tally, made_from, progress)
         if near:
             repeats = near_duplicates(shard_paths(exact), params.near_similarity, exact / "signatures")
             batches = _without(shard_paths(exact), repeats, tally)
-            for number, rows in enumerate(rows_of_shards(batches)):
+            for number, (rows, _) in enumerate(rows_of_shards(batches)):
                 write_shard(shard_path(folder.path, number), rows)
             shutil.rmtree(exact)
         if report:
@@ -65,12 +65,35 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
     return dict(tally)
 
 
-def _batches(params: CollectParams, tally: Tally, digests: dict[str, str]) -> Iterator[Batch]:
-    """What the sources hold, equal texts and what is above a limit removed."""
-    seen = Seen()
+def _is_remote(source: Source) -> bool:
+    return any(map(is_remote, getattr(source, "paths", ())))
+
+
+def _write_shards(
+    folder: Path, params: CollectParams, tally: Tally, digests: dict[str, str], progress: Progress
+) -> None:
+    """Write the shards that a kill did not leave finished."""
+    first, seen, is_last = 0, Seen(), False
+    while done := finished([path := shard_path(folder, first)]):
+        tally.restore(done["result"])
+        for batch in read_parquet(path, ["id"]):
+            seen.add(strings(batch, "id"))
+            progress.advance(len(batch))
+        first, is_last = first + 1, done["result"]["is_last"]
+    rest = rows_of_shards(_batches(params, tally, digests, seen), partial(_count, tally=tally, params=params))
+    for number, (rows, ends) in enumerate(() if is_last else rest, first):
+        write_shard(path := shard_path(folder, number), rows)
+        finish([path], {**tally.note(), "is_last": ends})
+        progress.advance(len(rows))
+
+
+def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen: Seen) -> Iterator[Batch]:
+    """What the sources hold behind what is in the tally, equal texts and what is above a limit removed."""
     for name, source in zip(tally.by_source, params.sources, strict=True):
-        n_documents = n_bytes = 0
-        for batch in _cleaned(name, source, params, digests):
+        n_documents, n_bytes = (tally.by_source[name][what] for what in ("documents", "bytes"))
+        if n_documents >= (source.max_documents or inf) or n_bytes >= (source.max_bytes or inf):
+            continue
+        for batch in _cleaned(name, source, params, digests, tally.documents_in(name)):
             if params.dedup != "none":
                 batch = batch.without(seen.add(strings(batch.rows, "id")), Rejected("duplicate"))
             ends = n_bytes + sizes(batch.rows).cumsum()
@@ -79,34 +102,25 @@ def _batches(params: CollectParams, tally: Tally, digests: dict[str, str]) -> It
             if len(ends) >= n_left:
                 batch, rest = batch.split(int(n_left))
                 seen.forget(strings(rest.rows, "id"))
-                yield batch
-                break
             yield batch
+            if len(ends) >= n_left:
+                break
             n_documents, n_bytes = n_documents + len(ends), n_bytes + int(sizes(batch.rows).sum())
 
 
-def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str, str]) -> Iterator[Batch]:
-    """A source's documents, equal ones not yet removed; of a large source other processes clean some."""
+def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str, str], start: int) -> Iterator[Batch]:
+    """A source's documents from text `start`, equal ones not yet removed; of many other processes clean some."""
     n_texts, alone = min(_TEXTS, source.max_documents or _TEXTS), _ALONE
-    if (source.max_documents or source.max_bytes) and any(map(is_remote, getattr(source, "paths", ()))):
-        n_texts, alone = 1, inf  # its digest is of what was read, so nothing is read ahead
-    raw, ahead = tee(_raw(source, n_texts, params, digests))
+    if (source.max_documents or source.max_bytes) and _is_remote(source):
+        n_texts, alone = 1, sys.maxsize  # its digest is of what was read, so nothing is read ahead
+    raw, ahead = tee(_raw(source, start, n_texts, params, digests))
     work = partial(_clean, name=name, weight=source.weight, params=params)
     texts = (batch.texts for batch in ahead)
-    cleaned = chain(map(work, _for_seconds(alone, texts)), map_in_order(work, texts, helping=True))
+    cleaned = chain(map(work, islice(texts, alone)), map_in_order(work, texts, helping=True))
     for (these, cut, error), batch in zip(raw, cleaned, strict=True):
         if error:
             raise error
         yield batch._replace(texts=these, cut=cut)
-
-
-def _for_seconds(seconds: float, items: Iterator[T]) -> Iterator[T]:
-    """Takes one at least."""
-    until = time.monotonic() + seconds
-    for item in items:
-        yield item
-        if time.monotonic() > until:
-            return
 
 
 class _Raw(NamedTuple):
@@ -115,15 +129,16 @@ class _Raw(NamedTuple):
     error: GptpipeError | None = None  # where no more can be read
 
 
-def _raw(source: Source, n_texts: int, params: CollectParams, digests: dict[str, str]) -> Iterator[_Raw]:
-    """A source's texts, at most so many together. An error waits its turn: a limit may come before it."""
+def _raw(source: Source, start: int, n_texts: int, params: CollectParams, digests: dict[str, str]) -> Iterator[_Raw]:
+    """A source's texts from text `start`, some together. An error waits its turn: a limit may come before it."""
     counts = Counter[str]()
     texts: list[str | Rejected] = []
     cut = size = 0
     try:
-        for text in read(source, params, counts, digests):
+        for text in islice(read(source, params, counts, digests), start, None):
             if counts["cut"] != cut:
-                yield _Raw(texts, cut)
+                if texts:
+                    yield _Raw(texts, cut)
                 texts, cut, size = [], counts["cut"], 0
             texts.append(text)
             size += len(text) if isinstance(text, str) else 0
@@ -134,7 +149,7 @@ def _raw(source: Source, n_texts: int, params: CollectParams, digests: dict[str,
         yield _Raw(texts, cut)
         yield _Raw([], cut, error)
         return
-    yield _Raw(texts, cut)
+    yield _Raw(texts, counts["cut"])
 
 
 def _clean(texts: list[str | Rejected], *, name: str, weight: float, params: CollectParams) -> Batch:

@@ -38,10 +38,7 @@ class Seen:
             self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._recent), "S16")]), kind="stable")
             self._recent = set()
         keys = _keys(ids)
-        there = np.zeros(len(keys), bool)
-        if len(self._sorted):
-            at = np.searchsorted(self._sorted, keys)
-            there = self._sorted[np.minimum(at, len(self._sorted) - 1)] == keys
+        there = np.searchsorted(self._sorted, keys, "right") > np.searchsorted(self._sorted, keys)
         for i, key in enumerate(keys.tolist()):
             if key in self._recent:
                 there[i] = True

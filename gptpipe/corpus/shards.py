@@ -36,31 +36,26 @@ class Batch(NamedTuple):
 
     def split(self, n_rows: int) -> tuple[Self, Self]:
         """Up to the end of row `n_rows`, which is at least 1, and what follows."""
-        end, rejected = int(self.positions[n_rows - 1]) + 1, self.rejected.items()
-        return (
-            self._replace(
-                texts=self.texts[:end],
-                rows=self.rows[:n_rows],
-                positions=self.positions[:n_rows],
-                rejected={i: reason for i, reason in rejected if i < end},
-            ),
-            self._replace(
-                texts=self.texts[end:],
-                rows=self.rows[n_rows:],
-                positions=self.positions[n_rows:] - end,
-                rejected={i - end: reason for i, reason in rejected if i >= end},
-            ),
-        )
+        end, gone = int(self.positions[n_rows - 1]) + 1, self.rejected.items()
+        heads = self.texts[:end], self.rows[:n_rows], self.positions[:n_rows], {i: why for i, why in gone if i < end}
+        tails = (self.texts[end:], self.rows[n_rows:], self.positions[n_rows:] - end,
+                 {i - end: why for i, why in gone if i >= end})  # fmt: skip
+        return type(self)(self.source, self.cut, *heads), type(self)(self.source, self.cut, *tails)
 
 
-def rows_of_shards(batches: Iterable[Batch], count: Callable[[Batch], object] = lambda _: None) -> Iterator[pa.Table]:
-    """The rows of each shard, of at least one; `count` was told before of all that came in up to the last of them."""
+def rows_of_shards(
+    batches: Iterable[Batch], count: Callable[[Batch], object] = lambda _: None
+) -> Iterator[tuple[pa.Table, bool]]:
+    """The rows of each shard, of at least one, and whether it is the last.
+
+    When they come, `count` was told of all that came in before the first row of the next.
+    """
     rows: list[pa.RecordBatch] = []
     n_bytes = 0
     for batch in batches:
         while len(batch.rows):
             if n_bytes >= SHARD_BYTES:
-                yield pa.Table.from_batches(rows, SCHEMA)
+                yield pa.Table.from_batches(rows, SCHEMA), False
                 rows, n_bytes = [], 0
             ends = n_bytes + sizes(batch.rows).cumsum()
             taken, batch = batch.split(min(len(ends), int(np.searchsorted(ends, SHARD_BYTES)) + 1))
@@ -68,7 +63,7 @@ def rows_of_shards(batches: Iterable[Batch], count: Callable[[Batch], object] = 
             rows.append(taken.rows)
             n_bytes = int(ends[len(taken.rows) - 1])
         count(batch)
-    yield pa.Table.from_batches(rows, SCHEMA)
+    yield pa.Table.from_batches(rows, SCHEMA), True
 
 
 def write_shard(path: Path, rows: pa.Table) -> None:
@@ -80,6 +75,7 @@ def write_shard(path: Path, rows: pa.Table) -> None:
             (batch,) = rows[start : min(start + _BATCH_ROWS, full)].combine_chunks().to_batches()
             file.extend(batch)
             start += len(batch)
+    pa.default_memory_pool().release_unused()  # it would keep some more with each shard
 
 
 def sizes(rows: pa.RecordBatch | pa.Table) -> npt.NDArray[np.int64]:

@@ -23,13 +23,14 @@ class Tally(Counter[str]):
 
     def note(self) -> dict[str, Any]:
         """All of it as plain JSON, for `restore`."""
-        return {"counts": self, "by_source": self.by_source, "examples": self.examples}
+        by_source = {source: dict(counts) for source, counts in self.by_source.items()}
+        return {"counts": dict(self), "by_source": by_source, "examples": list(self.examples)}
 
     def restore(self, note: dict[str, Any]) -> None:
         self.clear()
         self.update(note["counts"])
         self.by_source = {source: Counter(note["by_source"][source]) for source in self.by_source}
-        self.examples = list(note["examples"])
+        self.examples = note["examples"]
 
     def documents_in(self, source: str) -> int:
         return sum(n for name, n in self.by_source[source].items() if name not in ("bytes", "cut"))

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -201,6 +203,64 @@ def test_any_number_of_workers_gives_the_same_bytes(
     assert len(shards.shard_paths(tmp_path / "raw")) > 3
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from gptpipe.config import CollectParams
+from gptpipe.corpus import collect, shards
+shards.SHARD_BYTES, collect._TEXTS = 15_000, 150
+really = collect.write_shard
+def write_shard(path, rows):
+    if int(path.stem[5:]) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    really(path, rows)
+collect.write_shard = write_shard
+collect.collect(CollectParams.model_validate_json(sys.argv[1]), Path("raw"), Path("report.md"))
+"""
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+def test_after_a_kill_finished_shards_are_not_made_again(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, dedup: str
+) -> None:
+    """The same bytes as without, wherever the kill comes, and though a finished shard is damaged."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 15_000)
+    monkeypatch.setattr(collecting, "_TEXTS", 150)
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup=dedup)
+    counts = collect(params, tmp_path / "undisturbed", tmp_path / "undisturbed.md")
+    made, really = list[int](), collecting.write_shard
+    monkeypatch.setattr(
+        collecting, "write_shard", lambda path, rows: made.append(int(path.stem[5:])) or really(path, rows)
+    )
+    for kill_at, damaged in ((random.Random().randrange(1, 7), None), (6, 2))[dedup == "near" :]:
+        arguments = [sys.executable, "-c", KILLED, params.model_dump_json(), str(kill_at)]
+        assert subprocess.run(arguments, cwd=tmp_path).returncode == -9
+        assert not (tmp_path / "raw").exists()
+        if damaged is not None:
+            (path,) = tmp_path.glob(f".raw.*.partial/**/docs-{damaged:05d}.parquet")
+            path.write_bytes(path.read_bytes()[:-9])
+        made.clear()
+        assert collect(params, tmp_path / "raw", tmp_path / "report.md") == counts
+        exact = made[: made.index(0, 1)] if dedup == "near" else made
+        assert exact == list(range(kill_at if damaged is None else damaged, exact[-1] + 1))
+        assert exact[-1] >= 8
+        assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest, kill_at
+        assert (tmp_path / "report.md").read_bytes() == (tmp_path / "undisturbed.md").read_bytes()
+        assert not list(tmp_path.glob(".raw*"))
+        shutil.rmtree(tmp_path / "raw")
+
+
+def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_params: MakeParams) -> None:
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300)
+    subprocess.run([sys.executable, "-c", KILLED, params.model_dump_json(), "3"], cwd=tmp_path)
+    assert len(list(tmp_path.glob(".raw.*.partial/docs-*"))) == 3
+    write_lines(tmp_path / "b.txt", "another line")
+    collect(params, tmp_path / "raw")
+    collect(params, tmp_path / "undisturbed")
+    assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest
+    assert not list(tmp_path.glob(".raw*"))
+
+
 def test_what_lies_behind_a_limit_has_no_say(tmp_path: Path, collect_params: MakeParams) -> None:
     """Texts are read ahead: neither an error there nor a text that was not taken may show."""
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n{bad\n')
@@ -231,7 +291,7 @@ collect(params, Path(sys.argv[2]))
 print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss starts at the parent's
 """
     peaks = []
-    for name, n_lines in (("small", 6_000), ("large", 60_000)):
+    for name, n_lines in (("small", 4_000), ("large", 40_000)):
         if kind == "text":
             with (tmp_path / name).open("w") as file:
                 file.writelines(f"{i} " * 80 + "\n" for i in range(n_lines))

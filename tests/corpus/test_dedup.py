@@ -40,7 +40,7 @@ def jaccard(one: list[str], other: list[str]) -> float:
 def repeats(folder: Path, texts: list[str], similarity: float = 0.7) -> list[bool]:
     values = [{name: getattr(Document("text", text), name) for name in SCHEMA.names} for text in texts]
     batch = Batch("text", 0, texts, pa.RecordBatch.from_pylist(values, SCHEMA), np.arange(len(texts)), {})
-    for number, rows in enumerate(rows_of_shards([batch])):
+    for number, (rows, _) in enumerate(rows_of_shards([batch])):
         write_shard(shard_path(folder, number), rows)
     return near_duplicates(shard_paths(folder), similarity, folder / "signatures").tolist()
 
