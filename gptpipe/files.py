@@ -10,9 +10,11 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -155,20 +157,35 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
             _clear_up(target, old, keep)
 
 
-def once(files: list[Path], make: Callable[[], Result]) -> Result:
-    """What `make`, which writes these files, returned: now, or before a kill where all are still as they were then.
+def key_of(determinants: list[Any], *libraries: str) -> str:
+    """Digest of all that determines what is built, this code, Python and the libraries that build it included."""
+    code = [sha256_of(path) for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    versions = [platform.python_version(), *map(version, libraries)]
+    return hashlib.sha256(to_json([determinants, code, versions])).hexdigest()[:16]
 
-    The result must be plain JSON. The note that tells goes with the end of the `new_folder` around.
-    """
-    note = files[0].with_name(f".{files[0].name}{_DONE}")
-    with suppress(OSError, ValueError, TypeError, KeyError):  # never made, or damaged
-        done = json.loads(note.read_bytes())
-        if done["sha256"] == [sha256_of(path) for path in files]:
-            found: Result = done["result"]
-            return found
-    result = make()
-    write_json(note, {"sha256": [sha256_of(path) for path in files], "result": result})
+
+def once(files: list[Path], make: Callable[[], Result]) -> Result:
+    """What `make`, which writes these files, returned: now, or before a kill where all are still as they were then."""
+    if done := finished(files):
+        found: Result = done["result"]
+        return found
+    finish(files, result := make())
     return result
+
+
+def finish(files: list[Path], result: Any) -> None:
+    """Note that the files are made, for `finished`; goes with the end of the `new_folder` around. Plain JSON."""
+    note = {"sha256": [sha256_of(path) for path in files], "result": result}
+    write_json(files[0].with_name(f".{files[0].name}{_DONE}"), note)
+
+
+def finished(files: list[Path]) -> dict[str, Any]:
+    """What `finish` noted, where all of these files are still as they were then; else nothing."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # never made, or damaged
+        done: dict[str, Any] = json.loads(files[0].with_name(f".{files[0].name}{_DONE}").read_bytes())
+        if done["sha256"] == [sha256_of(path) for path in files]:
+            return done
+    return {}
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -7,10 +7,10 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,23 +21,28 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_order(work: Callable[[Item], Result], items: Sequence[Item], *, threads: bool = False) -> Iterator[Result]:
+def map_in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], *, threads: bool = False, helping: bool = False
+) -> Iterator[Result]:
     """Results in the order of the items, whatever the number of workers; at most two items per worker wait.
 
-    Workers are processes, or threads for work that leaves Python's lock to others most of the time. An error of a
-    worker is raised here, ResourceError where a process dies. For processes `work` must be picklable: a function of
-    a module, or a partial of one. With GPTPIPE_ENGINE=ray the workers are those of a Ray cluster.
+    Workers are processes, or threads for work that leaves Python's lock to others most of the time. With `helping` this
+    process is one of them: what it would wait for too long (a process takes a second to start) it does itself. An error
+    of a worker is raised here, ResourceError where a process dies. For processes `work` must be picklable: a function
+    of a module, or a partial of one. With GPTPIPE_ENGINE=ray the workers are those of a Ray cluster.
     """
-    if uses_ray():
+    rest = iter(items)
+    first = list(islice(rest, n_workers()))  # more workers than items would be idle
+    workers, items = len(first) - helping, chain(first, rest)
+    if first and uses_ray():
         yield from _on_ray(work, items)
         return
-    workers = min(n_workers(), len(items))
-    if workers <= 1:
+    if len(first) <= 1:
         yield from map(work, items)
         return
     with _threads(workers) if threads else _processes(workers) as pool:
         try:
-            yield from _ordered(lambda item: pool.submit(work, item).result, items, 2 * workers)
+            yield from _ordered(lambda item: pool.submit(work, item), items, 2 * workers, work if helping else None)
         except BrokenProcessPool as error:
             raise ResourceError("a worker process was killed; if memory is short, lower GPTPIPE_WORKERS") from error
         finally:
@@ -45,19 +50,26 @@ def map_in_order(work: Callable[[Item], Result], items: Sequence[Item], *, threa
 
 
 def _ordered(
-    start: Callable[[Item], Callable[[], Result]], items: Sequence[Item], most_waiting: int
+    start: Callable[[Item], Future[Result]],
+    items: Iterable[Item],
+    most_waiting: int,
+    here: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
-    """`start` begins the work on an item and returns what waits for its result."""
-    waiting: deque[Callable[[], Result]] = deque()
+    """`start` begins the work on an item, `here` does it."""
+    waiting: deque[Future[Result]] = deque()
     for item in items:
-        waiting.append(start(item))
-        if len(waiting) > most_waiting:
-            yield waiting.popleft()()
+        if here and len(waiting) >= most_waiting:
+            waiting.append(Future())
+            waiting[-1].set_result(here(item))
+        else:
+            waiting.append(start(item))
+        while waiting and (waiting[0].done() or len(waiting) > (4 if here else 1) * most_waiting):
+            yield waiting.popleft().result()
     while waiting:
-        yield waiting.popleft()()
+        yield waiting.popleft().result()
 
 
-def _on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def _on_ray(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """The same on the Ray cluster of RAY_ADDRESS, or on one started here; a task whose worker is lost is tried again.
 
     Every machine needs gptpipe, and the project's folder under the same path.
@@ -81,7 +93,7 @@ def _on_ray(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[R
     try:
         task, shared = ray.remote(max_retries=3)(_work_in), ray.put(work)
         most = 2 * int(ray.cluster_resources().get("CPU", 1))
-        yield from _ordered(lambda item: partial(ray.get, task.remote(Path.cwd(), shared, item)), items, most)
+        yield from _ordered(lambda item: task.remote(Path.cwd(), shared, item).future(), items, most)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:

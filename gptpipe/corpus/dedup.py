@@ -1,4 +1,4 @@
-"""Near-duplicates across all sources, found over finished shards."""
+"""Duplicates across all sources: equal texts as they come, near-duplicates over finished shards."""
 
 import re
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from gptpipe.corpus.shards import read_documents
 from gptpipe.environment import optional_module
 from gptpipe.parallel import map_in_order
 
+_RECENT = 1 << 18  # ids that wait to be sorted among the others
 _VALUES = 128  # of a signature, 4 bytes each
 _BAND = 4  # values that agree between candidates: 32 bands find 99.9% of the pairs of similarity 0.7, 87% of 0.5
 _SHINGLE = 5  # words
@@ -22,6 +23,36 @@ _ROWS = 1 << 14  # signatures in memory at once
 WORD = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
 
 Indices = npt.NDArray[np.int64]
+
+
+class Seen:
+    """Which ids came before, by their first 16 bytes. Of memory each takes 16 bytes, and 16 more for a moment now and
+    then; of the last ones, up to _RECENT, 100."""
+
+    def __init__(self) -> None:
+        self._recent, self._sorted = set[bytes](), np.empty(0, "S16")
+
+    def add(self, ids: list[str]) -> npt.NDArray[np.bool_]:
+        """Note ids, and say of each whether it was there before."""
+        if len(self._recent) > _RECENT:
+            self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._recent), "S16")]), kind="stable")
+            self._recent = set()
+        keys = _keys(ids)
+        there = np.searchsorted(self._sorted, keys, "right") > np.searchsorted(self._sorted, keys)
+        for i, key in enumerate(keys.tolist()):
+            if key in self._recent:
+                there[i] = True
+            elif not there[i]:
+                self._recent.add(key)
+        return there
+
+    def forget(self, ids: list[str]) -> None:
+        """Ids of the last call of `add`."""
+        self._recent.difference_update(_keys(ids).tolist())
+
+
+def _keys(ids: list[str]) -> npt.NDArray[np.bytes_]:
+    return np.frombuffer(bytes.fromhex("".join(ids)), "S16")[::2]
 
 
 def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt.NDArray[np.bool_]:

@@ -46,10 +46,13 @@ def without_boilerplate(text: str, params: FilterParams) -> str:
     return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
+def are_on(params: FilterParams) -> bool:
+    """Whether any is; a threshold may be 0."""
+    return any(value is not None and value is not False and value != () for value in dict(params).values())
+
+
 def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
     """The first filter that a text which is not empty does not pass, and what was found there and is allowed."""
-    if not params.phrases and all(getattr(params, name) is None for name in _MEASURES):
-        return None  # all are off
     for phrase in params.phrases:
         if phrase.lower() in text.lower():
             return "phrases", f"has {phrase!r}"

@@ -1,46 +1,90 @@
 """The corpus on disk: `docs-00000.parquet` and so on, cut by size of text, in the order of the sources."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from gptpipe.corpus.cleaning import Rejected
 from gptpipe.corpus.document import Document
 from gptpipe.parquet import new_parquet, read_parquet
 
 SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory
-_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 20  # of documents that wait to be written
-_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
+SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 20  # of documents that are written at once
 
 
-def write_shards(documents: Iterable[Document], folder: Path, advance: Callable[[int], object] = int) -> None:
-    """Write documents into as many shards as they need, at least one; tells `advance` how many were taken."""
-    waiting = iter(documents)
-    number = 0
-    while (first := next(waiting, None)) or number == 0:
-        with new_parquet(folder / f"docs-{number:05d}.parquet", _SCHEMA) as rows:
-            for some in _batches(chain([first], waiting) if first else waiting):
-                columns = zip(*((d.id, d.source, d.text, d.n_bytes) for d in some), strict=True)
-                rows.extend(pa.RecordBatch.from_arrays([pa.array(column) for column in columns], schema=_SCHEMA))
-                advance(len(some))
-        number += 1
+class Batch(NamedTuple):
+    """Neighbours of one source: texts as they came in, and what became of each."""
+
+    source: str  # its name
+    cut: int  # texts of the source that were cut so far
+    texts: list[str | Rejected]
+    rows: pa.RecordBatch  # the kept ones, of SCHEMA ...
+    positions: npt.NDArray[np.int64]  # ... and where in `texts` each was
+    rejected: dict[int, Rejected]  # the others by position
+
+    def without(self, gone: npt.NDArray[np.bool_], reason: Rejected) -> Self:
+        """The batch with some of its rows rejected too."""
+        if not gone.any():
+            return self
+        rejected = self.rejected | dict.fromkeys(self.positions[gone].tolist(), reason)
+        return self._replace(rows=self.rows.filter(pa.array(~gone)), positions=self.positions[~gone], rejected=rejected)
+
+    def split(self, n_rows: int) -> tuple[Self, Self]:
+        """Up to the end of row `n_rows`, which is at least 1, and what follows."""
+        end, gone = int(self.positions[n_rows - 1]) + 1, self.rejected.items()
+        heads = self.texts[:end], self.rows[:n_rows], self.positions[:n_rows], {i: why for i, why in gone if i < end}
+        tails = (self.texts[end:], self.rows[n_rows:], self.positions[n_rows:] - end,
+                 {i - end: why for i, why in gone if i >= end})  # fmt: skip
+        return type(self)(self.source, self.cut, *heads), type(self)(self.source, self.cut, *tails)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """The documents of one shard, some at a time; takes no more of them."""
-    some: list[Document] = []
-    size = of_some = 0
-    for document in documents:
-        some.append(document)
-        size, of_some = size + document.n_bytes, of_some + document.n_bytes
-        if len(some) == _BATCH_ROWS or of_some > _BATCH_BYTES:
-            yield some
-            some, of_some = [], 0
-        if size >= SHARD_BYTES:
-            break
-    if some:
-        yield some
+def rows_of_shards(
+    batches: Iterable[Batch], count: Callable[[Batch], object] = lambda _: None
+) -> Iterator[tuple[pa.Table, bool]]:
+    """The rows of each shard, of at least one, and whether it is the last.
+
+    When they come, `count` was told of all that came in before the first row of the next.
+    """
+    rows: list[pa.RecordBatch] = []
+    n_bytes = 0
+    for batch in batches:
+        while len(batch.rows):
+            if n_bytes >= SHARD_BYTES:
+                yield pa.Table.from_batches(rows, SCHEMA), False
+                rows, n_bytes = [], 0
+            ends = n_bytes + sizes(batch.rows).cumsum()
+            taken, batch = batch.split(min(len(ends), int(np.searchsorted(ends, SHARD_BYTES)) + 1))
+            count(taken)
+            rows.append(taken.rows)
+            n_bytes = int(ends[len(taken.rows) - 1])
+        count(batch)
+    yield pa.Table.from_batches(rows, SCHEMA), True
+
+
+def write_shard(path: Path, rows: pa.Table) -> None:
+    ends = np.append(0, sizes(rows).cumsum())
+    with new_parquet(path, SCHEMA) as file:
+        start = 0
+        while start < len(rows):
+            full = int(np.searchsorted(ends, ends[start] + _BATCH_BYTES, "right"))
+            (batch,) = rows[start : min(start + _BATCH_ROWS, full)].combine_chunks().to_batches()
+            file.extend(batch)
+            start += len(batch)
+    pa.default_memory_pool().release_unused()  # it would keep some more with each shard
+
+
+def sizes(rows: pa.RecordBatch | pa.Table) -> npt.NDArray[np.int64]:
+    """Bytes of text of each row."""
+    return np.asarray(rows["n_bytes"], np.int64)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"docs-{number:05d}.parquet"
 
 
 def shard_paths(folder: Path) -> list[Path]:

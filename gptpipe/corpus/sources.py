@@ -218,8 +218,10 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
+    # Without these a row group, which may be the whole file, would be in memory at once.
+    options: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
     try:
-        with seekable(opened) as whole, pq.ParquetFile(whole, page_checksum_verification=True) as file:
+        with seekable(opened) as whole, pq.ParquetFile(whole, **options) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")

@@ -1,12 +1,13 @@
 """What collect keeps and leaves out: counted, also by source, with examples; becomes `reports/collect.md`."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from gptpipe.corpus.cleaning import Rejected
-from gptpipe.corpus.document import Document
 from gptpipe.files import write_bytes
 
 _EXAMPLES, _CHARACTERS = 3, 200  # of each reason in each source, in the order of the source; of each example
@@ -15,20 +16,32 @@ _EXAMPLES, _CHARACTERS = 3, 200  # of each reason in each source, in the order o
 class Tally(Counter[str]):
     """Counts of the whole corpus, and `by_source` with the first `examples` of each reason."""
 
-    def __init__(self, *sources: str) -> None:
-        super().__init__(documents_in=0, documents=0, bytes=0)
-        self.by_source = {source: Counter(documents=0, bytes=0) for source in sources}
+    def __init__(self, sources: Iterable[str]) -> None:
+        super().__init__(documents_in=0, documents=0, bytes=0, cut=0)
+        self.by_source = {source: Counter(documents=0, bytes=0, cut=0) for source in sources}
         self.examples: list[dict[str, str]] = []
 
-    def keep(self, document: Document, n: int = 1) -> None:
-        """Count a document as kept; `n` of -1 takes it back."""
-        for counts in (self, self.by_source[document.source]):
-            counts.update(documents=n, bytes=n * document.n_bytes)
+    def note(self) -> dict[str, Any]:
+        """All of it as plain JSON, for `restore`."""
+        by_source = {source: dict(counts) for source, counts in self.by_source.items()}
+        return {"counts": dict(self), "by_source": by_source, "examples": list(self.examples)}
+
+    def restore(self, note: dict[str, Any]) -> None:
+        self.clear()
+        self.update(note["counts"])
+        self.by_source = {source: Counter(note["by_source"][source]) for source in self.by_source}
+        self.examples = note["examples"]
+
+    def documents_in(self, source: str) -> int:
+        return sum(n for name, n in self.by_source[source].items() if name not in ("bytes", "cut"))
+
+    def add(self, source: str, name: str, n: int) -> None:
+        for counts in (self, self.by_source[source]):
+            counts[name] += n
 
     def reject(self, source: str, rejected: Rejected, text: str | Rejected) -> None:
-        for counts in (self, self.by_source[source]):
-            counts[f"rejected_{rejected.reason}"] += 1
-        if counts[f"rejected_{rejected.reason}"] <= _EXAMPLES and isinstance(text, str):
+        self.add(source, name := f"rejected_{rejected.reason}", 1)
+        if self.by_source[source][name] <= _EXAMPLES and isinstance(text, str):
             shown = " ".join(text[: 4 * _CHARACTERS].split()).encode(errors="backslashreplace").decode()
             self.examples.append({"source": source, **vars(rejected), "text": shown[:_CHARACTERS]})
 

@@ -1,12 +1,9 @@
 """Stage tokenize as one function: documents in, token shards and the tokenizer out."""
 
-import hashlib
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +13,7 @@ from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.console import Progress
 from gptpipe.corpus.shards import shard_paths
 from gptpipe.errors import InputError
-from gptpipe.files import new_folder, once, sha256_of, to_json, verify
+from gptpipe.files import key_of, new_folder, once, verify
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import new_parquet, read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
@@ -32,7 +29,7 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitPar
     parent = verify(source)
     shards = shard_paths(source)
     lineage = parent.lineage(source.name)
-    key = _key([lineage, params.model_dump(), split.model_dump(), seed])
+    key = key_of([lineage, params.model_dump(), split.model_dump(), seed], "pyarrow", "rustbpe", "tiktoken")
     with new_folder(target, lineage, key) as folder:
         own = folder.path / TOKENIZER
         once(
@@ -45,13 +42,6 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitPar
         total = {key: sum(count[key] for count in counts) for key in counts[0]}
         folder.counts = {**total, "vocab_size": tokenizer.vocab_size}
     return {**total, "vocab_size": tokenizer.vocab_size}
-
-
-def _key(determinants: list[Any]) -> str:
-    """Digest of all that determines the shards, this code and the libraries that write them included."""
-    code = [sha256_of(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
-    libraries = [version(name) for name in ("pyarrow", "rustbpe", "tiktoken")]
-    return hashlib.sha256(to_json([determinants, code, libraries])).hexdigest()[:16]
 
 
 def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.metadata import distributions

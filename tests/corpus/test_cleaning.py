@@ -7,9 +7,18 @@ from collections.abc import Callable
 import pytest
 
 from gptpipe.config import CollectParams
-from gptpipe.corpus.cleaning import Rejected, clean, cut
+from gptpipe.corpus import cleaning
+from gptpipe.corpus.cleaning import Rejected, cut
 
 MakeParams = Callable[..., CollectParams]
+
+
+def clean(text: str, params: CollectParams) -> str:
+    """One text by itself."""
+    (found,) = cleaning.clean([text], params)
+    if isinstance(found, Rejected):
+        raise found
+    return found
 
 
 @pytest.mark.parametrize(
@@ -124,3 +133,18 @@ def test_no_control_character_stays_whatever_else_is_there(collect_params: MakeP
             for char in map(chr, range(n))
         ]
         assert clean(f"a{raw}{end}", params) == f"a{'x'.join(kept)}{end}"
+
+
+def test_texts_do_not_touch_each_other(collect_params: MakeParams) -> None:
+    """Cleaned together they become what each becomes alone, whatever stands at their ends."""
+    params = collect_params({"kind": "python-docs"}, min_document_bytes=3)
+    random_ = random.Random(0)
+    letters = "ab \t\n\r\x00\x01\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600\u00a0"
+    for alphabet in (letters, letters.replace("\x00", ""), "ab \t\n\r\x07", letters + "\ud800"):
+        texts = ["".join(random_.choices(alphabet, k=random_.randrange(8))) for _ in range(2000)]
+        mixed = [Rejected("binary"), *texts, Rejected("no_text")]
+        together = cleaning.clean(mixed, params)
+        assert [together[0], together[-1]] == [mixed[0], mixed[-1]]
+        alone = [cleaning.clean([text], params)[0] for text in texts]
+        assert list(map(repr, together[1:-1])) == list(map(repr, alone))
+        assert sum(isinstance(text, str) for text in alone) > 200

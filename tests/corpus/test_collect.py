@@ -3,16 +3,21 @@
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from gptpipe.config import CollectParams
+from gptpipe.corpus import collect as collecting
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.python_docs import python_docs
@@ -163,9 +168,113 @@ def test_shards_are_cut_by_size_and_hold_the_corpus_in_order(
     assert verify(tmp_path / "again").digest == verify(tmp_path / "raw").digest
 
 
+def mixed_sources(folder: Path) -> list[dict[str, Any]]:
+    """Equal texts, rejections and cuts in three sources; two have limits, one a weight."""
+    texts = [f"text {i % 700} {'with a tail ' * (i % 40)}" for i in range(1500)]
+    texts[7::50] = ["lone \ud800"] * 30
+    texts[11::60] = [" \x00\r\n"] * 25
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "{}\n")
+    lines = write_lines(folder / "b.txt", *(f"line {i} \u00e9 \x07" for i in range(1000)), *(["text 1"] * 9))
+    records = {"kind": "jsonl", "paths": (f"{folder}/a.jsonl",)}
+    return [records | {"max_documents": 400}, lines | {"weight": 0.5, "max_bytes": 3000}, records]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7)
+    outcomes = []
+    for workers, n_texts, n_alone in (("1", 7, 9), ("1", 1 << 13, 9), ("2", 90, 0)):
+        monkeypatch.setenv("GPTPIPE_WORKERS", workers)
+        monkeypatch.setattr(collecting, "_TEXTS", n_texts)
+        monkeypatch.setattr(collecting, "_ALONE", n_alone)
+        monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
+        counts = collect(params, tmp_path / "raw", tmp_path / "report.md")
+        outcomes.append((counts, verify(tmp_path / "raw").digest, (tmp_path / "report.md").read_bytes()))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    counts = outcomes[0][0]
+    assert counts["documents_in"] == counts["documents"] + sum(n for name, n in counts.items() if "rejected" in name)
+    by_source = Counter(row["source"] for row in rows(tmp_path / "raw"))
+    assert by_source["jsonl-0"] == 400
+    assert 3000 <= sum(row["n_bytes"] for row in rows(tmp_path / "raw") if row["source"] == "text") < 3015
+    texts = [row["text"] for row in rows(tmp_path / "raw")]
+    assert len(texts) == len(set(texts)) == counts["documents"]
+    assert counts["cut"] > 100
+    assert len(shards.shard_paths(tmp_path / "raw")) > 3
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from gptpipe.config import CollectParams
+from gptpipe.corpus import collect, shards
+shards.SHARD_BYTES, collect._TEXTS = 15_000, 150
+really = collect.write_shard
+def write_shard(path, rows):
+    if int(path.stem[5:]) == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    really(path, rows)
+collect.write_shard = write_shard
+collect.collect(CollectParams.model_validate_json(sys.argv[1]), Path("raw"), Path("report.md"))
+"""
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+def test_after_a_kill_finished_shards_are_not_made_again(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, dedup: str
+) -> None:
+    """The same bytes as without, wherever the kill comes, and though a finished shard is damaged."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 15_000)
+    monkeypatch.setattr(collecting, "_TEXTS", 150)
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup=dedup)
+    counts = collect(params, tmp_path / "undisturbed", tmp_path / "undisturbed.md")
+    made, really = list[int](), collecting.write_shard
+    monkeypatch.setattr(
+        collecting, "write_shard", lambda path, rows: made.append(int(path.stem[5:])) or really(path, rows)
+    )
+    for kill_at, damaged in ((random.Random().randrange(1, 7), None), (6, 2))[dedup == "near" :]:
+        arguments = [sys.executable, "-c", KILLED, params.model_dump_json(), str(kill_at)]
+        assert subprocess.run(arguments, cwd=tmp_path).returncode == -9
+        assert not (tmp_path / "raw").exists()
+        if damaged is not None:
+            (path,) = tmp_path.glob(f".raw.*.partial/**/docs-{damaged:05d}.parquet")
+            path.write_bytes(path.read_bytes()[:-9])
+        made.clear()
+        assert collect(params, tmp_path / "raw", tmp_path / "report.md") == counts
+        exact = made[: made.index(0, 1)] if dedup == "near" else made
+        assert exact == list(range(kill_at if damaged is None else damaged, exact[-1] + 1))
+        assert exact[-1] >= 8
+        assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest, kill_at
+        assert (tmp_path / "report.md").read_bytes() == (tmp_path / "undisturbed.md").read_bytes()
+        assert not list(tmp_path.glob(".raw*"))
+        shutil.rmtree(tmp_path / "raw")
+
+
+def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_params: MakeParams) -> None:
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300)
+    subprocess.run([sys.executable, "-c", KILLED, params.model_dump_json(), "3"], cwd=tmp_path)
+    assert len(list(tmp_path.glob(".raw.*.partial/docs-*"))) == 3
+    write_lines(tmp_path / "b.txt", "another line")
+    collect(params, tmp_path / "raw")
+    collect(params, tmp_path / "undisturbed")
+    assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest
+    assert not list(tmp_path.glob(".raw*"))
+
+
+def test_what_lies_behind_a_limit_has_no_say(tmp_path: Path, collect_params: MakeParams) -> None:
+    """Texts are read ahead: neither an error there nor a text that was not taken may show."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n{bad\n')
+    limited = {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",), "max_documents": 2}
+    counts = collect(collect_params(limited, write_lines(tmp_path / "b.txt", "three")), tmp_path / "raw")
+    assert counts == {"documents_in": 3, "documents": 3, "bytes": 11, "cut": 0}
+    with pytest.raises(InputError, match=r"a\.jsonl, line 4: not JSON"):
+        collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Ten times the text, at most a tenth more memory (a line of 10 MB is no exception)."""
+@pytest.mark.parametrize("kind", ["text", "parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
+    """Ten times the text, at most a tenth more memory: neither a line of 10 MB nor a single row group is held whole."""
     program = """
 import sys
 from pathlib import Path
@@ -173,7 +282,7 @@ from gptpipe import parquet
 from gptpipe.config import CollectParams, load_params
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
-source = {"kind": "text", "paths": (sys.argv[1],), "document": "line"}
+source = {"kind": sys.argv[3], "paths": (sys.argv[1],)} | ({"document": "line"} if sys.argv[3] == "text" else {})
 params = CollectParams.model_validate({**dict(load_params().collect), "sources": (source,), "min_document_bytes": 1,
                                        "max_document_bytes": 100_000, "max_expansion": 9, "dedup": "none"})
 parquet._GROUP_BYTES, shards.SHARD_BYTES = 1 << 18, 1 << 20  # a small corpus fills several
@@ -181,12 +290,16 @@ collect(params, Path(sys.argv[2]))
 print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss starts at the parent's
 """
     peaks = []
-    for name, n_lines in (("small", 2_000), ("large", 20_000)):
-        with (tmp_path / name).open("w") as file:
-            file.writelines(f"{i} " * 80 + "\n" for i in range(n_lines))
-            file.write("a" * 500 * n_lines)
+    for name, n_lines in (("small", 4_000), ("large", 40_000)):
+        if kind == "text":
+            with (tmp_path / name).open("w") as file:
+                file.writelines(f"{i} " * 80 + "\n" for i in range(n_lines))
+                file.write("a" * 250 * n_lines)
+        else:
+            texts = [os.urandom(500).hex() for _ in range(n_lines)]
+            pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=n_lines)
         done = subprocess.run(
-            [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}"],
+            [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}", kind],
             cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(int(done.stdout))

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,7 +15,7 @@ from gptpipe.corpus import dedup, shards
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.dedup import near_duplicates
 from gptpipe.corpus.document import Document
-from gptpipe.corpus.shards import shard_paths, write_shards
+from gptpipe.corpus.shards import SCHEMA, Batch, rows_of_shards, shard_path, shard_paths, write_shard
 from gptpipe.errors import ConfigError
 from gptpipe.files import verify
 
@@ -36,8 +38,30 @@ def jaccard(one: list[str], other: list[str]) -> float:
 
 
 def repeats(folder: Path, texts: list[str], similarity: float = 0.7) -> list[bool]:
-    write_shards((Document("text", text) for text in texts), folder)
+    values = [{name: getattr(Document("text", text), name) for name in SCHEMA.names} for text in texts]
+    batch = Batch("text", 0, texts, pa.RecordBatch.from_pylist(values, SCHEMA), np.arange(len(texts)), {})
+    for number, (rows, _) in enumerate(rows_of_shards([batch])):
+        write_shard(shard_path(folder, number), rows)
     return near_duplicates(shard_paths(folder), similarity, folder / "signatures").tolist()
+
+
+def test_ids_are_remembered_sorted_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is a set of whole ids; some begin or end in zeros."""
+    monkeypatch.setattr(dedup, "_RECENT", 50)
+    random_, seen, reference = random.Random(0), dedup.Seen(), set[str]()
+    ids = [f"{random_.choice(('00' * 8, 'ff' * 8))}{random_.randrange(900):016x}{'0' * 32}" for _ in range(2000)]
+    ids += [f"{i:02x}{'00' * 31}" for i in range(100)] * 2
+    for start in range(0, len(ids), 37):
+        some = ids[start : start + 37]
+        expected = [id_ in reference or id_ in some[:i] for i, id_ in enumerate(some)]
+        assert seen.add(some).tolist() == expected
+        reference.update(some)
+    assert len(reference) > 1000
+    seen.forget(ids[-1:])
+    fresh = "ab" * 32
+    assert seen.add([fresh, fresh]).tolist() == [False, True]
+    seen.forget([fresh])
+    assert seen.add([fresh]).tolist() == [False]
 
 
 def test_repeats_are_those_above_the_similarity(tmp_path: Path) -> None:
