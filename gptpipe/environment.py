@@ -21,7 +21,8 @@ def project_root() -> Path:
     if root := os.environ.get("DVC_ROOT"):
         return Path(root)
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+    # os.path: a folder above that may not be entered holds none, and is no error.
+    return next((folder for folder in (here, *here.parents) if os.path.isdir(folder / ".dvc")), here)  # noqa: PTH112
 
 
 def n_workers() -> int:

@@ -153,6 +153,21 @@ def test_kill_9_at_random_moments_leaves_no_trace(
         assert not list(project.root.rglob("*.partial"))
 
 
+def test_a_clock_that_is_off_and_jumps_back_changes_nothing(
+    project: Project, undisturbed: tuple[Params, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, digests = undisturbed
+    now = iter(range(10**18, 0, -86_400 * 10**9))  # of 2001, and a day back at each look
+    monkeypatch.setattr("gptpipe.training.session.time.time_ns", lambda: next(now))
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=6)
+    project.train(params)
+    assert project.digests() == digests
+    times = {(step, key): time_ms for step, time_ms, metrics in project.records[0].entries for key in metrics}
+    again = {(step, key): time_ms for step, time_ms, metrics in project.records[1].entries for key in metrics}
+    assert times.items() <= again.items()
+
+
 def test_a_signal_ends_it_in_time_with_the_state_saved(project: Project) -> None:
     params = tiny.params(train__max_steps=100_000, train__save_every=100_000, train__eval_every=100_000)
     process = start(params, project)

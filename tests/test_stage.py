@@ -1,0 +1,67 @@
+"""How a stage's process ends: by a signal, and with the parent that started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGE = """
+import time
+from pathlib import Path
+from gptpipe.files import new_folder, write_bytes
+from gptpipe.stage import run_stage
+
+def main():
+    with new_folder(Path("data/raw"), {}) as folder:
+        write_bytes(folder.path / "a", b"half of it")
+        print("at work", flush=True)
+        time.sleep(120)
+
+run_stage(main, "a stage")
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]])"
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    (tmp_path / "stage.py").write_text(STAGE)
+    return tmp_path / "stage.py"
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=Path(str(command[-1])).parent, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs ignore
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    return process
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_with_one_line_and_nothing_half_made(stage: Path, signum: signal.Signals, code: int) -> None:
+    process = start(stage)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said == f"error: {signum.name}: stopped; rerun to start this stage anew\n"
+    assert list((stage.parent / "data").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to be told")
+def test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made(stage: Path) -> None:
+    """`dvc` killed alone must not leave a stage behind."""
+    parent = start("-c", PARENT, stage)
+    parent.kill()
+    _, said = parent.communicate(timeout=60)  # which the child holds open as long as it lives
+    assert said == "error: SIGTERM: stopped; rerun to start this stage anew\n"
+    deadline = time.monotonic() + 60
+    while list((stage.parent / "data").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
