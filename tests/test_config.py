@@ -168,6 +168,16 @@ def test_unknown_missing_and_bad_keys_are_all_named_at_once(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "name", ["collect.filters.words", "split.ngram", "split.benchmarks", "split.max_contamination"]
+)
+def test_what_the_file_lacks_has_no_value_elsewhere(tmp_path: Path, name: str) -> None:
+    kept = [
+        line for line in SHIPPED.splitlines(keepends=True) if not line.strip().startswith(name.split(".")[-1] + ":")
+    ]
+    assert faults(tmp_path, "".join(kept)) == [f"{name}: missing"]
+
+
+@pytest.mark.parametrize(
     ("text", "fault"),
     [
         ("", "holds no sections"),
