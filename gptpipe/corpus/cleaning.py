@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from gptpipe.config import CollectParams, FilterParams
+from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.filters import are_on, fault, without_boilerplate
 
 _BETWEEN = "\n\0\n"  # texts that are cleaned together
@@ -14,14 +15,6 @@ _C1_CONTROL = re.compile(b"\xc2[\x80-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_SPACE = re.compile(r"(?<!\s)(\s{1000})\s+")
 _TEN_SPACES = re.compile(r"\s{10}")
-
-
-class Rejected(Exception):
-    """A document that does not belong in the corpus; `reason` is what it is counted under, `why` what was found."""
-
-    def __init__(self, reason: str, why: str = "") -> None:
-        super().__init__(reason, why)
-        self.reason, self.why = reason, why
 
 
 def clean(texts: Sequence[str | Rejected], params: CollectParams) -> list[str | Rejected]:

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 
 from gptpipe.config import CollectParams, Source
 from gptpipe.console import Progress
-from gptpipe.corpus.cleaning import Rejected, clean
+from gptpipe.corpus.cleaning import clean
 from gptpipe.corpus.dedup import Seen, near_duplicates
+from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.opening import is_remote
 from gptpipe.corpus.shards import SCHEMA, Batch, rows_of_shards, shard_path, shard_paths, sizes, write_shard
 from gptpipe.corpus.sources import fingerprint, read

@@ -1,4 +1,4 @@
-"""The unit that flows through collect: one text and where it came from."""
+"""One text of the corpus and where it came from, or why it is not there."""
 
 import hashlib
 
@@ -15,3 +15,11 @@ class Document:
         # SHA-256 of the text's UTF-8 bytes, as hex digits: the same text has the same id on every machine.
         self.id = hashlib.sha256(content).hexdigest()
         self.n_bytes = len(content)  # of the text in UTF-8
+
+
+class Rejected(Exception):
+    """A document that does not belong in the corpus; `reason` is what it is counted under, `why` what was found."""
+
+    def __init__(self, reason: str, why: str = "") -> None:
+        super().__init__(reason, why)
+        self.reason, self.why = reason, why

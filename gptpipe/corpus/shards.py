@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gptpipe.corpus.cleaning import Rejected
-from gptpipe.corpus.document import Document
+from gptpipe.corpus.document import Document, Rejected
 from gptpipe.parquet import new_parquet, read_parquet
 
 SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory

@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
-from gptpipe.corpus.cleaning import Rejected, cut, plain_line_ends
+from gptpipe.corpus.cleaning import cut, plain_line_ends
+from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.downloads import download
 from gptpipe.corpus.opening import CHUNK, check_growth, is_remote, open_files, read_errors, remote_addresses, seekable
 from gptpipe.corpus.python_docs import module_files, python_code, python_docs

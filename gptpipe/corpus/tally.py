@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from gptpipe.corpus.cleaning import Rejected
+from gptpipe.corpus.document import Rejected
 from gptpipe.files import write_bytes
 
 _EXAMPLES, _CHARACTERS = 3, 200  # of each reason in each source, in the order of the source; of each example
