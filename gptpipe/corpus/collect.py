@@ -21,6 +21,7 @@ from gptpipe.console import Progress
 from gptpipe.corpus.cleaning import clean
 from gptpipe.corpus.dedup import Seen, near_duplicates
 from gptpipe.corpus.document import Rejected
+from gptpipe.corpus.filters import are_on
 from gptpipe.corpus.opening import is_remote
 from gptpipe.corpus.shards import SCHEMA, Batch, rows_of_shards, shard_path, shard_paths, sizes, write_shard
 from gptpipe.corpus.sources import fingerprint, read
@@ -111,7 +112,8 @@ def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen:
 
 def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str, str], start: int) -> Iterator[Batch]:
     """A source's documents from text `start`, equal ones not yet removed; of many other processes clean some."""
-    n_texts, alone = min(_TEXTS, source.max_documents or _TEXTS), _ALONE
+    n_texts = min(_TEXTS, source.max_documents or _TEXTS)
+    alone = _ALONE if are_on(params.filters) else sys.maxsize  # without filters, handing texts over costs what it saves
     if (source.max_documents or source.max_bytes) and _is_remote(source):
         n_texts, alone = 1, sys.maxsize  # its digest is of what was read, so nothing is read ahead
     raw, ahead = tee(_raw(source, start, n_texts, params, digests))

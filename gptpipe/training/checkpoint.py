@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -104,12 +105,13 @@ class Checkpoints:
                 journal = [*map(json.loads, (candidate / _JOURNAL).read_bytes().splitlines())]
                 if content["best_step"] is not None:
                     verify(self._best_folder(content["best_step"]))
-            except (IntegrityError, ValueError) as error:  # the second of what no training wrote
-                what = error.args[0].split(";")[0] if isinstance(error, IntegrityError) else f"{candidate}: not JSON"
+                tensors = load((candidate / _TENSORS).read_bytes())
+            except (IntegrityError, ValueError, SafetensorError) as error:  # the last two of what no training wrote
+                what = error.args[0].split(";")[0] if isinstance(error, IntegrityError) else f"{candidate}: unreadable"
                 complain(f"warning: {what}; trying the checkpoint before")
                 continue
             self._check_environment(content["environment"], allow_inexact)
-            _load_tensors(state, load((candidate / _TENSORS).read_bytes()))
+            _load_tensors(state, tensors)
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
             state.skipped, state.micro_batch_size = content["skipped"], content["micro_batch_size"]

@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from sections import split_params
 from toy_project import Project, start, wait_for_the_lock
 
-from gptpipe.config import Params, SplitParams
+from gptpipe.config import Params
 from gptpipe.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.files import verify
 from gptpipe.model.gpt import GPT
@@ -301,7 +302,8 @@ def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
 def test_too_little_text_is_told(project: Project) -> None:
     with pytest.raises(InputError, match=r"the train split has \d+ tokens, one window needs 10001"):
         project.train(tiny.params(model__context_length=10_000))
-    split(project.split.parent / "tokens", project.root / "split", SplitParams(val_fraction=0.0, test_fraction=0.2), 7)
+    params = split_params(val_fraction=0.0, test_fraction=0.2)
+    split(project.split.parent / "tokens", project.root / "split", params, 7)
     project.split = project.root / "split"
     with pytest.raises(InputError, match=r"validation split is empty; raise split\.val_fraction or add documents"):
         project.train(tiny.params())
