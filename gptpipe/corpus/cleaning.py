@@ -15,14 +15,17 @@ _C1_CONTROL = re.compile(b"\xc2[\x80-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_SPACE = re.compile(r"(?<!\s)(\s{1000})\s+")
 _TEN_SPACES = re.compile(r"\s{10}")
+_MARK = "[" + "".join(filter(unicodedata.combining, map(chr, range(0x300, 0x1E94B)))) + "]"  # all that combine
+_LONG_MARKS, _TEN_MARKS = re.compile(f"({_MARK}{{1000}}){_MARK}+"), re.compile(f"{_MARK}{{10}}")
 
 
 def clean(texts: Sequence[str | Rejected], params: CollectParams) -> list[str | Rejected]:
     """Each in Unicode NFC with plain line ends; no byte order mark, control character, trailing space, boilerplate.
 
     Of more than 1,000 white characters in a row the rest goes: a million of them make tiktoken's matcher overflow its
-    stack. Or Rejected: as it came in, `lone_surrogates` (no UTF-8 form exists), `empty`, `too_short`, a filter's name.
-    Texts go through all that looks at each character as one: a short text alone costs several times as much.
+    stack; also of combining marks, for NFC takes time by their square. Or Rejected: as it came in, `lone_surrogates`
+    (no UTF-8 form exists), `empty`, `too_short`, a filter's name. Texts go through all that looks at each character as
+    one: a short text alone costs several times as much.
     """
     lone = Rejected("lone_surrogates")
     found = [
@@ -51,10 +54,12 @@ def _plain(texts: list[str]) -> list[str]:
 def _finished(text: str, min_bytes: int, filters: FilterParams | None) -> str | Rejected:
     text = text.strip("\n")
     if not text.isascii():
+        if len(text) > 1000 and _TEN_MARKS.search(text[::100]):  # every hundredth: a thousand of them show as ten
+            text = _LONG_MARKS.sub(r"\1", text)
         text = unicodedata.normalize("NFC", text)
     if filters:
         text = without_boilerplate(text, filters)
-    if len(text) > 1000 and _TEN_SPACES.search(text[::100]):  # every hundredth: a thousand of them show as ten
+    if len(text) > 1000 and _TEN_SPACES.search(text[::100]):
         text = _LONG_SPACE.sub(r"\1", text)
     if not text or text.isspace():
         return Rejected("empty")

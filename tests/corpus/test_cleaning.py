@@ -124,6 +124,13 @@ def test_a_thousand_white_characters_are_the_most_wherever_they_lie(collect_para
         assert clean("a" * n + " " * 1001 + "b", params) == "a" * n + " " * 1000 + "b"
 
 
+def test_a_thousand_combining_marks_are_the_most(collect_params: MakeParams) -> None:
+    """A hundred thousand in a row take NFC ten seconds, a million would take a quarter of an hour."""
+    some, many = "\u0316\u0303", "\u0316\u0300" * 50_000
+    cleaned = clean(f"a{some}b e{many}f", collect_params({"kind": "python-docs"}))
+    assert cleaned == "\u00e3\u0316b \u00e8" + "\u0316" * 500 + "\u0300" * 499 + "f"  # in the order of NFC
+
+
 def test_no_control_character_stays_whatever_else_is_there(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-docs"})
     for n, end in ((128, ""), (160, "é")):
