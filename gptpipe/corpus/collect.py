@@ -1,6 +1,5 @@
 """Stage collect as one function: sources in, clean and distinct documents out, everything left out counted."""
 
-import hashlib
 import shutil
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ from gptpipe.config import CollectParams, Source
 from gptpipe.console import Progress
 from gptpipe.corpus.cleaning import clean
 from gptpipe.corpus.dedup import Seen, near_duplicates
-from gptpipe.corpus.document import Rejected
+from gptpipe.corpus.document import Rejected, id_of
 from gptpipe.corpus.filters import are_on
 from gptpipe.corpus.opening import is_remote
 from gptpipe.corpus.shards import SCHEMA, Batch, rows_of_shards, shard_path, shard_paths, sizes, write_shard
@@ -160,7 +159,7 @@ def _clean(texts: list[str | Rejected], *, name: str, weight: float, params: Col
     found = clean(texts, params)
     rejected = {i: text for i, text in enumerate(found) if isinstance(text, Rejected)}
     contents = [text.encode() for text in found if isinstance(text, str)]
-    ids = [hashlib.sha256(content).hexdigest() for content in contents]
+    ids = [id_of(content) for content in contents]
     columns = [pa.array(ids, pa.string()), pa.repeat(name, len(ids)), pa.array(contents, pa.string()),
                pa.array(map(len, contents), pa.int64())]  # fmt: skip
     positions = np.array([i for i in range(len(found)) if i not in rejected], np.int64)

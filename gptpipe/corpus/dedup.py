@@ -3,16 +3,16 @@
 import re
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from gptpipe.corpus.shards import read_documents
 from gptpipe.environment import optional_module
 from gptpipe.parallel import map_in_order
+from gptpipe.parquet import read_parquet, strings
 
 _RECENT = 1 << 18  # ids that wait to be sorted among the others
 _VALUES = 128  # of a signature, 4 bytes each
@@ -84,10 +84,10 @@ def _write_signatures(job: tuple[Path, int], *, scratch: Path) -> None:
     """Sign the documents of a shard, whose first has number job[1]; runs in a worker process."""
     rensa = optional_module("rensa", "near")
     shard, row = job
-    documents = read_documents(shard)
+    texts = chain.from_iterable(strings(batch, "text") for batch in read_parquet(shard, ["text"]))
     with scratch.open("r+b") as file:
         file.seek(row * _VALUES * 4)
-        while shingles := [_shingles(document.text) for _, document in islice(documents, 256)]:
+        while shingles := [_shingles(text) for text in islice(texts, 256)]:
             rows = rensa.RMinHash.digest_matrix_from_token_sets(shingles, _VALUES, 0).to_rows()
             file.write(np.array(rows, np.uint32).tobytes())
 

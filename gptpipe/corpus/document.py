@@ -1,20 +1,11 @@
-"""One text of the corpus and where it came from, or why it is not there."""
+"""What names a document, and why a text is none."""
 
 import hashlib
 
 
-class Document:
-    """A text as cleaning leaves it. Made for each of millions of texts, so it encodes once and holds what it finds."""
-
-    __slots__ = ("id", "n_bytes", "source", "text")
-
-    def __init__(self, source: str, text: str) -> None:
-        content = text.encode()
-        self.source = source  # the source's kind, and its position where a kind is used twice
-        self.text = text
-        # SHA-256 of the text's UTF-8 bytes, as hex digits: the same text has the same id on every machine.
-        self.id = hashlib.sha256(content).hexdigest()
-        self.n_bytes = len(content)  # of the text in UTF-8
+def id_of(content: bytes) -> str:
+    """SHA-256 of a clean text's UTF-8 bytes, as hex digits: the same text has the same id on every machine."""
+    return hashlib.sha256(content).hexdigest()
 
 
 class Rejected(Exception):

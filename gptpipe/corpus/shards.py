@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gptpipe.corpus.document import Document, Rejected
-from gptpipe.parquet import new_parquet, read_parquet
+from gptpipe.corpus.document import Rejected
+from gptpipe.parquet import new_parquet
 
 SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
@@ -88,10 +88,3 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("docs-*.parquet"))
-
-
-def read_documents(shard: Path) -> Iterator[tuple[str, Document]]:
-    """Ids and documents of a shard, in order. Raises IntegrityError."""
-    for batch in read_parquet(shard, ["id", "source", "text"]):
-        for row in batch.to_pylist():
-            yield row["id"], Document(row["source"], row["text"])

@@ -14,7 +14,7 @@ from gptpipe.config import CollectParams
 from gptpipe.corpus import dedup, shards
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.dedup import near_duplicates
-from gptpipe.corpus.document import Document
+from gptpipe.corpus.document import id_of
 from gptpipe.corpus.shards import SCHEMA, Batch, rows_of_shards, shard_path, shard_paths, write_shard
 from gptpipe.errors import ConfigError
 from gptpipe.files import verify
@@ -38,7 +38,8 @@ def jaccard(one: list[str], other: list[str]) -> float:
 
 
 def repeats(folder: Path, texts: list[str], similarity: float = 0.7) -> list[bool]:
-    values = [{name: getattr(Document("text", text), name) for name in SCHEMA.names} for text in texts]
+    values = [{"id": id_of(text.encode()), "source": "text", "text": text, "n_bytes": len(text.encode())}
+              for text in texts]  # fmt: skip
     batch = Batch("text", 0, texts, pa.RecordBatch.from_pylist(values, SCHEMA), np.arange(len(texts)), {})
     for number, (rows, _) in enumerate(rows_of_shards([batch])):
         write_shard(shard_path(folder, number), rows)

@@ -14,7 +14,7 @@ from sections import split_params
 from gptpipe.config import CollectParams
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
-from gptpipe.corpus.document import Document
+from gptpipe.corpus.document import id_of
 from gptpipe.errors import InputError
 from gptpipe.tokens import contamination
 from gptpipe.tokens.contamination import report_contamination
@@ -43,7 +43,7 @@ def look(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> Callab
 def on_side(side: Side, words: list[str]) -> str:
     """A text of these words that falls on a side, by another word behind them."""
     texts = (" ".join([*words, f"end{i}"]) for i in count())
-    return next(text for text in texts if side_of(Document("", text).id, split_params(**FIFTHS), SEED) == side)
+    return next(text for text in texts if side_of(id_of(text.encode()), split_params(**FIFTHS), SEED) == side)
 
 
 def test_it_finds_what_a_plain_count_finds(
@@ -57,12 +57,12 @@ def test_it_finds_what_a_plain_count_finds(
     monkeypatch.setattr(shards, "SHARD_BYTES", 9_000)
     monkeypatch.setattr(contamination, "_BLOCK", 500)
     expected: dict[str, set[tuple[str, ...]]] = {}
-    sides = {Document("", text).id: side_of(Document("", text).id, split_params(**FIFTHS), SEED) for text in texts}
+    sides = {id_of(text.encode()): side_of(id_of(text.encode()), split_params(**FIFTHS), SEED) for text in texts}
     ngrams: dict[str, set[tuple[str, ...]]] = {}
     for text in texts:
         found = re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
-        ngrams[Document("", text).id] = {tuple(found[i : i + 6]) for i in range(len(found) - 5)}
-        expected.setdefault(sides[Document("", text).id], set()).update(ngrams[Document("", text).id])
+        ngrams[id_of(text.encode())] = {tuple(found[i : i + 6]) for i in range(len(found) - 5)}
+        expected.setdefault(sides[id_of(text.encode())], set()).update(ngrams[id_of(text.encode())])
     held_out = expected["val"] | expected["test"]
     one = look(texts, ngram=6)
     for side in ("train", "val", "test"):
@@ -86,7 +86,7 @@ def test_thirteen_words_in_another_dress_overlap_and_twelve_do_not(look: Callabl
     assert {name: found[name] for name in sorted(found) if name.endswith("_examined")} == {
         "test_examined": 1, "train_examined": 1, "val_examined": 1}  # fmt: skip
     assert found["share"] == {"test": 0.0, "train": 1.0, "val": 1.0}
-    assert found["ids"] == {"val": [Document("", val).id]}
+    assert found["ids"] == {"val": [id_of(val.encode())]}
     assert look([train, val, test], ngram=12)["share"] == {"test": 1.0, "train": 1.0, "val": 1.0}
 
 
@@ -123,7 +123,7 @@ def test_of_very_much_held_out_text_a_part_is_looked_at(
     monkeypatch.setattr(contamination, "_LARGEST", 2500)
     found = look(texts)
     assert found["every_nth"] == 2
-    assert (found["val_contaminated"], found["ids"]) == (1, {"val": [Document("", texts[1]).id]})
+    assert (found["val_contaminated"], found["ids"]) == (1, {"val": [id_of(texts[1].encode())]})
 
 
 def test_nothing_held_out_overlaps_nothing(look: Callable[..., dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from sections import split_params
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.corpus import shards
-from gptpipe.corpus.document import Document
+from gptpipe.corpus.document import id_of
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
 from gptpipe.tokens import encode
@@ -30,7 +30,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def side(text: str, params: SplitParams) -> str:
-    return side_of(Document("text", text).id, params, SEED)
+    return side_of(id_of(text.encode()), params, SEED)
 
 
 def test_every_document_is_encoded_and_closed(
@@ -42,7 +42,7 @@ def test_every_document_is_encoded_and_closed(
     tokenizer = Tokenizer.load(tmp_path / "tokens" / "tokenizer")
     found = rows(tmp_path / "tokens")
     assert [tokenizer.decode(row["tokens"]) for row in found] == texts
-    assert [row["id"] for row in found] == [Document("text", text).id for text in texts]
+    assert [row["id"] for row in found] == [id_of(text.encode()) for text in texts]
     assert [row["n_bytes"] for row in found] == [len(text.encode()) for text in texts]
     for row in found:
         assert row["tokens"].index(399) == len(row["tokens"]) - 1

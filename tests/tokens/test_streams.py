@@ -11,7 +11,7 @@ from sections import split_params
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
-from gptpipe.corpus.document import Document
+from gptpipe.corpus.document import id_of
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
 from gptpipe.tokens.encode import tokenize
@@ -43,13 +43,13 @@ def test_each_side_holds_its_documents_in_the_order_of_the_corpus(
     counts = split(tokens, tmp_path / "split", fifths, SEED)
     tokenizer = Tokenizer.load(tmp_path / "split" / "tokenizer")
     for side in SIDES:
-        texts = [text for text in sentences if side_of(Document("text", text).id, fifths, SEED) == side]
+        texts = [text for text in sentences if side_of(id_of(text.encode()), fifths, SEED) == side]
         stream = np.load(tmp_path / "split" / side / "tokens.npy", mmap_mode="r")
         assert isinstance(stream, np.memmap)
         assert (stream.dtype, stream.shape) == (np.uint16, (counts[f"{side}_tokens"],))
         table = pd.read_parquet(tmp_path / "split" / side / "documents.parquet")
         assert list(table.columns) == ["id", "source", "offset", "n_tokens", "n_bytes"]
-        assert list(table["id"]) == [Document("text", text).id for text in texts]
+        assert list(table["id"]) == [id_of(text.encode()) for text in texts]
         assert set(table["source"]) == {"text"}
         assert list(table["n_bytes"]) == [len(text.encode()) for text in texts]
         assert table["offset"].iloc[0] == 0
