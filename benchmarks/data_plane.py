@@ -7,7 +7,7 @@ one trained on it. Ours reads and writes Parquet; the others are given texts in 
 take turns, and the best of the rounds counts. Figures are ratios to a single-process loop of
 `tiktoken.encode_ordinary`, and to the physical limit, tiktoken on all cores without any file work: on a shared machine
 nothing else can be compared. `tokenize` is given its tokenizer; the row below trains it too. Last, the most memory that
-each stage held, in a process of its own. About five minutes on two quiet cores.
+each stage held, in a process of its own. A quarter of an hour on two quiet cores.
 """
 
 import argparse
