@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from gptpipe.errors import IntegrityError, first_line
 from gptpipe.files import new_file
 
-_READ_ROWS = 1024  # per record batch
+_READ_ROWS = 8192  # per record batch
 _GROUP_ROWS = 65536  # per row group: what a writer holds in memory, at most ...
 _GROUP_BYTES = 16 << 20  # ... and about how much of it
 

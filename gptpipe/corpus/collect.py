@@ -4,11 +4,12 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice, tee
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -82,10 +83,19 @@ def _write_shards(
             progress.advance(len(batch))
         first, is_last = first + 1, done["result"]["is_last"]
     rest = rows_of_shards(_batches(params, tally, digests, seen), partial(_count, tally=tally, params=params))
-    for number, (rows, ends) in enumerate(() if is_last else rest, first):
-        write_shard(path := shard_path(folder, number), rows)
-        finish([path], {**tally.note(), "is_last": ends})
-        progress.advance(len(rows))
+    with ThreadPoolExecutor(1) as writer:  # it compresses one shard while this thread cleans the next
+        last: Future[int] | None = None
+        for number, (rows, ends) in enumerate(() if is_last else rest, first):
+            note = {**tally.note(), "is_last": ends}
+            before, last = last, writer.submit(_write_shard, shard_path(folder, number), rows, note)
+            progress.advance(before.result() if before else 0)
+        progress.advance(last.result() if last else 0)
+
+
+def _write_shard(path: Path, rows: pa.Table, note: dict[str, Any]) -> int:
+    write_shard(path, rows)
+    finish([path], note)
+    return len(rows)
 
 
 def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen: Seen) -> Iterator[Batch]:

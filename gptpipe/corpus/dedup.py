@@ -19,8 +19,8 @@ _VALUES = 128  # of a signature, 4 bytes each
 _BAND = 4  # values that agree between candidates: 32 bands find 99.9% of the pairs of similarity 0.7, 87% of 0.5
 _SHINGLE = 5  # words
 _ROWS = 1 << 14  # signatures in memory at once
-# A word; a character of the scripts that put no space between words.
-WORD = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+CHARACTER = "[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]"  # a word by itself, of scripts that put no space between words
+_WORD = re.compile(f"{CHARACTER}|(?:(?!{CHARACTER})\\w)+")
 
 Indices = npt.NDArray[np.int64]
 
@@ -38,7 +38,9 @@ class Seen:
             self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._recent), "S16")]), kind="stable")
             self._recent = set()
         keys = _keys(ids)
-        there = np.searchsorted(self._sorted, keys, "right") > np.searchsorted(self._sorted, keys)
+        at = np.searchsorted(self._sorted, keys)
+        there = at < len(self._sorted)
+        there[there] = self._sorted[at[there]] == keys[there]
         for i, key in enumerate(keys.tolist()):
             if key in self._recent:
                 there[i] = True
@@ -93,7 +95,7 @@ def _write_signatures(job: tuple[Path, int], *, scratch: Path) -> None:
 
 
 def _shingles(text: str) -> list[str]:
-    words = WORD.findall(text.lower()) or [text]
+    words = _WORD.findall(text.lower()) or [text]
     return [" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))]
 
 

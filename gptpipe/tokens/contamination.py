@@ -1,18 +1,21 @@
 """Contamination: runs of words that held-out text shares with train (Brown et al., 2020, arXiv:2005.14165, app. C)."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import lru_cache, partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 
 from gptpipe.config import CollectParams, SplitParams
-from gptpipe.corpus.dedup import WORD
+from gptpipe.corpus.dedup import CHARACTER
+from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.shards import shard_paths
 from gptpipe.corpus.sources import read
 from gptpipe.errors import InputError
@@ -22,15 +25,33 @@ from gptpipe.parquet import read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
 
 _LARGEST = 1 << 21  # n-grams of held-out text in memory, 8 bytes each; of more, every 2nd, 4th, ... by hash
-_BLOCK = 1 << 16  # characters hashed at once, 60 bytes of memory each; a document is never cut
-_PARTS = 1 << 24  # of hashes, by some of their bits, in a table of 16 MB: most are told apart by one look
+_BLOCK = 1 << 18  # characters hashed at once, 60 bytes of memory each; a document is never cut
 _BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
-_SEPARATED = bytes(c if c > 127 or c == 10 or chr(c).isalnum() or chr(c) == "_" else 32 for c in range(256))
+# Bytes of UTF-8 as they are compared: ASCII letters small, what is in no word as a space; a document ends with a line.
+_PLAIN = bytes(c if c > 127 or c in b"\n_" or chr(c).isalnum() else 32 for c in range(256)).lower()
+_BETWEEN, _ALONE = re.compile(r"[^\w\x00-\x7f]+"), re.compile(CHARACTER)
+_LISTED = 20  # ids of a group, for the report
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-Texts = Iterator[tuple[list[str], list[str], list[str]]]  # groups, ids and texts of about _BLOCK characters together
+
+
+class _Texts(NamedTuple):
+    """About _BLOCK characters together."""
+
+    groups: Indices  # of each text: its place in SIDES, or behind them its benchmark's
+    ids: list[str]
+    texts: list[str]
+
+
+Job = Callable[[], Iterator[_Texts]]  # reads its texts itself, in a thread or on another machine
+
+
+class _Found(NamedTuple):
+    is_there: Mask  # of each key, whether a text has it
+    counts: Indices  # (groups, 3): documents; of them, examined: with an n-gram; of those, contaminated: with a key
+    ids: dict[int, list[str]]  # the first contaminated ones by group
 
 
 def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
@@ -41,85 +62,115 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
     """
     verify(raw)
     shards = shard_paths(raw)
-    held_out = partial(_texts, shards, params, collect, seed, False)
-    of_train = [partial(_texts, [shard], params, collect, seed, True) for shard in shards]
-    keys, step, arrays = np.empty(0, np.uint64), 1, (hashes for _, hashes, _ in _ngrams(held_out(), params.ngram))
-    while some := list(islice(arrays, 64)):
-        keys = np.union1d(keys, np.concatenate(some))
-        while len(keys := keys[keys <= np.uint64(((1 << 64) - 1) // step)]) > _LARGEST:
-            step *= 2
-    in_train, counts = np.zeros(len(keys), bool), Counter[str]()
-    for is_there, found, _ in map_in_order(partial(_matches, keys=keys, n=params.ngram), of_train):
-        in_train |= is_there
-        counts.update(found)
-    _, found, ids = _matches(held_out, keys=keys[in_train], n=params.ngram)
-    counts.update(found)
-    groups = sorted({name.rpartition("_")[0] for name in counts})
-    shares = {name: counts[f"{name}_contaminated"] / max(1, counts[f"{name}_examined"]) for name in groups}
-    write_json(path, {**counts, "share": shares, "ids": ids, "every_nth": step})
+    names = [*SIDES, *(f"benchmark-{i}" for i in range(len(params.benchmarks)))]
+
+    def held_out() -> Iterator[Job]:
+        yield from (partial(_of_shard, shard, params, seed, is_train=False) for shard in shards)
+        for group, source in enumerate(params.benchmarks, len(SIDES)):
+            yield from _of_benchmark(read(source, collect, Counter(), {}), group)
+
+    keys, step = _smallest(map_in_order(partial(_distinct_hashes, n=params.ngram), held_out(), threads=True))
+    train = (partial(_of_shard, shard, params, seed, is_train=True) for shard in shards)
+    in_train = _find(keys, train, params.ngram, len(names))
+    found = _find(keys[in_train.is_there], held_out(), params.ngram, len(names))
+    report, shares = dict[str, int](), dict[str, float]()
+    for name, (documents, examined, contaminated) in zip(names, (in_train.counts + found.counts).tolist(), strict=True):
+        if documents:
+            report |= {f"{name}_documents": documents, f"{name}_examined": examined}
+            report |= {f"{name}_contaminated": contaminated}
+            shares[name] = contaminated / max(1, examined)
+    ids = {names[group]: some for group, some in found.ids.items()}
+    write_json(path, {**report, "share": shares, "ids": ids, "every_nth": step})
     for name, share in shares.items():
         if params.max_contamination is not None and name != "train" and share > params.max_contamination:
             raise InputError(f"split: {share:.2%} of {name} share {params.ngram} words in a row with train, above "
                              f"split.max_contamination; remove {', '.join(ids[name])}, or raise it")  # fmt: skip
 
 
-def _texts(shards: list[Path], params: SplitParams, collect: CollectParams, seed: int, is_train: bool) -> Texts:
-    """The train documents, or those that are held out and the benchmarks."""
-    for batch in chain.from_iterable(read_parquet(shard, ["id", "text"]) for shard in shards):
+def _of_shard(shard: Path, params: SplitParams, seed: int, *, is_train: bool) -> Iterator[_Texts]:
+    """The train documents of a shard, or the others."""
+    for batch in read_parquet(shard, ["id", "text"]):
         sides = sides_of(strings(batch, "id"), params, seed)
         chosen = (sides == SIDES.index("train")) == is_train
-        found = batch.filter(pa.array(chosen))
-        yield from _blocks([SIDES[i] for i in sides[chosen]], strings(found, "id"), strings(found, "text"))
-    for i, source in enumerate(() if is_train else params.benchmarks):
-        numbered = enumerate(read(source, collect, Counter(), {}), 1)
-        texts = ((f"number {number}", text.replace("\0", " ")) for number, text in numbered if isinstance(text, str))
-        while some := list(islice(texts, 64)):
-            yield from _blocks([f"benchmark-{i}"] * len(some), *map(list, zip(*some, strict=True)))
+        documents = batch.filter(pa.array(chosen))
+        yield from _blocks(sides[chosen], strings(documents, "id"), strings(documents, "text"))
 
 
-def _blocks(groups: list[str], ids: list[str], texts: list[str]) -> Texts:
+def _of_benchmark(source: Iterable[str | Rejected], group: int) -> Iterator[Job]:
+    numbered = ((f"number {number}", text) for number, text in enumerate(source, 1) if isinstance(text, str))
+    while some := list(islice(numbered, 64)):
+        ids, texts = zip(*some, strict=True)
+        yield partial(_blocks, np.full(len(ids), group), list(ids), [text.replace("\0", " ") for text in texts])
+
+
+def _blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Texts]:
     of_block = np.cumsum([len(text) for text in texts]) // _BLOCK
     for start, end in pairwise([0, *np.flatnonzero(np.diff(of_block)) + 1, len(texts)]):
-        yield groups[start:end], ids[start:end], texts[start:end]
+        yield _Texts(groups[start:end], ids[start:end], texts[start:end])
 
 
-def _matches(texts: Callable[[], Texts], *, keys: Hashes, n: int) -> tuple[Mask, Counter[str], dict[str, list[str]]]:
-    """Which of the sorted keys the texts hold; counts of texts, and the first ids, by group. Runs in a worker too."""
-    is_there, counts, listed = np.zeros(len(keys), bool), Counter[str](), dict[str, list[str]]()
-    has_key = np.zeros(_PARTS, bool)
-    has_key[_part(keys)] = True
-    padded = np.append(keys, np.uint64(0))
-    for (groups, ids, _), hashes, owners in _ngrams(texts(), n):
-        likely = np.flatnonzero(has_key[_part(hashes)])
-        at = np.searchsorted(keys, hashes[likely])
-        equal = padded[at] == hashes[likely]
-        is_there[at[equal]] = True
-        contaminated = _distinct(owners[likely[equal]])
-        found = {"documents": range(len(ids)), "examined": _distinct(owners), "contaminated": contaminated}
-        for what, indices in found.items():
-            counts.update({f"{name}_{what}": k for name, k in Counter(groups[i] for i in indices).items()})
+def _distinct_hashes(job: Job, *, n: int) -> Hashes:
+    return pd.unique(np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes, _ in _ngrams(job(), n))]))
+
+
+def _smallest(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
+    """The distinct hashes; of more than _LARGEST those below a bound, and that this keeps one in how many."""
+    some, step = [np.empty(0, np.uint64)], 1
+    for hashes in chain(arrays, [None]):
+        if hashes is not None:
+            some.append(_below(hashes, step))
+        if hashes is None or sum(map(len, some)) > 2 * _LARGEST:
+            some = [pd.unique(np.concatenate(some))]
+            while len(some[0]) > _LARGEST:
+                step *= 2
+                some = [_below(some[0], step)]
+    return some[0], step
+
+
+def _below(hashes: Hashes, step: int) -> Hashes:
+    return hashes[hashes <= np.uint64((2**64 - 1) // step)]
+
+
+def _find(keys: Hashes, jobs: Iterable[Job], n: int, n_groups: int) -> _Found:
+    table = pd.Index(keys)
+    table.get_indexer(table[:1])  # builds it: two threads that did at once could see half of it
+    total = _nothing(keys, n_groups)
+    for found in map_in_order(partial(_find_in, keys=table, n=n, n_groups=n_groups), jobs, threads=True):
+        total.is_there[:] |= found.is_there
+        total.counts[:] += found.counts
+        for group, ids in found.ids.items():
+            total.ids[group] = [*total.ids.get(group, []), *ids][:_LISTED]
+    return total
+
+
+def _find_in(job: Job, *, keys: pd.Index, n: int, n_groups: int) -> _Found:
+    total = _nothing(keys, n_groups)
+    for texts, hashes, owners in _ngrams(job(), n):
+        at = keys.get_indexer(pd.Index(hashes))
+        total.is_there[at[at >= 0]] = True
+        examined, contaminated = _distinct(owners), _distinct(owners[at >= 0])
+        for column, groups in enumerate((texts.groups, texts.groups[examined], texts.groups[contaminated])):
+            total.counts[:, column] += np.bincount(groups, minlength=n_groups)
         for i in contaminated:
-            if len(of_group := listed.setdefault(groups[i], [])) < 20:  # for the report
-                of_group.append(ids[i])
-    return is_there, counts, listed
+            if len(ids := total.ids.setdefault(int(texts.groups[i]), [])) < _LISTED:
+                ids.append(texts.ids[i])
+    return total
 
 
-def _part(hashes: Hashes) -> Hashes:
-    return hashes >> np.uint64(20) & np.uint64(_PARTS - 1)
+def _nothing(keys: Sized, n_groups: int) -> _Found:
+    return _Found(np.zeros(len(keys), bool), np.zeros((n_groups, 3), np.int64), {})
 
 
 def _distinct(ascending: Indices) -> Indices:
     return ascending[np.flatnonzero(np.diff(ascending, prepend=-1))]
 
 
-def _ngrams(texts: Texts, n: int) -> Iterator[tuple[Any, Hashes, Indices]]:
+def _ngrams(blocks: Iterable[_Texts], n: int) -> Iterator[tuple[_Texts, Hashes, Indices]]:
     """Each block of texts, hashes of their runs of n words, and the index of the text of each."""
-    for block in texts:
-        lower = "\0".join(block[2]).replace("\n", " ").lower()  # no clean text has that character
-        if not lower.isascii():
-            words = (text if text.isascii() else " ".join(WORD.findall(text)) for text in lower.split("\0"))
-            lower = "\0".join(words)
-        data = np.frombuffer(lower.replace("\0", "\n").encode().translate(_SEPARATED), np.uint8)
+    for block in blocks:
+        plain = (text if text.isascii() else _plain(text) for text in block.texts)
+        joined = "\0".join(plain).replace("\n", " ").replace("\0", "\n")  # no clean text has that character
+        data = np.frombuffer(joined.encode().translate(_PLAIN), np.uint8)
         is_word = np.concatenate([[False], data > 32, [False]])
         starts, ends = np.flatnonzero(is_word[1:] > is_word[:-1]), np.flatnonzero(is_word[1:] < is_word[:-1])
         owners = np.searchsorted(np.flatnonzero(data == 10), starts)
@@ -127,6 +178,11 @@ def _ngrams(texts: Texts, n: int) -> Iterator[tuple[Any, Hashes, Indices]]:
         inside = owners[first] == owners[first + n - 1]
         hashes = _runs(_runs(data.astype(np.uint64), starts, ends, _BASES[0]), first, first + n, _BASES[1])
         yield block, hashes[inside], owners[first][inside]
+
+
+def _plain(text: str) -> str:
+    """Small letters, spaces for what is in no word and around what is one by itself, as far as it is not ASCII."""
+    return _ALONE.sub(r" \g<0> ", _BETWEEN.sub(" ", text.lower()))
 
 
 def _runs(values: Hashes, starts: Indices, ends: Indices, base: int) -> Hashes:
@@ -137,7 +193,7 @@ def _runs(values: Hashes, starts: Indices, ends: Indices, base: int) -> Hashes:
     return np.asarray((sums[ends] - sums[starts]) * inverses[starts], np.uint64)
 
 
-@lru_cache(8)
+@lru_cache(32)
 def _powers(base: int, n: int) -> Hashes:
     powers: Hashes = np.cumprod(np.full(n, base, np.uint64), dtype=np.uint64)
     return powers

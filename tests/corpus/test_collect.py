@@ -215,6 +215,8 @@ def write_shard(path, rows):
         os.kill(os.getpid(), 9)
     really(path, rows)
 collect.write_shard = write_shard
+if sys.argv[2] == "-1":
+    collect.Tally.write = lambda *_: os.kill(os.getpid(), 9)
 collect.collect(CollectParams.model_validate_json(sys.argv[1]), Path("raw"), Path("report.md"))
 """
 
@@ -248,6 +250,19 @@ def test_after_a_kill_finished_shards_are_not_made_again(
         assert (tmp_path / "report.md").read_bytes() == (tmp_path / "undisturbed.md").read_bytes()
         assert not list(tmp_path.glob(".raw*"))
         shutil.rmtree(tmp_path / "raw")
+
+
+def test_behind_the_last_shard_a_kill_leaves_nothing_to_make(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = collect_params(*mixed_sources(tmp_path))
+    arguments = [sys.executable, "-c", KILLED, params.model_dump_json(), "-1"]
+    assert subprocess.run(arguments, cwd=tmp_path).returncode == -9
+    n_shards = len(list(tmp_path.glob(".raw.*.partial/docs-*")))
+    monkeypatch.setattr(collecting, "write_shard", None)
+    collect(params, tmp_path / "raw", tmp_path / "report.md")
+    assert len(shards.shard_paths(tmp_path / "raw")) == n_shards > 3
+    assert verify(tmp_path / "raw").counts["documents"] == len(rows(tmp_path / "raw"))
 
 
 def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_params: MakeParams) -> None:

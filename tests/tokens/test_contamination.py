@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sections import split_params
+from sections import side_of, split_params
 
 from gptpipe.config import CollectParams
 from gptpipe.corpus import shards
@@ -18,7 +18,7 @@ from gptpipe.corpus.document import id_of
 from gptpipe.errors import InputError
 from gptpipe.tokens import contamination
 from gptpipe.tokens.contamination import report_contamination
-from gptpipe.tokens.splits import Side, side_of
+from gptpipe.tokens.splits import Side
 
 SEED = 7
 FIFTHS: dict[str, Any] = {"val_fraction": 0.2, "test_fraction": 0.2}
@@ -51,7 +51,7 @@ def test_it_finds_what_a_plain_count_finds(
 ) -> None:
     """Texts with marks, letters of several scripts, empty ones too; in several shards and blocks, by two workers."""
     random_ = random.Random(0)
-    words = ["The", "cat", "it's", "naïve", "Straße", "漢字", "x_1", "42", "“dog”", "...", "-"]
+    words = ["The", "cat", "it's", "naïve", "Straße", "漢字", "x_1", "42", "“dog”", "dog", "...", "-"]
     texts = [random_.choice((" ", "\n", ", ")).join(random_.choices(words, k=random_.randrange(30))) + f" {i}"
              for i in range(300)]  # fmt: skip
     monkeypatch.setattr(shards, "SHARD_BYTES", 9_000)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sections import split_params
+from sections import side_of, split_params
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.corpus import shards
@@ -18,7 +18,6 @@ from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
 from gptpipe.tokens import encode
 from gptpipe.tokens.encode import tokenize
-from gptpipe.tokens.splits import side_of
 from gptpipe.tokens.tokenizer import Tokenizer
 
 Corpus = Callable[[Iterable[str]], Path]

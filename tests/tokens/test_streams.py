@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from sections import split_params
+from sections import side_of, split_params
 
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams
 from gptpipe.corpus import shards
@@ -15,7 +15,7 @@ from gptpipe.corpus.document import id_of
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
 from gptpipe.tokens.encode import tokenize
-from gptpipe.tokens.splits import SIDES, side_of
+from gptpipe.tokens.splits import SIDES
 from gptpipe.tokens.streams import open_stream, split
 from gptpipe.tokens.tokenizer import Tokenizer
 
