@@ -13,7 +13,7 @@ from torch import Tensor
 from gptpipe.config import ModelParams
 from gptpipe.errors import ConfigError, InputError, IntegrityError
 from gptpipe.files import MANIFEST, verify, write_bytes, write_json
-from gptpipe.model.gpt import GPT
+from gptpipe.model.gpt import GPT, qkv_widths
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -35,7 +35,7 @@ _GPT2_NAMES = {
     "blocks": "transformer.h",
     "attention_norm": "ln_1",
     "attention": "attn",
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn"),  # one matrix holds the three
+    "qkv_proj": "c_attn",
     "o_proj": "c_proj",
     "feed_forward_norm": "ln_2",
     "feed_forward": "mlp",
@@ -228,15 +228,12 @@ def initialise_from(model: GPT, folder: Path) -> None:
 
 
 def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
-    """In whatever order `weights` are: a safetensors file has them by name."""
     theirs: dict[str, Tensor] = {}
     for name, value in weights.items():
-        their_name = _their_name(name, params)
-        if ".c_attn." in their_name:
-            part = name.split(".")[-2]
-            value = torch.cat([weights[name.replace(part, f"{letter}_proj")] for letter in "qkv"])
         if not (params.tie_embeddings and name == "head.weight"):
-            theirs[their_name] = _transposed(name, value, params)
+            their_names = _their_names(name, params)
+            parts = torch.split(value, qkv_widths(params)) if len(their_names) == 3 else [value]
+            theirs |= {key: _transposed(name, part, params) for key, part in zip(their_names, parts, strict=True)}
     return theirs
 
 
@@ -244,18 +241,17 @@ def _to_our_names(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The reverse, by asking for each of our names what theirs is; what they store beside weights is left out."""
     if "wte.weight" in theirs:  # GPT-2 without the prefix, as in OpenAI's own upload
         theirs = {f"transformer.{name}": value for name, value in theirs.items()}
-    ours: dict[str, Tensor] = {}
-    for name, _ in model.named_parameters():
-        value = theirs[their_name := _their_name(name, model.params)]
-        if ".c_attn." in their_name:
-            value = value.chunk(3, dim=-1)["qkv".index(name.split(".")[-2][0])]
-        ours[name] = _transposed(name, value, model.params)
-    return ours
+    names = {name: _their_names(name, model.params) for name, _ in model.named_parameters()}
+    return {
+        ours: _transposed(ours, torch.cat([theirs[key] for key in keys]), model.params) for ours, keys in names.items()
+    }
 
 
-def _their_name(name: str, params: ModelParams) -> str:
+def _their_names(name: str, params: ModelParams) -> list[str]:
+    """Queries, keys and values have a matrix each in Llama and Qwen3."""
     table = _GPT2_NAMES if params.architecture == "gpt2" else _LLAMA_NAMES
-    return ".".join(table.get(part, part) for part in name.split("."))
+    theirs = ".".join(table.get(part, part) for part in name.split("."))
+    return [theirs.replace("qkv_proj", f"{letter}_proj") for letter in ("qkv" if "qkv_proj" in theirs else "q")]
 
 
 def _transposed(name: str, value: Tensor, params: ModelParams) -> Tensor:

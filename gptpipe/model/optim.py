@@ -1,13 +1,14 @@
 """Optimizers: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
 
-from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from gptpipe.config import TrainParams
 from gptpipe.model.device import shard_like, whole
-from gptpipe.model.gpt import GPT
+from gptpipe.model.gpt import GPT, qkv_widths
 
 # Quintic Newton-Schulz coefficients and their use: Jordan et al., 2024, kellerjordan.github.io/posts/muon
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -63,26 +64,29 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by 0.2 * sqrt(max(rows, columns)), which gives it AdamW's root mean square, so that one
     learning rate and weight decay serve both (Liu et al., 2025, arXiv:2502.16982, eq. 4). Matrices of one shape
-    are updated together.
+    are updated together. A parameter of a group with `heights` is several matrices, one below the other.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, params: ParamsT, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "heights": None})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            parameters: list[Tensor] = group["params"]
+            gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            buffers = [self._momentum(parameter) for parameter in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
+            nesterov = map(whole, torch._foreach_lerp(gradients, buffers, _MOMENTUM))
+            matrices = [torch.split(x, group["heights"] or len(x)) for x in nesterov]
             by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                buffers = [self._momentum(parameter) for parameter in parameters]
-                torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
-                nesterov = [whole(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
-                updates = list(map(shard_like, orthogonalise(torch.stack(nesterov)), parameters))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+            for matrix in chain(*matrices):
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            scaled = {shape: iter(orthogonalise(torch.stack(same)) * (0.2 * max(shape) ** 0.5))
+                      for shape, same in by_shape.items()}  # fmt: skip
+            updates = [torch.cat([next(scaled[matrix.shape]) for matrix in some]) for some in matrices]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, list(map(shard_like, updates, parameters)), alpha=-group["lr"])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -95,10 +99,9 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimizer]:
     """The optimizers that together update every parameter once. Weight decay is for matrices, not for vectors."""
     named = dict(model.named_parameters())  # tied weights appear once
-    hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")]
-    muon = hidden if params.optimizer == "muon" else []
-    by_muon = {id(p) for p in muon}
-    rest = {name: p for name, p in named.items() if id(p) not in by_muon}
+    hidden = {name: p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")}
+    muon = hidden if params.optimizer == "muon" else {}
+    rest = {name: p for name, p in named.items() if name not in muon}
     scales = {"embedding.weight": _EMBEDDING_LR, "head.weight": _HEAD_LR} if _scales_lr(model, params) else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # one group is one fused update
     for name, parameter in rest.items():
@@ -107,7 +110,10 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     kinds = [{"params": found, "lr_scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(kinds, lr=params.lr, betas=params.betas, fused=True)]
     if muon:
-        optimizers.append(Muon(muon, params.lr, params.weight_decay))
+        qkv = [p for name, p in muon.items() if "qkv_proj" in name]
+        others = [p for name, p in muon.items() if "qkv_proj" not in name]
+        kinds = [{"params": qkv, "heights": qkv_widths(model.params)}, {"params": others}]
+        optimizers.append(Muon(kinds, params.lr, params.weight_decay))
     set_lr(optimizers, params.lr)
     return optimizers
 

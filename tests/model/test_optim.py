@@ -74,6 +74,23 @@ def test_one_step_of_muon_by_hand() -> None:
         torch.testing.assert_close(w.detach(), expected, atol=1e-4, rtol=1e-3)
 
 
+def test_muon_takes_queries_keys_and_values_as_three_matrices() -> None:
+    """Two query heads of width 16 and one for keys and values: rows 0 to 31, 32 to 47 and 48 to 63."""
+    model = tiny.network(architecture="llama", n_embd=32, n_head=2, n_kv_head=1, n_layer=2)
+    _, muon = build_optimizers(model, section(optimizer="muon", lr=0.1, weight_decay=0.0))
+    blocks = [block.attention.qkv_proj.weight for block in model.blocks]
+    before, generator = [w.detach().clone() for w in blocks], torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    muon.step()
+    for w, old in zip(blocks, before, strict=True):
+        for rows in (slice(0, 32), slice(32, 48), slice(48, 64)):
+            alone = nn.Parameter(old[rows].clone())
+            alone.grad = w.grad[rows]
+            Muon([alone], lr=0.1, weight_decay=0.0).step()
+            torch.testing.assert_close(w.detach()[rows], alone.detach())
+
+
 @pytest.mark.parametrize("shape", [(48, 32), (32, 128), (64, 64)])
 def test_muons_update_has_a_root_mean_square_of_about_a_fifth_of_lr(shape: tuple[int, int]) -> None:
     weight = nn.Parameter(torch.zeros(shape))

@@ -162,7 +162,7 @@ def test_what_is_not_finite_stops_before_the_update(where: str, value: float) ->
     state, batches, plan = tiny.trained_state(3, train__micro_batch_size=1)
     before = weights(state)
     if where == "gradient":
-        state.model.blocks[0].attention.q_proj.weight.register_hook(lambda g: g * value)
+        state.model.blocks[0].attention.qkv_proj.weight.register_hook(lambda g: g * value)
     else:
         calls = iter([0.0, 0.0, 0.0, value] if where == "last micro-batch" else [value] * 4)
         model = state.model
@@ -195,7 +195,7 @@ def test_a_spike_stops_before_the_update(sigmas: float | None, stops: bool) -> N
 
 def test_a_gradient_far_above_the_usual_is_a_spike() -> None:
     state, batches, plan = tiny.trained_state(25, train__spike_sigmas=10.0, train__max_steps=40)
-    state.model.blocks[0].attention.q_proj.weight.register_hook(lambda g: g * 1e4)
+    state.model.blocks[0].attention.qkv_proj.weight.register_hook(lambda g: g * 1e4)
     with pytest.raises(NumericError, match=r"step 26: gradient norm .* spikes"):
         optimizer_step(state, batches, plan)
 
