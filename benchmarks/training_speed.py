@@ -75,8 +75,9 @@ def compare(name: str, shape: tuple[int, ...], device: torch.device, options: ar
         "llama: transformers": peer(transformers_llama(sizes, vocab_size), device, precision, compiles),
     }
     if options.compile and not compiles:
-        model = ours(sizes, "gpt2", vocab_size)
-        contenders["gpt2: gptpipe, compiled"] = stepper(model, model.loss, device, precision, True)
+        for architecture in ("gpt2", "llama"):
+            model = ours(sizes, architecture, vocab_size)
+            contenders[f"{architecture}: gptpipe, compiled"] = stepper(model, model.loss, device, precision, True)
     tokens, targets = torch.randint(vocab_size, (2, batch_size, context), device=device)
     for step in contenders.values():  # warm-up, and compilation
         step(tokens, targets)
