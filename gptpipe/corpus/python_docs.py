@@ -24,17 +24,27 @@ _LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "pydoc_data", "site-packages",
 def python_docs(package: str | None = None) -> Iterator[str]:
     """Help topics of the language, then docstrings, one text each, in the order of names; of a package no topics.
 
+    A topic that is a part of another is left out: whichever side it stood on, the other side would hold its text.
+
     Without the objects' names: many objects share a docstring (aliases, wrappers, inherited methods), and under a name
     of its own each would pass exact deduplication and could stand on two sides of a split.
     """
     if package is None:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-        for name in sorted(topics):
-            yield topics[name]
+        yield from _whole_topics(importlib.import_module("pydoc_data.topics").topics)
     for path in module_files(package):
         yield from _module_file(path)
     for name in sorted(sys.builtin_module_names) if package is None else ():
         yield from _compiled_module(name)
+
+
+def _whole_topics(topics: dict[str, str]) -> Iterator[str]:
+    """Those of which no longer one holds half; headings differ, so paragraphs are compared."""
+    paragraphs = {name: set(text.split("\n\n")) for name, text in sorted(topics.items())}
+    size = {name: (sum(map(len, parts)), name) for name, parts in paragraphs.items()}
+    for name, parts in paragraphs.items():
+        longer = (other for other in paragraphs if size[other] > size[name])
+        if all(sum(map(len, parts & paragraphs[other])) < size[name][0] / 2 for other in longer):
+            yield topics[name]
 
 
 def python_code(package: str | None = None) -> Iterator[str]:

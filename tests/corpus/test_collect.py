@@ -341,3 +341,5 @@ sys.stdout.buffer.write("\\0".join(dict.fromkeys(python_docs())).encode())
     assert sum(map(len, texts)) > 1_500_000
     assert any('The "with" statement' in text for text in texts)
     assert any("Return a copy of the string" in text for text in texts)
+    # "Basic customization" is a topic of its own, and a section of "Special method names".
+    assert sum("Called to create a new instance of class" in text for text in texts) == 1
