@@ -30,9 +30,9 @@ Metrics = dict[str, float]
 
 _RETRY_SECONDS = 15.0
 _SYSTEM_SECONDS = 10.0  # without news before a look at processor, memory, disk and GPUs
-_START_SECONDS = 10.0  # that the start of a training waits for the store's first answer
-_CLOSE_SECONDS = 30.0  # that its end waits for the store ...
-_STOP_SECONDS = 5.0  # ... and its end by a signal
+_START_SECONDS = 5.0  # that the start of a training waits for the store's first answer
+_CLOSE_SECONDS = 30.0  # that its end waits for a store that answers ...
+_STOP_SECONDS = 5.0  # ... and for one that does not, or where a signal ends it
 
 
 class RunRecord:
@@ -42,7 +42,7 @@ class RunRecord:
         self._writer = RunWriter(run_id or uuid.uuid4().hex)
         self._waiting: deque[Operation] = deque([("create", description)])  # the first goes when the store has taken it
         self._news, self._tried, self._closing = threading.Event(), threading.Event(), threading.Event()
-        self._has_complained = False
+        self._has_complained = self._is_failing = False
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
@@ -78,7 +78,8 @@ class RunRecord:
         self._put("end", status)
         self._closing.set()
         self._news.set()
-        self._thread.join(timeout=_STOP_SECONDS if status == "KILLED" else _CLOSE_SECONDS)
+        is_short = status == "KILLED" or self._is_failing
+        self._thread.join(timeout=_STOP_SECONDS if is_short else _CLOSE_SECONDS)
         if left := list(self._waiting):
             path = _outbox() / f"{self._writer.name}.jsonl"
             before = path.read_bytes() if path.exists() else b""  # of the same run, from before it was resumed
@@ -117,7 +118,9 @@ class RunRecord:
             while self._waiting:
                 self._writer.write(self._waiting[0])
                 self._waiting.popleft()
+                self._is_failing = False
         except StoreError as error:
+            self._is_failing = True
             if not self._has_complained:
                 complain(f"warning: the tracking store does not answer ({error}); training goes on, the record is kept")
                 self._has_complained = True

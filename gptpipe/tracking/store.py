@@ -34,6 +34,7 @@ from gptpipe.files import Manifest, to_json
 
 _TAG_CHARACTERS, _PARAM_CHARACTERS = 5000, 6000  # MLflow's limits
 _PATCH_BYTES = 1 << 20  # of changed code beside the commit; more is data, not code
+_LOCKED_SECONDS = 5.0  # that a SQLite store may be locked by another program
 REPRODUCE = "reproduce"  # artifacts of a run that `gptpipe restore` needs, beside the commit
 TRAINING = "training_run_id"  # tag: the name that a training had for its run before the store gave it an id
 # A view of the runs page with what counts, in the form of MLflow 3.17's front end, which shows no metric by itself; it
@@ -83,7 +84,8 @@ def connect() -> MlflowClient:
         mlflow.set_registry_uri(uri)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "store.lock"):
-            if is_sqlite and not (file := Path(uri.removeprefix("sqlite:///"))).exists():
+            file = Path(uri.removeprefix("sqlite:///"))
+            if is_sqlite and not file.exists():
                 for left_by_a_kill in file.parent.glob(f".{file.name}.*"):
                     left_by_a_kill.unlink()
                 # Under another name each time: one that is made in part is refused for ever, and stays open here.
@@ -92,6 +94,9 @@ def connect() -> MlflowClient:
                 with closing(sqlite3.connect(partial)) as database:  # readers, as the UI, then never block the writer
                     database.execute("PRAGMA journal_mode=WAL")
                 partial.replace(file)
+            if is_sqlite:
+                with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS)) as database:
+                    database.execute("BEGIN IMMEDIATE")  # MLflow would wait for a lock in each of its calls
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment_name()) is None:
                 artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None

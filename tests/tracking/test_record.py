@@ -16,7 +16,8 @@ from tiny import LINEAGE
 from gptpipe.config import Params
 from gptpipe.errors import Interrupted, NumericError
 from gptpipe.tracking import record as record_module
-from gptpipe.tracking.record import training_run
+from gptpipe.tracking import store as store_module
+from gptpipe.tracking.record import send_outbox, training_run
 from gptpipe.tracking.store import StoreError, connect
 
 
@@ -166,6 +167,23 @@ def test_what_a_dead_server_did_not_take_goes_out_later(
     runs = client.search_runs([client.get_experiment_by_name("gptpipe").experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert sorted(run.data.tags.get("best_step", "") for run in runs) == ["", "1"]
+
+
+def test_a_store_that_is_locked_is_given_up_on_in_seconds_and_nothing_is_lost(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow would wait for 20 seconds in each of its calls."""
+    connect()
+    monkeypatch.setattr(store_module, "_LOCKED_SECONDS", 0.1)
+    with closing(sqlite3.connect(project / "mlflow.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="locked"):
+            connect()
+        with training_run(params, None, LINEAGE, {}) as record:
+            record.metrics([(1, 1000, {"train/loss": 3.0})])
+        assert [path.stem for path in (project / ".gptpipe/outbox").glob("*.jsonl")] == [record.run_id]
+    send_outbox()
+    assert rows(project) == [("train/loss", 1, 3.0)]
 
 
 def test_a_queued_experiment_writes_to_the_main_checkout(
