@@ -233,17 +233,16 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
             n_in, n_out = whole.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
             check_growth(name, n_in, n_out, params.max_expansion)
             widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-            widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups)), 0
+            widest, n_out, row = max(widest, _longest_in_dictionaries(whole, column, groups)), 0, 0
             n_rows = max(1, min(1024, _BATCH_BYTES // (widest + 1)))
             for batch in file.iter_batches(n_rows, columns=[column]):
                 contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8
                 check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
                 for content in contents.to_numpy(zero_copy_only=False):
+                    row += 1
                     yield Rejected("no_text") if content is None else content.decode(errors=params.encoding_errors)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}: column `{column}` is not UTF-8; mend the file, or set collect.encoding_errors to replace"
-        ) from error
+        raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
     except pa.ArrowException as error:
         raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
 

@@ -170,7 +170,7 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\
         (["a" * 100] * 20_000, {}, "hostile: grows to more than 200 times its size; "),
         (["a" * (1 << 20) + str(i) for i in range(4)], {"use_dictionary": False, "compression": "zstd"},
          "hostile: grows to more than 200 times its size; "),
-        (NOT_UTF8, {}, "hostile: column `text` is not UTF-8; "),
+        (NOT_UTF8, {}, "hostile, column `text`, row 1: not UTF-8 at byte 3; "),
         (pa.array([None], pa.string()), {}, {"rejected_no_text": 1}),
         (pa.array([], pa.string()), {}, {}),
     ],
