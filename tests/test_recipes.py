@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from dvc.utils.hydra import apply_overrides
 
 from gptpipe.config import load_params
+from gptpipe.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +32,10 @@ def test_a_recipe_asks_for_parameters_that_exist(recipe: Path, tmp_path: Path, f
     if recipe.stem == "your-text":
         section = changed.collect.filters.model_dump()
         assert all(section.values()) if filters else not any(section.values())
+    if recipe.stem == "gpt2-124m":
+        with torch.device("meta"):
+            assert GPT(changed.model, 50257).n_parameters() == 124_439_808  # as published
+        assert changed.train.launcher == "torchrun --standalone --nproc-per-node=8"
     if recipe.stem == "tinystories":
         assert changed.train.max_steps is None
         assert changed.collect.sources[0].max_bytes == 200_000_000

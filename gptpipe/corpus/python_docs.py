@@ -24,7 +24,7 @@ _LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "pydoc_data", "site-packages",
 def python_docs(package: str | None = None) -> Iterator[str]:
     """Help topics of the language, then docstrings, one text each, in the order of names; of a package no topics.
 
-    A topic that is a part of another is left out: whichever side it stood on, the other side would hold its text.
+    A topic that half stands in another is left out: whichever side it was on, the other side would hold that text.
 
     Without the objects' names: many objects share a docstring (aliases, wrappers, inherited methods), and under a name
     of its own each would pass exact deduplication and could stand on two sides of a split.
@@ -38,13 +38,13 @@ def python_docs(package: str | None = None) -> Iterator[str]:
 
 
 def _whole_topics(topics: dict[str, str]) -> Iterator[str]:
-    """Those of which no longer one holds half; headings differ, so paragraphs are compared."""
-    paragraphs = {name: set(text.split("\n\n")) for name, text in sorted(topics.items())}
-    size = {name: (sum(map(len, parts)), name) for name, parts in paragraphs.items()}
-    for name, parts in paragraphs.items():
-        longer = (other for other in paragraphs if size[other] > size[name])
-        if all(sum(map(len, parts & paragraphs[other])) < size[name][0] / 2 for other in longer):
-            yield topics[name]
+    """Those of which none that stays, and is longer, holds half; headings differ, so paragraphs are compared."""
+    kept: dict[str, set[str]] = {}
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        parts = set(topics[name].split("\n\n"))
+        if all(2 * sum(map(len, parts & other)) < sum(map(len, parts)) for other in kept.values()):
+            kept[name] = parts
+    yield from (topics[name] for name in sorted(kept))
 
 
 def python_code(package: str | None = None) -> Iterator[str]:

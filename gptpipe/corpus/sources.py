@@ -219,6 +219,7 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
+    row = 0  # the first is 1; none where the names of the columns are not UTF-8
     # Without these a row group, which may be the whole file, would be in memory at once.
     options: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
     try:
@@ -233,7 +234,7 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
             n_in, n_out = whole.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
             check_growth(name, n_in, n_out, params.max_expansion)
             widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-            widest, n_out, row = max(widest, _longest_in_dictionaries(whole, column, groups)), 0, 0
+            widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups)), 0
             n_rows = max(1, min(1024, _BATCH_BYTES // (widest + 1)))
             for batch in file.iter_batches(n_rows, columns=[column]):
                 contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8

@@ -241,10 +241,11 @@ def _to_our_names(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The reverse, by asking for each of our names what theirs is; what they store beside weights is left out."""
     if "wte.weight" in theirs:  # GPT-2 without the prefix, as in OpenAI's own upload
         theirs = {f"transformer.{name}": value for name, value in theirs.items()}
-    names = {name: _their_names(name, model.params) for name, _ in model.named_parameters()}
-    return {
-        ours: _transposed(ours, torch.cat([theirs[key] for key in keys]), model.params) for ours, keys in names.items()
-    }
+    ours: dict[str, Tensor] = {}
+    for name, _ in model.named_parameters():
+        parts = [theirs[key] for key in _their_names(name, model.params)]
+        ours[name] = _transposed(name, torch.cat(parts) if len(parts) > 1 else parts[0], model.params)
+    return ours
 
 
 def _their_names(name: str, params: ModelParams) -> list[str]:

@@ -1,10 +1,10 @@
 """Optimizers: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
 
-from itertools import chain
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import ParamsT
 
 from gptpipe.config import TrainParams
 from gptpipe.model.device import shard_like, whole
@@ -64,29 +64,31 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by 0.2 * sqrt(max(rows, columns)), which gives it AdamW's root mean square, so that one
     learning rate and weight decay serve both (Liu et al., 2025, arXiv:2502.16982, eq. 4). Matrices of one shape
-    are updated together. A parameter of a group with `heights` is several matrices, one below the other.
+    are updated together. A parameter may be several matrices, one below the other: `heights` has the rows of each.
     """
 
-    def __init__(self, params: ParamsT, lr: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "heights": None})
+    def __init__(
+        self, params: list[Tensor], lr: float, weight_decay: float, heights: dict[Tensor, list[int]] | None = None
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._heights = heights or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            parameters: list[Tensor] = group["params"]
-            gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            buffers = [self._momentum(parameter) for parameter in parameters]
-            torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
-            nesterov = map(whole, torch._foreach_lerp(gradients, buffers, _MOMENTUM))
-            matrices = [torch.split(x, group["heights"] or len(x)) for x in nesterov]
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for matrix in chain(*matrices):
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-            scaled = {shape: iter(orthogonalise(torch.stack(same)) * (0.2 * max(shape) ** 0.5))
-                      for shape, same in by_shape.items()}  # fmt: skip
-            updates = [torch.cat([next(scaled[matrix.shape]) for matrix in some]) for some in matrices]
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(map(shard_like, updates, parameters)), alpha=-group["lr"])
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+            for parameter in group["params"]:
+                heights = self._heights.get(parameter, [len(parameter)])
+                shape = (*(heights[:1] if len(set(heights)) == 1 else heights), parameter.shape[1])
+                by_shape.setdefault(shape, []).append(parameter)
+            for (*heights, _), parameters in by_shape.items():
+                gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                buffers = [self._momentum(parameter) for parameter in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
+                nesterov = [whole(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
+                updates = list(map(shard_like, _updates(nesterov, heights), parameters))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -94,6 +96,19 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
         return momentum
+
+
+def _updates(nesterov: list[Tensor], heights: list[int]) -> Sequence[Tensor]:
+    """Scaled directions, each for matrices of these heights, or for as many of the only height as there are rows."""
+    if len(heights) == 1:
+        directions = _scaled(torch.cat(nesterov).view(-1, heights[0], nesterov[0].shape[1]))
+        return torch.split(directions.flatten(0, 1), [len(x) for x in nesterov])
+    return torch.cat([_scaled(part) for part in torch.split(torch.stack(nesterov), heights, dim=1)], dim=1).unbind()
+
+
+def _scaled(matrices: Tensor) -> Tensor:
+    """Directions of (M, rows, columns) with AdamW's root mean square."""
+    return 0.2 * math.sqrt(max(matrices.shape[1:])) * orthogonalise(matrices)
 
 
 def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimizer]:
@@ -110,10 +125,8 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     kinds = [{"params": found, "lr_scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(kinds, lr=params.lr, betas=params.betas, fused=True)]
     if muon:
-        qkv = [p for name, p in muon.items() if "qkv_proj" in name]
-        others = [p for name, p in muon.items() if "qkv_proj" not in name]
-        kinds = [{"params": qkv, "heights": qkv_widths(model.params)}, {"params": others}]
-        optimizers.append(Muon(kinds, params.lr, params.weight_decay))
+        heights: dict[Tensor, list[int]] = {p: qkv_widths(model.params) for name, p in muon.items() if "qkv" in name}
+        optimizers.append(Muon(list(muon.values()), params.lr, params.weight_decay, heights))
     set_lr(optimizers, params.lr)
     return optimizers
 

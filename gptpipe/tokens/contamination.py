@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import lru_cache, partial
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from gptpipe.config import CollectParams, SplitParams
-from gptpipe.corpus.dedup import CHARACTER
+from gptpipe.corpus.dedup import CHARACTERS
 from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.shards import shard_paths
 from gptpipe.corpus.sources import read
@@ -24,12 +24,12 @@ from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
 
-_LARGEST = 1 << 21  # n-grams of held-out text in memory, 8 bytes each; of more, every 2nd, 4th, ... by hash
-_BLOCK = 1 << 18  # characters hashed at once, 60 bytes of memory each; a document is never cut
+_LARGEST = 1 << 21  # n-grams of held-out text in memory, 40 bytes each; of more, every 2nd, 4th, ... by hash
+_BLOCK = 1 << 18  # characters that a thread hashes at once, 60 bytes of memory each; a document is never cut
 _BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
 # Bytes of UTF-8 as they are compared: ASCII letters small, what is in no word as a space; a document ends with a line.
 _PLAIN = bytes(c if c > 127 or c in b"\n_" or chr(c).isalnum() else 32 for c in range(256)).lower()
-_BETWEEN, _ALONE = re.compile(r"[^\w\x00-\x7f]+"), re.compile(CHARACTER)
+_BETWEEN, _ALONE = re.compile(f"[^\\w\x00-\x7f{CHARACTERS}]+"), re.compile(f"[{CHARACTERS}]")
 _LISTED = 20  # ids of a group, for the report
 
 Hashes = npt.NDArray[np.uint64]
@@ -45,7 +45,7 @@ class _Texts(NamedTuple):
     texts: list[str]
 
 
-Job = Callable[[], Iterator[_Texts]]  # reads its texts itself, in a thread or on another machine
+Job = Callable[[], Iterator[_Texts]]  # reads a shard, in a thread or on another machine, or has a few texts with it
 
 
 class _Found(NamedTuple):
@@ -97,10 +97,15 @@ def _of_shard(shard: Path, params: SplitParams, seed: int, *, is_train: bool) ->
 
 
 def _of_benchmark(source: Iterable[str | Rejected], group: int) -> Iterator[Job]:
-    numbered = ((f"number {number}", text) for number, text in enumerate(source, 1) if isinstance(text, str))
-    while some := list(islice(numbered, 64)):
-        ids, texts = zip(*some, strict=True)
-        yield partial(_blocks, np.full(len(ids), group), list(ids), [text.replace("\0", " ") for text in texts])
+    ids, texts, size = list[str](), list[str](), 0
+    for number, text in enumerate(chain(source, [None]), 1):
+        if isinstance(text, str):
+            ids.append(f"number {number}")
+            texts.append(text.replace("\0", " "))
+            size += len(text)
+        if ids and (text is None or size >= _BLOCK):
+            yield partial(_blocks, np.full(len(ids), group), ids, texts)
+            ids, texts, size = [], [], 0
 
 
 def _blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Texts]:
@@ -117,7 +122,7 @@ def _smallest(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
     """The distinct hashes; of more than _LARGEST those below a bound, and that this keeps one in how many."""
     some, step = [np.empty(0, np.uint64)], 1
     for hashes in chain(arrays, [None]):
-        if hashes is not None:
+        if hashes is not None and len(hashes):
             some.append(_below(hashes, step))
         if hashes is None or sum(map(len, some)) > 2 * _LARGEST:
             some = [pd.unique(np.concatenate(some))]
@@ -133,7 +138,7 @@ def _below(hashes: Hashes, step: int) -> Hashes:
 
 def _find(keys: Hashes, jobs: Iterable[Job], n: int, n_groups: int) -> _Found:
     table = pd.Index(keys)
-    table.get_indexer(table[:1])  # builds it: two threads that did at once could see half of it
+    table.get_indexer(table[:1])  # builds it: two threads at once could see half of it (under Ray each task builds one)
     total = _nothing(keys, n_groups)
     for found in map_in_order(partial(_find_in, keys=table, n=n, n_groups=n_groups), jobs, threads=True):
         total.is_there[:] |= found.is_there

@@ -42,7 +42,7 @@ class RunRecord:
         self._writer = RunWriter(run_id or uuid.uuid4().hex)
         self._waiting: deque[Operation] = deque([("create", description)])  # the first goes when the store has taken it
         self._news, self._tried, self._closing = threading.Event(), threading.Event(), threading.Event()
-        self._has_complained = self._is_failing = False
+        self._has_complained = self._answers = False
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
@@ -78,8 +78,8 @@ class RunRecord:
         self._put("end", status)
         self._closing.set()
         self._news.set()
-        is_short = status == "KILLED" or self._is_failing
-        self._thread.join(timeout=_STOP_SECONDS if is_short else _CLOSE_SECONDS)
+        is_patient = self._answers and status != "KILLED"
+        self._thread.join(timeout=_CLOSE_SECONDS if is_patient else _STOP_SECONDS)
         if left := list(self._waiting):
             path = _outbox() / f"{self._writer.name}.jsonl"
             before = path.read_bytes() if path.exists() else b""  # of the same run, from before it was resumed
@@ -118,9 +118,9 @@ class RunRecord:
             while self._waiting:
                 self._writer.write(self._waiting[0])
                 self._waiting.popleft()
-                self._is_failing = False
+                self._answers = True
         except StoreError as error:
-            self._is_failing = True
+            self._answers = False
             if not self._has_complained:
                 complain(f"warning: the tracking store does not answer ({error}); training goes on, the record is kept")
                 self._has_complained = True

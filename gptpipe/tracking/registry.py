@@ -52,7 +52,7 @@ def record_evaluation(
     try:
         with store_errors():
             send_outbox()
-            client = connect()
+            client = connect(to_write=True)
             run = find_run(client, run_id)
             if run is None:
                 run = create_run(client, describe_run(params, found.lineage, {}), run_id)

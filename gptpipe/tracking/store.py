@@ -71,10 +71,11 @@ def store_errors() -> Iterator[None]:
         raise StoreError(f"tracking store: {first_line(error)[:200]}") from error
 
 
-def connect() -> MlflowClient:
+def connect(*, to_write: bool = False) -> MlflowClient:
     """A client of the store; the store and the experiment are made if they are not there. Raises StoreError.
 
-    Several processes may come to a fresh store at once: one of them sets it up, under a lock.
+    Several processes may come to a fresh store at once: one of them sets it up, under a lock. A SQLite store that is
+    locked by another program is told `to_write` in seconds, where MLflow would wait for minutes.
     """
     uri = tracking_uri()
     is_sqlite = uri.startswith("sqlite:///")
@@ -94,9 +95,10 @@ def connect() -> MlflowClient:
                 with closing(sqlite3.connect(partial)) as database:  # readers, as the UI, then never block the writer
                     database.execute("PRAGMA journal_mode=WAL")
                 partial.replace(file)
-            if is_sqlite:
-                with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS)) as database:
-                    database.execute("BEGIN IMMEDIATE")  # MLflow would wait for a lock in each of its calls
+        if is_sqlite and to_write:
+            with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS)) as database:
+                database.execute("BEGIN IMMEDIATE")
+        with FileLock(folder / "store.lock"):
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment_name()) is None:
                 artifacts = (project_root() / "mlartifacts").as_uri() if is_sqlite else None
@@ -137,7 +139,7 @@ class RunWriter:
         """Raises StoreError; then the same operation can be written again later, and nothing stands there twice."""
         kind, content = operation
         with store_errors():
-            self._client = self._client or connect()
+            self._client = self._client or connect(to_write=True)
             if self.run_id is None and (found := find_run(self._client, self.name)):  # of an earlier process or try
                 self._known, self.run_id = _steps_by_metric(self._client, found), found
             if kind == "create":

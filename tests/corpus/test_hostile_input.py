@@ -184,6 +184,14 @@ def test_a_table(
     check(lambda: collected(alone, "parquet"), outcome, alone, tmp_path / "raw")
 
 
+def test_a_table_with_a_column_whose_name_is_not_utf8(collected, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["fine"], "other": ["fine"]}), tmp_path / "hostile")
+    content = (tmp_path / "hostile").read_bytes()
+    (tmp_path / "hostile").write_bytes(content.replace(b"other", b"oth\xffr"))
+    with pytest.raises(InputError, match=r"hostile.*: not UTF-8 at byte 3; "):
+        collected(True, "parquet")
+
+
 def test_a_table_whose_rows_name_one_long_text_is_read_in_small_parts(tmp_path: Path, collected) -> None:
     """2 KB of file for 200 MB of text, under a limit of the address space; allowed to grow, it is one document."""
     pq.write_table(pa.table({"text": ["a" * 200_000] * 1000}), tmp_path / "hostile")

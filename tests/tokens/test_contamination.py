@@ -51,7 +51,7 @@ def test_it_finds_what_a_plain_count_finds(
 ) -> None:
     """Texts with marks, letters of several scripts, empty ones too; in several shards and blocks, by two workers."""
     random_ = random.Random(0)
-    words = ["The", "cat", "it's", "naïve", "Straße", "漢字", "x_1", "42", "“dog”", "dog", "...", "-"]
+    words = ["The", "cat", "it's", "naïve", "Straße", "漢字", "x_1", "42", "“dog”", "dog", "กี", "กู", "...", "-"]
     texts = [random_.choice((" ", "\n", ", ")).join(random_.choices(words, k=random_.randrange(30))) + f" {i}"
              for i in range(300)]  # fmt: skip
     monkeypatch.setattr(shards, "SHARD_BYTES", 9_000)
@@ -60,7 +60,7 @@ def test_it_finds_what_a_plain_count_finds(
     sides = {id_of(text.encode()): side_of(id_of(text.encode()), split_params(**FIFTHS), SEED) for text in texts}
     ngrams: dict[str, set[tuple[str, ...]]] = {}
     for text in texts:
-        found = re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
+        found = re.findall(r"[\u0e00-\u0eff\u4e00-\u9fff]|[^\W\u0e00-\u0eff\u4e00-\u9fff]+", text.lower())
         ngrams[id_of(text.encode())] = {tuple(found[i : i + 6]) for i in range(len(found) - 5)}
         expected.setdefault(sides[id_of(text.encode())], set()).update(ngrams[id_of(text.encode())])
     held_out = expected["val"] | expected["test"]

@@ -178,7 +178,8 @@ def test_a_store_that_is_locked_is_given_up_on_in_seconds_and_nothing_is_lost(
     with closing(sqlite3.connect(project / "mlflow.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="locked"):
-            connect()
+            connect(to_write=True)
+        connect()  # who only reads is not kept from it
         with training_run(params, None, LINEAGE, {}) as record:
             record.metrics([(1, 1000, {"train/loss": 3.0})])
         assert [path.stem for path in (project / ".gptpipe/outbox").glob("*.jsonl")] == [record.run_id]
