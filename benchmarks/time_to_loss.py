@@ -40,8 +40,8 @@ WANTED = 1.88  # nats per character
 
 # What differs from params.yaml.
 SHORT: dict[str, dict[str, Any]] = {
-    "model": {"context_length": 64, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 128, "n_inner": 352},
-    "train": {"batch_size": 16, "lr": 1e-2, "warmup_steps": 20, "max_steps": 250},
+    "model": {"context_length": 64, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 128, "n_inner": 352},
+    "train": {"batch_size": 16, "lr": 1.6e-2, "warmup_steps": 20, "max_steps": 285},
 }
 LONG: dict[str, dict[str, Any]] = {
     "model": {"context_length": 128, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 128, "n_inner": 352},
