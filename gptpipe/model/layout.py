@@ -252,7 +252,7 @@ def _their_names(name: str, params: ModelParams) -> list[str]:
     """Queries, keys and values have a matrix each in Llama and Qwen3."""
     table = _GPT2_NAMES if params.architecture == "gpt2" else _LLAMA_NAMES
     theirs = ".".join(table.get(part, part) for part in name.split("."))
-    return [theirs.replace("qkv_proj", f"{letter}_proj") for letter in ("qkv" if "qkv_proj" in theirs else "q")]
+    return [theirs.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"] if "qkv_proj" in theirs else [theirs]
 
 
 def _transposed(name: str, value: Tensor, params: ModelParams) -> Tensor:

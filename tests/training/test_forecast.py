@@ -28,7 +28,7 @@ def test_it_counts_what_a_training_would_do(toy_split: Path) -> None:
         ({"train__max_steps": 10**6}, "a larger model would learn more"),
         ({"train__max_steps": 10**4}, "passes over the text: beyond about 4"),
         ({"model__context_length": 400, "train__batch_size": 1}, "times a document's mean length"),
-        ({}, "validation has"),
+        ({}, "validation has 1"),
     ],
 )
 def test_it_warns_of_what_is_lopsided(toy_split: Path, changes: dict[str, int], words: str) -> None:
