@@ -51,7 +51,7 @@ stage, folder = sys.argv[1], Path(sys.argv[2])
 if stage == "collect":
     data_plane.collect(data_plane.collect_params(folder), folder / "raw3")
 elif stage == "tokenize":
-    gpt2 = data_plane.TokenizeParams(encoding="gpt2", vocab_size=data_plane.VOCAB_SIZE)
+    gpt2 = data_plane.TokenizeParams(encoding="gpt2", vocab_size=data_plane.VOCAB_SIZE, training_bytes=10**9)
     data_plane.encode.tokenize(folder / "raw", folder / "tokens3", gpt2, data_plane.SPLIT, 0)
 else:
     data_plane.stage_split(folder)
@@ -95,7 +95,7 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
     """What takes turns, by name."""
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", compression="zstd")
     params = collect_params(folder)
-    tokenize_params = TokenizeParams(encoding=encoding, vocab_size=VOCAB_SIZE)
+    tokenize_params = TokenizeParams(encoding=encoding, vocab_size=VOCAB_SIZE, training_bytes=10**9)
     collect(params, folder / "raw")
     encode.tokenize(folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0)
     tokenizer = Tokenizer.load(folder / "tokens/tokenizer")

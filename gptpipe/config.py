@@ -7,10 +7,20 @@ A check of several values hangs on the last of them, so that it is made whatever
 import difflib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -24,6 +34,9 @@ PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 Ratio = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Phrase = Annotated[str, Field(min_length=1)]
+# A local path has no scheme: what has one is a remote address.
+Glob = Annotated[str, AfterValidator(lambda path: re.sub("^(file|local)://", "", path))]
+Paths = Annotated[tuple[Glob, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -51,7 +64,7 @@ class Text(AnySource):
     """Plain text files."""
 
     kind: Literal["text"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]  # globs
+    paths: Paths  # globs, or addresses
     document: Literal["file", "line", "separator"] = "file"
     separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None  # for document: separator
 
@@ -67,7 +80,7 @@ class Jsonl(AnySource):
     """One JSON object per line."""
 
     kind: Literal["jsonl"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    paths: Paths
     text_key: str = "text"
 
 
@@ -75,7 +88,7 @@ class Parquet(AnySource):
     """A column of Parquet files."""
 
     kind: Literal["parquet"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    paths: Paths
     text_column: str = "text"
 
 
@@ -139,6 +152,7 @@ class CollectParams(Section):
 class TokenizeParams(Section):
     encoding: Annotated[str, Field(min_length=1)]
     vocab_size: Annotated[int, Field(ge=257, lt=2**31)]  # 256 bytes and the end-of-text token
+    training_bytes: Positive  # about so much text, of documents drawn by id
 
     @property
     def is_trained(self) -> bool:
@@ -319,7 +333,12 @@ def load_params(path: Path = PARAMS) -> Params:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: {str(error.problem).splitlines()[0]}") from error
     except ValidationError as error:
-        faults = [_in_words(fault["loc"], fault["type"], fault["msg"], fault.get("input")) for fault in error.errors()]
+        faults = [
+            _in_words(fault["loc"], fault["type"], fault["msg"], fault.get("input"))
+            for fault in error.errors()
+            if fault["type"] != "too_short"
+            or fault["input"] in ([], "")  # of a list whose items are wrong it says so too
+        ]
         raise ConfigError(f"{path}: " + f"\n{path}: ".join(faults)) from error
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not plain YAML: {first_line(error)}") from error

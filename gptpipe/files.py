@@ -202,6 +202,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def check_parent(folder: Path, parent: Path) -> None:
+    """Raises IntegrityError where `folder` was not made from what `parent` holds now."""
+    if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:
+        raise IntegrityError(f"{folder}: not made from what {parent} holds now; make it again with `dvc repro`")
+
+
 def verify(folder: Path) -> Manifest:
     """The manifest of a folder, every file checked against it (one full read). Raises IntegrityError."""
     manifest = read_manifest(folder)

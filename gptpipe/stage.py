@@ -4,7 +4,9 @@ import argparse
 import ctypes
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from gptpipe.console import complain
 from gptpipe.environment import verbosity
@@ -35,6 +37,20 @@ def run_stage(main: Callable[[], None], description: str | None) -> None:
     _end_with_parent()
     signal.signal(signal.SIGTERM, _terminate)
     run(main)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once, like SIGKILL: for a library that would keep them waiting."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _terminate(signum: int, _: object) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gptpipe.config import FilterParams, SplitParams, load_params
+from gptpipe.config import FilterParams, SplitParams, TokenizeParams, load_params
 from gptpipe.tokens.splits import SIDES, Side, sides_of
 
 SHIPPED = load_params(Path(__file__).parents[1] / "params.yaml")
@@ -15,6 +15,10 @@ def filters(**changed: Any) -> FilterParams:
 
 def split_params(**changed: Any) -> SplitParams:
     return SplitParams.model_validate({**dict(SHIPPED.split), **changed})
+
+
+def tokenize_params(**changed: Any) -> TokenizeParams:
+    return TokenizeParams(**{**dict(SHIPPED.tokenize), **changed})
 
 
 def side_of(document_id: str, params: SplitParams, seed: int) -> Side:

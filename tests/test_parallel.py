@@ -8,12 +8,19 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sections import SHIPPED, tokenize_params
 
+from gptpipe.config import CollectParams
+from gptpipe.corpus import shards
+from gptpipe.corpus.collect import collect
 from gptpipe.errors import ConfigError, IntegrityError, ResourceError
 from gptpipe.files import verify
 from gptpipe.parallel import map_in_order
+from gptpipe.tokens import encode
+from gptpipe.tokens.encode import tokenize
 
 # Workers import what they run by name, so tests give them functions of installed modules.
 
@@ -107,6 +114,33 @@ def test_ray_gives_the_same_though_a_worker_is_killed(
     items[3] = f"3 if __import__('os').path.exists('tried') else {once}"
     assert list(map_in_order(eval, items)) == list(range(8))
     assert (tmp_path / "tried").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_tokenize_on_ray_gives_the_same_bytes_though_a_worker_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    lines = "".join(f"document {i} of some {'long ' * (i % 50)}text\n" for i in range(2000))
+    (tmp_path / "lines.txt").write_text(lines)
+    source = {"kind": "text", "paths": (f"{tmp_path}/lines.txt",), "document": "line"}
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
+    collect(CollectParams.model_validate({**dict(SHIPPED.collect), "sources": (source,)}), tmp_path / "raw")
+    assert len(shards.shard_paths(tmp_path / "raw")) >= 6
+    trained = tokenize_params(vocab_size=300)
+    tokenize(tmp_path / "raw", tmp_path / "local", trained, SHIPPED.split, 1)
+
+    def killing_once(shard: Path, **arguments: Any) -> dict[str, int]:
+        if shard.name == "docs-00002.parquet" and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return really(shard, **arguments)
+
+    really = encode._finished_shard
+    monkeypatch.setattr(encode, "_finished_shard", killing_once)
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    tokenize(tmp_path / "raw", tmp_path / "ray", trained, SHIPPED.split, 1)
+    assert (tmp_path / "killed").exists()
+    assert verify(tmp_path / "ray").digest == verify(tmp_path / "local").digest
 
 
 @pytest.mark.filterwarnings("default")

@@ -281,3 +281,14 @@ def test_a_flipped_bit_stops_the_stage_that_reads_it(reproduced: Path, tmp_path:
     result = run(project, sys.executable, "-m", "stages.train", check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (4, False)
     assert "data/split/train/tokens.npy" in result.stderr
+
+
+def test_tokens_of_another_corpus_are_not_split(reproduced: Path, tmp_path: Path) -> None:
+    """The overlap would be of the documents in data/raw, the split of others."""
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    set_params(project, {"collect.max_document_bytes": 64})
+    run(project, sys.executable, "-m", "stages.collect")
+    result = run(project, sys.executable, "-m", "stages.split", check=False)
+    assert result.returncode == 4
+    assert "data/tokens: not made from what data/raw holds now" in result.stderr

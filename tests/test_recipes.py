@@ -1,6 +1,8 @@
 """Every recipe's settings are ones that DVC can apply and params.yaml can hold."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from dvc.utils.hydra import apply_overrides
+from ruamel.yaml import YAML
 
-from gptpipe.config import load_params
+from gptpipe.config import CollectParams, load_params
 from gptpipe.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
@@ -39,3 +42,12 @@ def test_a_recipe_asks_for_parameters_that_exist(recipe: Path, tmp_path: Path, f
     if recipe.stem == "tinystories":
         assert changed.train.max_steps is None
         assert changed.collect.sources[0].max_bytes == 200_000_000
+
+
+def test_the_sources_in_the_readme_are_as_the_loader_wants_them() -> None:
+    block = re.findall(r"```yaml\n(collect:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    block = block.replace('sha256: "..."', f"sha256: {'ab' * 32}").replace('revision: "..."', f"revision: {'ab' * 20}")
+    sources = YAML(typ="safe", pure=True).load(block)["collect"]["sources"]
+    params = CollectParams.model_validate_json(json.dumps({**load_params().collect.model_dump(), "sources": sources}))
+    kinds = {source.kind for source in params.sources}
+    assert kinds == {"text", "jsonl", "parquet", "url", "huggingface", "python-docs", "python-code"}

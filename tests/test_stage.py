@@ -65,3 +65,31 @@ def test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made(stage: Path) 
     while list((stage.parent / "data").iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+BUSY = """
+import hashlib
+from pathlib import Path
+from gptpipe.files import new_folder, write_bytes
+from gptpipe.stage import ended_by_signals, run_stage
+
+def main():
+    with new_folder(Path("data/raw"), {}, "key") as folder:
+        with ended_by_signals():
+            write_bytes(folder.path / "a", b"half of it")
+            print("at work", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # a quarter of an hour
+
+run_stage(main, "a stage")
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_library_that_never_comes_back_to_python(stage: Path, signum: signal.Signals) -> None:
+    """Training a vocabulary on 40 MB kept SIGTERM waiting for 39 seconds, and a second one too."""
+    stage.write_text(BUSY)
+    process = start(stage)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    assert process.returncode == -signum
+    assert [path.name for path in (stage.parent / "data").iterdir()] == [".raw.key.partial"]

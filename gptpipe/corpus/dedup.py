@@ -11,10 +11,11 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from gptpipe.environment import optional_module
+from gptpipe.files import disk_errors
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 
-_RECENT = 1 << 18  # ids that wait to be sorted among the others
+_RECENT = 1 << 16  # ids that wait to be sorted among the others
 _VALUES = 128  # of a signature, 4 bytes each
 _BAND = 4  # values that agree between candidates: 32 bands find 99.9% of the pairs of similarity 0.7, 87% of 0.5
 _SHINGLE = 5  # words
@@ -35,7 +36,8 @@ class Seen:
     def add(self, ids: list[str]) -> npt.NDArray[np.bool_]:
         """Note ids, and say of each whether it was there before."""
         if len(self._recent) > _RECENT:
-            self._sorted = np.sort(np.concatenate([self._sorted, np.array(list(self._recent), "S16")]), kind="stable")
+            self._sorted = np.concatenate([self._sorted, np.sort(np.array(list(self._recent), "S16"))])
+            self._sorted.sort(kind="stable")  # merges the two, in place
             self._recent = set()
         keys = _keys(ids)
         at = np.searchsorted(self._sorted, keys)
@@ -67,7 +69,7 @@ def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt
     """
     sizes = [pq.read_metadata(shard).num_rows for shard in shards]
     n = sum(sizes)
-    with scratch.open("wb") as file:
+    with disk_errors(scratch), scratch.open("wb") as file:
         file.truncate(n * _VALUES * 4)
     jobs = [(shard, sum(sizes[:i])) for i, shard in enumerate(shards)]
     list(map_in_order(partial(_write_signatures, scratch=scratch), jobs))
@@ -91,7 +93,9 @@ def _write_signatures(job: tuple[Path, int], *, scratch: Path) -> None:
         file.seek(row * _VALUES * 4)
         while shingles := [_shingles(text) for text in islice(texts, 256)]:
             rows = rensa.RMinHash.digest_matrix_from_token_sets(shingles, _VALUES, 0).to_rows()
-            file.write(np.array(rows, np.uint32).tobytes())
+            with disk_errors(scratch):
+                file.write(np.array(rows, np.uint32).tobytes())
+                file.flush()
 
 
 def _shingles(text: str) -> list[str]:

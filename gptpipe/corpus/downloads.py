@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from filelock import FileLock
+
 from gptpipe.corpus.opening import CHUNK
 from gptpipe.environment import project_root
 from gptpipe.errors import InputError, IntegrityError, ResourceError, first_line
@@ -18,16 +20,21 @@ _TIMEOUT = 30.0  # seconds without a byte
 
 
 def download(url: str, sha256: str) -> Path:
-    """The file in the project's `.gptpipe/downloads`, fetched unless it is there.
+    """The file in the project's `.gptpipe/downloads`, fetched unless it is there, or another run is fetching it.
 
     Raises InputError where the server refuses, ResourceError after five tries, IntegrityError for another content.
     """
     target = project_root() / ".gptpipe" / "downloads" / sha256
-    if target.is_file() and sha256_of(target) == sha256:
-        return target
-    part = target.with_suffix(".part")
     with disk_errors(target):
-        part.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.is_file() or sha256_of(target) != sha256:
+            _download(url, sha256, target)
+    return target
+
+
+def _download(url: str, sha256: str, target: Path) -> None:
+    part = target.with_suffix(".part")
     for attempt in range(_TRIES):
         reason = "the answer is cut short"
         try:
@@ -52,7 +59,6 @@ def download(url: str, sha256: str) -> Path:
     part.unlink()
     if found != sha256:
         raise IntegrityError(f"{url}: SHA-256 is {found}, collect.sources names {sha256}; mend one of the two")
-    return target
 
 
 def _fetch(url: str, part: Path) -> int:
@@ -62,5 +68,8 @@ def _fetch(url: str, part: Path) -> int:
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, part.open("ab") as file:
         if answer.status != 206:
             file.truncate(0)
-        shutil.copyfileobj(answer, file, CHUNK)
+        while data := answer.read(CHUNK):
+            with disk_errors(part):
+                file.write(data)
+                file.flush()
         return answer.length or 0

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import io
 import lzma
-import shutil
 import stat
 import tarfile
 import tempfile
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from gptpipe.environment import optional_module
 from gptpipe.errors import GptpipeError, InputError, ResourceError, first_line
+from gptpipe.files import disk_errors
 
 CHUNK = 1 << 20  # bytes read at once
 _FREE_BYTES = 64 << 20  # so much may come out of any file, however small it is
@@ -130,7 +130,10 @@ def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
         yield file
         return
     with tempfile.TemporaryFile() as copy:
-        shutil.copyfileobj(file, copy, CHUNK)
+        while data := file.read(CHUNK):
+            with disk_errors(Path(tempfile.gettempdir())):
+                copy.write(data)
+                copy.flush()
         copy.seek(0)
         yield copy
 
@@ -169,7 +172,7 @@ def _file_system(address: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
     except (ImportError, ValueError) as error:  # no package for s3 or gs, or no such protocol
-        raise InputError(f"{address}: {first_line(error)}; for s3: pip install s3fs") from error
+        raise InputError(f"{address}: {first_line(error)}; for s3: pip install -e '.[s3]', for gs: '.[gs]'") from error
     return system, path
 
 

@@ -14,6 +14,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,7 +122,8 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
             faults += [f"{link}: a link to a folder, which could lead in circles" for link in links]
             continue
         names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207  takes absolute patterns too
-        if not names:
+        faults += (closed := [f"{folder}: Permission denied" for folder in _closed_folders(Path(pattern))])
+        if not names and not closed:
             faults.append(f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches"))
         homes = (project, Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve())
         for name, real in sorted((name, Path(os.path.realpath(name))) for name in names):
@@ -152,6 +154,16 @@ def _links_to_folders(pattern: str) -> list[str]:
     return links
 
 
+def _closed_folders(pattern: Path) -> list[str]:
+    """Folders that glob passes over in silence: those that the pattern lists or goes through, without the right to."""
+    closed: set[str] = set()
+    for below, above in pairwise([pattern, *pattern.parents]):
+        needed = os.R_OK | os.X_OK if glob.has_magic(below.name) else os.X_OK
+        folders = filter(os.path.isdir, glob.glob(str(above), recursive=True))  # noqa: PTH207
+        closed |= {folder for folder in folders if not os.access(folder, needed)}
+    return sorted(closed)
+
+
 def _not_utf8(name: str, offset: int) -> InputError:
     mend = "convert the file, or set collect.encoding_errors to replace"
     return InputError(f"{name}: not UTF-8 at byte {offset}; {mend}")
@@ -163,7 +175,7 @@ def _text_file(
     """Documents of a text file: the whole of it, or what stands between separators; a long one in pieces."""
     head = file.peek(_SNIFFED)[:_SNIFFED]
     if not head.startswith(_UTF16_MARKS) and (b"\0" in head or head.startswith(b"%PDF-")):
-        yield Rejected("binary")
+        yield Rejected("binary", name)
         return
     rest = ""
     for chunk in _decoded(name, file, params.encoding_errors):
@@ -206,7 +218,7 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
                 offset += len(rest)
                 if rest.endswith(b"\n"):
                     break
-            yield Rejected("line_too_long")
+            yield Rejected("line_too_long", f"{name}, line {number}")
         elif line.strip():
             try:
                 value: Any = json.loads(line.decode(errors=params.encoding_errors).removeprefix("\ufeff"))
@@ -215,7 +227,7 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
             text = value.get(key) if isinstance(value, dict) else None
-            yield text if isinstance(text, str) else Rejected("no_text")
+            yield text if isinstance(text, str) else Rejected("no_text", f"{name}, line {number}")
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
@@ -241,7 +253,8 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
                 check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
                 for content in contents.to_numpy(zero_copy_only=False):
                     row += 1
-                    yield Rejected("no_text") if content is None else content.decode(errors=params.encoding_errors)
+                    missing = Rejected("no_text", f"{name}, row {row}")
+                    yield missing if content is None else content.decode(errors=params.encoding_errors)
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
     except pa.ArrowException as error:

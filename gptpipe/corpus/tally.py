@@ -41,8 +41,9 @@ class Tally(Counter[str]):
 
     def reject(self, source: str, rejected: Rejected, text: str | Rejected) -> None:
         self.add(source, name := f"rejected_{rejected.reason}", 1)
-        if self.by_source[source][name] <= _EXAMPLES and isinstance(text, str):
-            shown = " ".join(text[: 4 * _CHARACTERS].split()).encode(errors="backslashreplace").decode()
+        if self.by_source[source][name] <= _EXAMPLES:
+            start = text[: 4 * _CHARACTERS] if isinstance(text, str) else "(not a text)"
+            shown = " ".join(start.split()).encode(errors="backslashreplace").decode()
             self.examples.append({"source": source, **vars(rejected), "text": shown[:_CHARACTERS]})
 
     def write(self, path: Path) -> None:

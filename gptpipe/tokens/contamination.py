@@ -24,7 +24,7 @@ from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
 
-_LARGEST = 1 << 21  # n-grams of held-out text in memory, 40 bytes each; of more, every 2nd, 4th, ... by hash
+_LARGEST = 1 << 21  # n-grams of held-out text in memory; of text with more, each 2nd, 4th, ... document is examined
 _BLOCK = 1 << 18  # characters that a thread hashes at once, 60 bytes of memory each; a document is never cut
 _BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
 # Bytes of UTF-8 as they are compared: ASCII letters small, what is in no word as a space; a document ends with a line.
@@ -58,7 +58,9 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
     """Write to `path` how many documents of val, test and each benchmark share `split.ngram` words in a row with train.
 
     Words in lower case, without punctuation: the figure is the same under every tokenizer and layout, as one in tokens
-    would not be. Reads `raw`, the corpus, three times. Raises InputError for a share above `split.max_contamination`.
+    would not be. Of very much held-out text one in `every_nth` documents, drawn by its words, is examined: the shares
+    are estimates then, and memory is bounded. Reads `raw`, the corpus, three times. Raises InputError for a share above
+    `split.max_contamination`.
     """
     verify(raw)
     shards = shard_paths(raw)
@@ -69,10 +71,10 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
         for group, source in enumerate(params.benchmarks, len(SIDES)):
             yield from _of_benchmark(read(source, collect, Counter(), {}), group)
 
-    keys, step = _smallest(map_in_order(partial(_distinct_hashes, n=params.ngram), held_out(), threads=True))
+    keys, step = _sample(map_in_order(partial(_ranked_hashes, n=params.ngram), held_out(), threads=True))
     train = (partial(_of_shard, shard, params, seed, is_train=True) for shard in shards)
-    in_train = _find(keys, train, params.ngram, len(names))
-    found = _find(keys[in_train.is_there], held_out(), params.ngram, len(names))
+    in_train = _find(keys, train, params.ngram, len(names), 1)
+    found = _find(keys[in_train.is_there], held_out(), params.ngram, len(names), step)
     report, shares = dict[str, int](), dict[str, float]()
     for name, (documents, examined, contaminated) in zip(names, (in_train.counts + found.counts).tolist(), strict=True):
         if documents:
@@ -114,33 +116,51 @@ def _blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Text
         yield _Texts(groups[start:end], ids[start:end], texts[start:end])
 
 
-def _distinct_hashes(job: Job, *, n: int) -> Hashes:
-    return pd.unique(np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes, _ in _ngrams(job(), n))]))
+def _ranked_hashes(job: Job, *, n: int) -> Hashes:
+    """Ranks and hashes (2, some) of the distinct n-grams."""
+    return _lowest([np.stack([_ranks(hashes, owners), hashes]) for _, hashes, owners in _ngrams(job(), n)])
 
 
-def _smallest(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
-    """The distinct hashes; of more than _LARGEST those below a bound, and that this keeps one in how many."""
-    some, step = [np.empty(0, np.uint64)], 1
-    for hashes in chain(arrays, [None]):
-        if hashes is not None and len(hashes):
-            some.append(_below(hashes, step))
-        if hashes is None or sum(map(len, some)) > 2 * _LARGEST:
-            some = [pd.unique(np.concatenate(some))]
-            while len(some[0]) > _LARGEST:
+def _ranks(hashes: Hashes, owners: Indices) -> Hashes:
+    """For each n-gram a number as good as drawn, which depends on the words of its whole document alone."""
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    ranks = np.add.reduceat(hashes, starts) * np.uint64(_BASES[0])
+    return np.repeat(ranks, np.diff(starts, append=len(owners)))
+
+
+def _lowest(ranked: list[Hashes]) -> Hashes:
+    """Each distinct hash with the lowest of its ranks."""
+    ranks, hashes = np.concatenate([np.empty((2, 0), np.uint64), *ranked], axis=1)
+    order = np.argsort(ranks, kind="stable")
+    hashes, first = np.unique(hashes[order], return_index=True)
+    return np.stack([ranks[order[first]], hashes])
+
+
+def _sample(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
+    """The distinct hashes; of more than _LARGEST those in documents of low rank, and that these are one in how many."""
+    some, step = [np.empty((2, 0), np.uint64)], 1
+    for ranked in chain(arrays, [None]):
+        if ranked is not None:
+            some.append(ranked[:, ranked[0] <= _highest(step)])
+        if ranked is None or sum(part.shape[1] for part in some) > 2 * _LARGEST:
+            some = [_lowest(some)]
+            while some[0].shape[1] > _LARGEST:
                 step *= 2
-                some = [_below(some[0], step)]
-    return some[0], step
+                some = [some[0][:, some[0][0] <= _highest(step)]]
+    return some[0][1], step
 
 
-def _below(hashes: Hashes, step: int) -> Hashes:
-    return hashes[hashes <= np.uint64((2**64 - 1) // step)]
+def _highest(step: int) -> np.uint64:
+    """Rank of one document in `step`."""
+    return np.uint64((2**64 - 1) // step)
 
 
-def _find(keys: Hashes, jobs: Iterable[Job], n: int, n_groups: int) -> _Found:
+def _find(keys: Hashes, jobs: Iterable[Job], n: int, n_groups: int, step: int) -> _Found:
+    """Which keys the texts have, examining one in `step` of them."""
     table = pd.Index(keys)
     table.get_indexer(table[:1])  # builds it: two threads at once could see half of it (under Ray each task builds one)
     total = _nothing(keys, n_groups)
-    for found in map_in_order(partial(_find_in, keys=table, n=n, n_groups=n_groups), jobs, threads=True):
+    for found in map_in_order(partial(_find_in, keys=table, n=n, n_groups=n_groups, step=step), jobs, threads=True):
         total.is_there[:] |= found.is_there
         total.counts[:] += found.counts
         for group, ids in found.ids.items():
@@ -148,13 +168,16 @@ def _find(keys: Hashes, jobs: Iterable[Job], n: int, n_groups: int) -> _Found:
     return total
 
 
-def _find_in(job: Job, *, keys: pd.Index, n: int, n_groups: int) -> _Found:
+def _find_in(job: Job, *, keys: pd.Index, n: int, n_groups: int, step: int) -> _Found:
     total = _nothing(keys, n_groups)
     for texts, hashes, owners in _ngrams(job(), n):
+        if step > 1:
+            examined = _ranks(hashes, owners) <= _highest(step)
+            hashes, owners = hashes[examined], owners[examined]
         at = keys.get_indexer(pd.Index(hashes))
         total.is_there[at[at >= 0]] = True
-        examined, contaminated = _distinct(owners), _distinct(owners[at >= 0])
-        for column, groups in enumerate((texts.groups, texts.groups[examined], texts.groups[contaminated])):
+        contaminated = _distinct(owners[at >= 0])
+        for column, groups in enumerate((texts.groups, texts.groups[_distinct(owners)], texts.groups[contaminated])):
             total.counts[:, column] += np.bincount(groups, minlength=n_groups)
         for i in contaminated:
             if len(ids := total.ids.setdefault(int(texts.groups[i]), [])) < _LISTED:

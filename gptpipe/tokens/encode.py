@@ -16,6 +16,7 @@ from gptpipe.errors import InputError
 from gptpipe.files import key_of, new_folder, once, verify
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import new_parquet, read_parquet, strings
+from gptpipe.stage import ended_by_signals
 from gptpipe.tokens.splits import SIDES, sides_of
 from gptpipe.tokens.tokenizer import ENCODING, RANKS, TOKENIZER, Tokenizer, build_tokenizer
 
@@ -30,11 +31,16 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitPar
     shards = shard_paths(source)
     lineage = parent.lineage(source.name)
     key = key_of([lineage, params.model_dump(), split.model_dump(), seed], "pyarrow", "rustbpe", "tiktoken")
+    share = params.training_bytes / max(1, parent.counts["bytes"])
     with new_folder(target, lineage, key) as folder:
         own = folder.path / TOKENIZER
-        once(
-            [own / RANKS, own / ENCODING], lambda: build_tokenizer(params, _train_texts(shards, split, seed)).save(own)
-        )
+
+        def make_tokenizer() -> None:
+            with ended_by_signals():
+                tokenizer = build_tokenizer(params, _train_texts(shards, split, seed, share))
+            tokenizer.save(own)
+
+        once([own / RANKS, own / ENCODING], make_tokenizer)
         tokenizer = Tokenizer.load(own)
         work = partial(_finished_shard, tokenizer=tokenizer, target=folder.path)
         with Progress("tokenize", unit="shards", total=len(shards)) as progress:
@@ -44,10 +50,16 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitPar
     return {**total, "vocab_size": tokenizer.vocab_size}
 
 
-def _train_texts(shards: list[Path], split: SplitParams, seed: int) -> Iterator[str]:
+def _train_texts(shards: list[Path], split: SplitParams, seed: int, share: float) -> Iterator[str]:
+    """The train documents' texts, or about a share of them, drawn by id."""
+
+    def chosen(batch: pa.RecordBatch) -> pa.RecordBatch:
+        ids = strings(batch, "id")
+        is_drawn = np.array([int(id_[16:24], 16) < share * 2**32 for id_ in ids])
+        return batch.filter(pa.array(is_drawn & (sides_of(ids, split, seed) == SIDES.index("train"))))
+
     batches = chain.from_iterable(read_parquet(shard, ["id", "text"]) for shard in shards)
-    is_train = ((sides_of(strings(batch, "id"), split, seed) == SIDES.index("train"), batch) for batch in batches)
-    texts = chain.from_iterable(strings(batch.filter(pa.array(mask)), "text") for mask, batch in is_train)
+    texts = chain.from_iterable(strings(chosen(batch), "text") for batch in batches)
     first = next(texts, None)
     if first is None:
         raise InputError("no document falls on the train side: add documents, or change split's fractions or the seed")

@@ -2,12 +2,17 @@
 
 import hashlib
 import http.server
+import importlib
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif script == "stalled":
             self.server.released.wait()
         else:
+            if script == "late":
+                time.sleep(0.2)
             start = int((self.headers["Range"] or "bytes=0-")[6:-1]) if script != "no ranges" else 0
             if start >= len(BODY):
                 self.send_error(416)
@@ -102,7 +109,7 @@ def test_it_comes_whole_in_the_end_and_is_kept(server: Server, script: list[str]
     path = download(address(server), SHA256)
     assert path.read_bytes() == BODY
     assert server.asked == asked
-    assert [file.name for file in path.parent.iterdir()] == [SHA256]
+    assert {file.name for file in path.parent.iterdir()} == {SHA256, f"{SHA256}.lock"}
     assert download("http://127.0.0.1:1/nobody", SHA256) == path  # from the cache
 
 
@@ -153,13 +160,41 @@ def test_a_corpus_with_a_bad_address_is_not_made(
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "raw").exists()
     kept = {path.suffix for path in (tmp_path / ".gptpipe/downloads").iterdir()}
-    assert kept <= {".part"}  # nothing under the final name
+    assert kept <= {".part", ".lock"}  # nothing under the final name
 
 
 def test_another_content_is_an_integrity_error_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=f"SHA-256 is {SHA256}, collect.sources names 0000"):
         download(address(server), "0" * 64)
-    assert list((tmp_path / ".gptpipe/downloads").iterdir()) == []
+    assert [path.name for path in (tmp_path / ".gptpipe/downloads").iterdir()] == [f"{'0' * 64}.lock"]
+
+
+def test_two_runs_that_want_one_file_fetch_it_once(server: Server) -> None:
+    """Both once wrote to one part: the first said that the checksum was wrong, the second that the file was gone."""
+    server.script = ["late"]
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(download, [address(server)] * 2, [SHA256] * 2))
+    assert [path.read_bytes() for path in paths] == [BODY] * 2
+    assert server.asked == [None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_is_told_at_once_and_the_rerun_goes_on(server: Server) -> None:
+    program = """
+import resource, sys
+from gptpipe.corpus.downloads import download
+from gptpipe.errors import ResourceError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    download(*sys.argv[1:])
+except ResourceError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, address(server), SHA256], capture_output=True, text=True)
+    assert f"{SHA256}.part: cannot write: File too large; free space" in done.stdout
+    assert len(server.asked) == 1
+    assert download(address(server), SHA256).read_bytes() == BODY
+    assert server.asked[1] == "bytes=100000-"
 
 
 def test_a_part_that_was_whole_already(server: Server, tmp_path: Path) -> None:
@@ -188,11 +223,17 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of datasets
-def test_source_huggingface(tmp_path: Path, dataset: dict[str, Any], collect_params: MakeParams) -> None:
+def test_source_huggingface(
+    tmp_path: Path, dataset: dict[str, Any], collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets: Any = importlib.import_module("datasets")
+    asked, really = [], datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
     params = collect_params(dataset)
     assert list(read(params.sources[0], params, Counter(), {})) == [
         f"story {i} {j}" for i in range(2) for j in range(3)
     ]
+    assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]
     assert fingerprint(params.sources) == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
     params = collect_params({**dataset, "text_column": "none"})
     with pytest.raises(InputError, match="no column `none` among text, body"):

@@ -251,7 +251,7 @@ def test_what_a_server_does_wrong(texts, answer: bytes, error: type[GptpipeError
 
 
 def test_an_unknown_protocol_is_an_input_error(texts) -> None:
-    with pytest.raises(GptpipeError, match="nonsense://a/b: Protocol not known: nonsense; for s3: pip install s3fs"):
+    with pytest.raises(GptpipeError, match=r"nonsense://a/b: Protocol not known: nonsense; for s3: .*'\.\[s3\]'"):
         texts("nonsense://a/b")
 
 
@@ -282,6 +282,63 @@ def test_s3(tmp_path: Path, texts, monkeypatch: pytest.MonkeyPatch) -> None:
             texts("s3://bucket/y/*")
     finally:
         serving.stop()
+
+
+def test_gs(texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against an emulator of Google's storage over HTTP."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    gcsfs = pytest.importorskip("gcsfs")
+    serving = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    serving.start()
+    try:
+        host, port = serving._api._httpd.server_address
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        system = gcsfs.GCSFileSystem(skip_instance_cache=True)
+        for name, content in (("b.txt", b"two"), ("a.txt.gz", gzip.compress(b"one")), ("c.md", b"three")):
+            system.pipe(f"bucket/x/{name}", content)
+        assert texts("gs://bucket/x/*.txt*") == ["one", "two"]
+        with pytest.raises(InputError, match=r"gs://bucket/y/\*: no file matches"):
+            texts("gs://bucket/y/*")
+    finally:
+        serving.stop()
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: str) -> None:
+    """As a remote address it would be read though it is a pipe, or a link to anywhere."""
+    (tmp_path / "a.txt").write_text("one")
+    assert texts(f"{scheme}://{tmp_path}/a.txt") == ["one"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not a regular file"):
+        texts(f"{scheme}://{tmp_path}/pipe")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize(
+    ("work", "path"),
+    [
+        ("with opening.seekable(opening._noted(io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
+        ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
+    ],
+)
+def test_a_full_disk_is_a_resource_error(tmp_path: Path, work: str, path: str) -> None:
+    rows = {"id": ["0"] * 400, "source": ["a"] * 400, "text": ["some text"] * 400, "n_bytes": [9] * 400}
+    pq.write_table(pa.table(rows), tmp_path / "docs.parquet", write_page_checksum=True)
+    program = f"""
+import io, resource, tempfile
+from pathlib import Path
+from gptpipe.corpus import dedup, opening
+from gptpipe.errors import ResourceError
+tempfile.tempdir = "/tmp"
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    {work}
+except ResourceError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{path}: cannot write: File too large"), done.stderr
 
 
 def test_a_line_of_json_that_no_memory_holds_is_passed_over(tmp_path: Path, texts) -> None:

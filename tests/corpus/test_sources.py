@@ -281,11 +281,18 @@ except InputError as error:
         (folder / name).write_text("text")
         (folder / name).chmod(0)
     (folder / "good.txt").write_text("text")
+    (folder / "closed").mkdir(mode=0)
     folder.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "-c", program, "*.txt"], cwd=folder, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("a.txt: Permission denied; b.txt: Permission denied; mend collect.sources")
+    for pattern, expected in (
+        ("*.txt", "a.txt: Permission denied; b.txt: Permission denied"),
+        ("**/*.txt", "closed: Permission denied; a.txt: Permission denied; b.txt: Permission denied"),
+        ("*/more/good.txt", "closed: Permission denied"),
+        ("closed/*", "closed: Permission denied"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, pattern], cwd=folder, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith(f"{expected}; mend collect.sources")
 
 
 def test_fingerprints(tmp_path: Path, collect_params: MakeParams) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from sections import split_params
+from sections import split_params, tokenize_params
 
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams
 from gptpipe.corpus.collect import collect
@@ -34,7 +34,7 @@ def sentences() -> list[str]:
 
 @pytest.fixture
 def trained() -> TokenizeParams:
-    return TokenizeParams(encoding="trained", vocab_size=400)
+    return tokenize_params(vocab_size=400)
 
 
 @pytest.fixture

@@ -113,17 +113,24 @@ def test_benchmarks_are_looked_for_and_a_threshold_stops(tmp_path: Path, look: C
     assert json.loads((tmp_path / "split.json").read_text()) == found
 
 
-def test_of_very_much_held_out_text_a_part_is_looked_at(
-    look: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_of_very_much_held_out_text_some_documents_are_examined_whole(
+    tmp_path: Path, look: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copied passage is still found by the n-grams that stay."""
-    passages = [[f"p{i}w{j}" for j in range(200)] for i in range(20)]
-    texts = [on_side("train", ["a", *passages[0]]), *(on_side("val", passage) for passage in passages)]
-    assert look(texts)["every_nth"] == 1
-    monkeypatch.setattr(contamination, "_LARGEST", 2500)
+    """Sampling n-grams once let a corpus pass whose documents shared one run each: its shares fell with the sample."""
+    runs = [[f"r{i}w{j}" for j in range(13)] for i in range(100)]
+    held_out = [on_side("val", [f"a{i}w{j}" for j in range(20)] + runs[i // 2] * (i % 2)) for i in range(200)]
+    texts = [*(on_side("train", [f"t{i}", *run]) for i, run in enumerate(runs)), *held_out]
+    whole = look(texts)
+    assert (whole["every_nth"], whole["val_examined"], whole["share"]["val"]) == (1, 200, 0.5)
+    overlap = {id_of(text.encode()) for text in held_out[1::2]}
+    monkeypatch.setattr(contamination, "_LARGEST", 900)
     found = look(texts)
-    assert found["every_nth"] == 2
-    assert (found["val_contaminated"], found["ids"]) == (1, {"val": [id_of(texts[1].encode())]})
+    assert (found["every_nth"], found["val_documents"]) == (4, 200)
+    assert 30 < found["val_examined"] < 70
+    assert 0.35 < found["share"]["val"] < 0.65
+    assert set(found["ids"]["val"]) <= overlap
+    with pytest.raises(InputError, match=r"of val share 13 words in a row"):
+        look(texts, max_contamination=0.35)
 
 
 def test_nothing_held_out_overlaps_nothing(look: Callable[..., dict[str, Any]]) -> None:

@@ -2,14 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sections import side_of, split_params
+from sections import side_of, split_params, tokenize_params
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.corpus import shards
@@ -73,6 +73,30 @@ def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
 
 
+def test_of_much_text_a_part_drawn_by_id_shapes_the_vocabulary(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory to train a vocabulary grows with distinct words, so the text must not grow with the corpus."""
+    seen: list[str] = []
+    really = encode.build_tokenizer
+    monkeypatch.setattr(encode, "build_tokenizer", lambda params, texts: really(params, _noted(texts, seen)))
+    everything = split_params(val_fraction=0.0, test_fraction=0.0)
+    raw = corpus(sentences)
+    n_bytes = sum(len(text.encode()) for text in sentences)
+    tokenize(raw, tmp_path / "all", tokenize_params(vocab_size=400, training_bytes=n_bytes), everything, SEED)
+    assert seen == sentences
+    seen.clear()
+    tokenize(raw, tmp_path / "third", tokenize_params(vocab_size=400, training_bytes=n_bytes // 3), everything, SEED)
+    assert seen == [text for text in sentences if int(id_of(text.encode())[16:24], 16) < n_bytes // 3 / n_bytes * 2**32]
+    assert 70 < len(seen) < 130
+
+
+def _noted(texts: Iterable[str], seen: list[str]) -> Iterator[str]:
+    for text in texts:
+        seen.append(text)
+        yield text
+
+
 def test_held_out_documents_may_change_and_the_vocabulary_stays(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
@@ -85,7 +109,7 @@ def test_held_out_documents_may_change_and_the_vocabulary_stays(
 
 def test_gpt2_ids(tmp_path: Path, corpus: Corpus, fifths: SplitParams) -> None:
     raw = corpus(["Hello, world!", *map(str, range(20))])
-    tokenize(raw, tmp_path / "tokens", TokenizeParams(encoding="gpt2", vocab_size=400), fifths, SEED)
+    tokenize(raw, tmp_path / "tokens", tokenize_params(encoding="gpt2"), fifths, SEED)
     assert rows(tmp_path / "tokens")[0]["tokens"] == [15496, 11, 995, 0, 50256]
 
 
@@ -118,7 +142,7 @@ def encode_shard(shard, path, tokenizer):
     shards.append(shard)
     return really(shard, path, tokenizer)
 encode._encode_shard = encode_shard
-trained = TokenizeParams(encoding="trained", vocab_size=400)
+trained = TokenizeParams(encoding="trained", vocab_size=400, training_bytes=1 << 27)
 fifths = SplitParams(val_fraction=0.2, test_fraction=0.2, ngram=13, benchmarks=(), max_contamination=None)
 encode.tokenize(Path("raw"), Path("tokens"), trained, fifths, 7)
 """
@@ -165,7 +189,7 @@ def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
     subprocess.run([sys.executable, "-c", KILLED.replace("== 2", "== 0")], cwd=tmp_path)
     (left,) = tmp_path.glob(".tokens.*.partial")
     assert (left / "tokenizer" / "ranks.tiktoken").exists()
-    other = TokenizeParams(encoding="trained", vocab_size=401)
+    other = tokenize_params(vocab_size=401)
     assert tokenize(raw, tmp_path / "tokens", other, fifths, SEED)["vocab_size"] == 401
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens"}
 

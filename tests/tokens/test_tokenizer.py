@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from sections import tokenize_params
 
-from gptpipe.config import TokenizeParams
 from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.tokens import tokenizer as tokenizer_module
 from gptpipe.tokens.tokenizer import Tokenizer, build_tokenizer, named_tokenizer, train_tokenizer
@@ -225,9 +225,9 @@ def test_packaged_files_that_are_not_gpt2s_are_an_integrity_error(
 
 def test_only_a_trained_encoding_reads_the_training_texts(sentences: list[str]) -> None:
     unread = iter(sentences)
-    build_tokenizer(TokenizeParams(encoding="gpt2", vocab_size=400), unread)
+    build_tokenizer(tokenize_params(encoding="gpt2"), unread)
     assert next(unread) == sentences[0]
-    assert build_tokenizer(TokenizeParams(encoding="trained", vocab_size=300), sentences).vocab_size == 300
+    assert build_tokenizer(tokenize_params(vocab_size=300), sentences).vocab_size == 300
 
 
 def test_the_longest_run_of_space_that_cleaning_leaves_can_be_encoded(gpt2: Tokenizer, small: Tokenizer) -> None:
