@@ -7,7 +7,7 @@ way of nanoGPT under torch's fused AdamW. All contenders of a shape take turns i
 machine does falls on all alike; each one's figure is the fastest of its turns. The share is that of model FLOPs in the
 fastest rate of large float32 matrix products, measured between the turns.
 
-On a GPU: `--gpt2` compares GPT-2's 124M shape at context 1,024 in bfloat16, compiled, and gives MFU against --peak.
+On a GPU: `python -m benchmarks.gpu`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from gptpipe.config import ModelParams, load_params
 from gptpipe.model.device import autocast, keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import build_optimizers
+from gptpipe.training import runtime
 from gptpipe.training.loop import Plan, TrainState, optimizer_step
 
 # name: layers, heads, width, context, batch, vocabulary
@@ -34,8 +35,8 @@ SHAPES = {
     "4 x 256, vocabulary 50,257": (4, 4, 256, 256, 8, 50257),
     "30M": (6, 6, 384, 256, 8, 50257),
 }
-GPT2 = (12, 12, 768, 1024, 16, 50304)
 
+HEAD = "| shape | contender | tokens/s | of theirs, ours makes | share of matrix products |\n|---|---|---|---|---|"
 Step = Callable[[Tensor, Tensor], None]
 
 
@@ -44,20 +45,28 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also ours compiled")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contender")
     parser.add_argument("--only", choices=list(SHAPES), help="one shape")
-    parser.add_argument("--gpt2", action="store_true", help="GPT-2's 124M shape, for a GPU")
-    parser.add_argument("--peak", type=float, default=989e12, help="the device's dense bfloat16 FLOP/s, for --gpt2")
     options = parser.parse_args()
-    keep_freed_memory()  # for all contenders alike
-    device = torch.device("cuda" if options.gpt2 else "cpu")
     print(machine.describe() + "\n")
-    print("| shape | contender | tokens/s | of theirs, ours makes | share of matrix products |\n|---|---|---|---|---|")
-    shapes = {"124M": GPT2} if options.gpt2 else {n: s for n, s in SHAPES.items() if options.only in (None, n)}
-    for name, shape in shapes.items():
-        compare(name, shape, device, options)
+    print(HEAD)
+    for name, shape in SHAPES.items():
+        if options.only in (None, name):
+            compare(name, shape, torch.device("cpu"), options.rounds, also_compiled=options.compile)
 
 
-def compare(name: str, shape: tuple[int, ...], device: torch.device, options: argparse.Namespace) -> None:
-    """All contenders at one shape, by turns; prints a row for each."""
+def compare(
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    rounds: int,
+    *,
+    also_compiled: bool = False,
+    peak: float = 0,
+) -> dict[str, float]:
+    """All contenders at one shape, by turns; prints a row for each, and returns their tokens per second.
+
+    On a GPU all in bfloat16 and compiled, and the share is of `peak` FLOP/s.
+    """
+    keep_freed_memory()  # for all contenders alike
     n_layer, n_head, width, context, batch_size, vocab_size = shape
     sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": width, "context_length": context}
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -74,7 +83,7 @@ def compare(name: str, shape: tuple[int, ...], device: torch.device, options: ar
         "llama: gptpipe": stepper(llama, llama.loss, device, precision, compiles),
         "llama: transformers": peer(transformers_llama(sizes, vocab_size), device, precision, compiles),
     }
-    if options.compile and not compiles:
+    if also_compiled:
         for architecture in ("gpt2", "llama"):
             model = ours(sizes, architecture, vocab_size)
             contenders[f"{architecture}: gptpipe, compiled"] = stepper(model, model.loss, device, precision, True)
@@ -84,10 +93,10 @@ def compare(name: str, shape: tuple[int, ...], device: torch.device, options: ar
         step(tokens, targets)
     seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
     rates = []
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for contender, step in contenders.items():
             seconds[contender].append(time_of(step, tokens, targets, device))
-        rates.append(options.peak if device.type == "cuda" else machine.matrix_product_rate())
+        rates.append(peak or machine.matrix_product_rate())
     fastest = {contender: min(turns) for contender, turns in seconds.items()}
     for contender, turn in fastest.items():
         of_theirs = "" if "gptpipe" in contender and "compiled" not in contender else (
@@ -97,6 +106,7 @@ def compare(name: str, shape: tuple[int, ...], device: torch.device, options: ar
         print(f"| {name} | {contender} | {tokens.numel() / turn:,.0f} | {of_theirs} | {of_peak} |", flush=True)
     contenders.clear()
     gc.collect()
+    return {contender: tokens.numel() / turn for contender, turn in fastest.items()}
 
 
 def time_of(step: Step, tokens: Tensor, targets: Tensor, device: torch.device) -> float:
@@ -144,8 +154,10 @@ def stepper(
     state, plan = TrainState(model, build_optimizers(model, params), 0), Plan(params, 10**6, 0, precision, compiled)
 
     def step(tokens: Tensor, targets: Tensor) -> None:
+        runtime.be_deterministic()  # as every training of ours is, and the others need not be
         state.micro_batch_size = len(tokens)
         optimizer_step(state, SameBatch(tokens, targets), plan)
+        torch.use_deterministic_algorithms(False)
 
     return step
 

@@ -101,10 +101,11 @@ def _data(options: argparse.Namespace) -> None:
     page, run = view_data(Path(), options.seed), Path("reports/mlflow_run.json")
     Console().print(Markdown(page))
     if run.exists():
-        from gptpipe.tracking.store import RunWriter, connect, find_run  # seconds, which the page need not wait for
+        from gptpipe.tracking.store import RunWriter, connect, find_run, store_errors  # late: they take seconds
 
-        if run_id := find_run(connect(), json.loads(run.read_bytes())["run_id"]):  # a fresh clone's store has none
-            RunWriter(run_id).write(("text", ["data.md", page]))
+        with store_errors():
+            if run_id := find_run(connect(), json.loads(run.read_bytes())["run_id"]):  # a fresh clone's store has none
+                RunWriter(run_id).write(("text", ["data.md", page]))
 
 
 def _generate(options: argparse.Namespace) -> None:

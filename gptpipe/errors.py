@@ -40,6 +40,13 @@ class NumericError(GptpipeError):
     """A loss or a gradient is not finite."""
 
     exit_code = 6
+    red_flag = "not_finite"  # its name in the record
+
+
+class SpikeError(NumericError):
+    """A loss or a gradient is far above the last ones."""
+
+    red_flag = "spike"
 
 
 class Interrupted(GptpipeError):

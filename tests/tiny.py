@@ -102,7 +102,7 @@ def params(texts: tuple[str, ...] = ("none.txt",), **changes: Any) -> Params:
             "filters": dict(SHIPPED.collect.filters),
             "near_similarity": 0.7,
         },
-        "tokenize": {"encoding": "trained", "vocab_size": 300},
+        "tokenize": {**dict(SHIPPED.tokenize), "vocab_size": 300},
         "split": {**dict(SHIPPED.split), "val_fraction": 0.2, "test_fraction": 0.2},
         "model": dict(MODEL),
         "train": dict(TRAIN),

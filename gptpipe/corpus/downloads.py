@@ -49,7 +49,8 @@ def _download(url: str, sha256: str, target: Path) -> None:
             missing, reason = code != 416, first_line(error)
         if not missing:
             break
-        time.sleep(_PAUSE * 2**attempt)
+        if attempt < _TRIES - 1:
+            time.sleep(_PAUSE * 2**attempt)
     else:
         raise ResourceError(f"{url}: {reason}, in {_TRIES} tries; rerun to go on where it broke off")
     found = sha256_of(part)

@@ -33,6 +33,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of an accelerator, or of the machine, for which torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether other processes hold parts of the tensor. Without the import that names the class: it takes 2 s."""
     return hasattr(tensor, "full_tensor")

@@ -142,7 +142,7 @@ def _sample(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
     for ranked in chain(arrays, [None]):
         if ranked is not None:
             some.append(ranked[:, ranked[0] <= _highest(step)])
-        if ranked is None or sum(part.shape[1] for part in some) > 2 * _LARGEST:
+        if ranked is None or sum(part.shape[1] for part in some) > 3 * _LARGEST // 2:
             some = [_lowest(some)]
             while some[0].shape[1] > _LARGEST:
                 step *= 2

@@ -47,7 +47,8 @@ def compare(names: Sequence[str], metric: str, curves: Path | None = None) -> st
     groups, values = runs.groupby(labels), runs[f"metrics.{metric}"]
     table = groups[f"metrics.{metric}"].agg(["count", "mean", "sem"])
     table = table.sort_values("mean", ascending=not metric.endswith(_MORE_IS_BETTER))
-    table["sem"] = table["sem"].fillna(groups[f"metrics.{metric}_standard_error"].first())
+    if f"metrics.{metric}_standard_error" in runs:
+        table["sem"] = table["sem"].fillna(groups[f"metrics.{metric}_standard_error"].first())
     by_label = {label: values[labels == label] for label in table.index}
     best = by_label[table.index[0]]
     table["p"] = [float(ttest_ind(best, other, equal_var=False).pvalue) if min(len(best), len(other)) > 1

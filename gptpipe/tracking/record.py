@@ -146,7 +146,7 @@ def training_run(
         status = "KILLED"
         raise
     except NumericError as error:
-        record.tags({"red_flag.not_finite": str(error)})
+        record.tags({f"red_flag.{error.red_flag}": str(error)})
         raise
     finally:
         record.close(status)

@@ -1,6 +1,7 @@
 """From a run of the record back to its code, parameters, data and model, in a folder of their own."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 from gptpipe.console import say
@@ -9,6 +10,7 @@ from gptpipe.errors import InputError, ResourceError
 from gptpipe.files import write_bytes
 from gptpipe.tracking.store import REPRODUCE, connect, find_run, store_errors
 
+_DVC = (sys.executable, "-m", "dvc")  # also where no environment is activated
 _STAGES = ("collect", "tokenize", "split", "train")  # dvc.lock was kept while evaluate ran, which is not in it
 
 
@@ -30,9 +32,9 @@ def restore(run_id: str, folder: Path) -> None:
     _run("git", "-C", str(folder), "apply", "--allow-empty", str(source / "code.patch"))
     for file in sorted(path for path in source.rglob("*") if path.is_file() and path.name != "code.patch"):
         write_bytes(folder / file.relative_to(source), file.read_bytes())
-    _run("dvc", "config", "--local", "cache.dir", str(project_root() / ".dvc" / "cache"), cwd=folder)
+    _run(*_DVC, "config", "--local", "cache.dir", str(project_root() / ".dvc" / "cache"), cwd=folder)
     if (source / "dvc.lock").exists():
-        _run("dvc", "checkout", *_STAGES, cwd=folder)
+        _run(*_DVC, "checkout", *_STAGES, cwd=folder)
     say(f"restored run {run_id} in {folder}; `dvc repro` there has the reports again, `git worktree remove` drops it")
 
 

@@ -47,14 +47,15 @@ def run_key(determinants: dict[str, Any]) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one training. The system frees the lock with the process. Raises ResourceError."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     owner = folder / "owner"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        holder = owner.read_text() if owner.exists() else "another process"
-        raise ResourceError(f"{folder}: {holder} trains here already; wait for it, or stop it") from error
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            holder = owner.read_text() if owner.exists() else "another process"
+            raise ResourceError(f"{folder}: {holder} trains here already; wait for it, or stop it") from error
     try:
         write_bytes(owner, f"process {os.getpid()}".encode())
         yield
@@ -67,6 +68,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
         self.folder, self.environment = folder, environment
+        self.inexact: list[str] = []  # where the training went on in another environment, and what differed
 
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
         """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
@@ -83,6 +85,7 @@ class Checkpoints:
                 "skipped": state.skipped,
                 "micro_batch_size": state.micro_batch_size,
                 "environment": self.environment,
+                "inexact": self.inexact,
                 "notes": notes,
             }
             write_json(new.path / _STATE, content)
@@ -96,7 +99,8 @@ class Checkpoints:
         this environment could not go on bit for bit, unless `allow_inexact`.
         """
         for left_by_a_kill in self.folder.glob(".*.partial/") if place().rank == 0 else ():
-            shutil.rmtree(left_by_a_kill)
+            with disk_errors(left_by_a_kill):
+                shutil.rmtree(left_by_a_kill)
         candidates = sorted(self.folder.glob("step-*"), reverse=True)
         for i, candidate in enumerate(candidates):
             try:
@@ -110,7 +114,8 @@ class Checkpoints:
                 what = error.args[0].split(";")[0] if isinstance(error, IntegrityError) else f"{candidate}: unreadable"
                 complain(f"warning: {what}; trying the checkpoint before")
                 continue
-            self._check_environment(content["environment"], allow_inexact)
+            self.inexact = content["inexact"]
+            self._check_environment(content["environment"], content["step"], allow_inexact)
             _load_tensors(state, tensors)
             state.step = content["step"]
             state.history = [Validation(**validation) for validation in content["history"]]
@@ -156,7 +161,7 @@ class Checkpoints:
             if best not in needed:
                 _discard(best)
 
-    def _check_environment(self, saved: dict[str, Any], allow_inexact: bool) -> None:
+    def _check_environment(self, saved: dict[str, Any], step: int, allow_inexact: bool) -> None:
         different = [f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
                      for key in sorted(saved.keys() | self.environment.keys())
                      if saved.get(key) != self.environment.get(key)]  # fmt: skip
@@ -164,6 +169,7 @@ class Checkpoints:
             return
         if allow_inexact:
             complain(f"warning: resuming in another environment, not bit for bit: {'; '.join(different)}")
+            self.inexact.append(f"after step {step}: {', '.join(different)}")
             return
         raise ResourceError(
             f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. Set GPTPIPE_ALLOW_INEXACT=1 to go "

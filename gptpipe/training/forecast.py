@@ -42,19 +42,21 @@ def forecast(params: Params, split: Path) -> Forecast:
     torch.manual_seed(params.seed)
     model = GPT(params.model, begin.tokenizer.vocab_size).to(where.device)
     model.activation_checkpointing = section.activation_checkpointing
-    free = runtime.free_bytes(where.device)
-    micro_batch_size = runtime.micro_batch_size(section, model, free)
+    free, holds_all_logits = runtime.free_bytes(where.device), where.holds_all_logits
+    micro_batch_size = runtime.micro_batch_size(section, model, free, holds_all_logits=holds_all_logits)
     loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
     state = TrainState(model, build_optimizers(model, section), micro_batch_size)
     plan = Plan(section, n_steps, params.seed, where.precision, loss)
-    step_seconds = _step_seconds(state, begin.batches, plan)
+    first_seconds, step_seconds = _step_seconds(state, begin.batches, plan)
     validation_seconds = _validation_seconds(model, val, where.precision)
     n_validations = 1 + -(-n_steps // section.eval_every)
-    seconds = n_steps * step_seconds + n_validations * validation_seconds
+    seconds = first_seconds + n_steps * step_seconds + n_validations * validation_seconds
     tokens = n_steps * section.batch_size * params.model.context_length
     passes = tokens / len(train.tokens)
     flops = tokens * model.flops_per_token()
-    needed = runtime.estimated_bytes(model, micro_batch_size)
+    needed = runtime.estimated_bytes(model, micro_batch_size, holds_all_logits=holds_all_logits)
+    processes = "" if section.launcher == "python" else f" by one process, not as `{section.launcher}` has it"
+    compilation = f", {first_seconds:.0f} s to compile" if where.compiles else ""
     lines = {
         "parameters": f"{model.n_parameters():,}, {model.n_multiplied():,} of them multiplied with every token",
         "text": f"{len(train.tokens):,} train tokens, {train.n_bytes / max(1, len(train.tokens)):.2f} bytes each; "
@@ -64,20 +66,22 @@ def forecast(params: Params, split: Path) -> Forecast:
         "tokens per parameter": f"{tokens / model.n_parameters():.1f} (compute-optimal: about {_COMPUTE_OPTIMAL})",
         "compute": f"{flops:.3g} FLOPs, {flops / n_steps / step_seconds / 1e9:,.0f} GFLOP/s here",
         "memory": f"about {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free, micro-batches of {micro_batch_size}",
-        "time": f"about {_duration(seconds)} on {where.device}: {step_seconds * 1e3:,.0f} ms a step, {n_validations} "
-        f"validations of {validation_seconds:.1f} s",
+        "time": f"about {_duration(seconds)} on {where.device}{processes}: {step_seconds * 1e3:,.0f} ms a step, "
+        f"{n_validations} validations of {validation_seconds:.1f} s{compilation}",
     }
     return Forecast(lines, _lopsided(params, train, val, tokens / model.n_multiplied(), passes))
 
 
-def _step_seconds(state: TrainState, batches: Batches, plan: Plan) -> float:
+def _step_seconds(state: TrainState, batches: Batches, plan: Plan) -> tuple[float, float]:
+    """What the first steps take beyond the others, and a step."""
     state.model.train()
     times = []
     for _ in range(_WARM_UP + _PROBED):
         started = time.perf_counter()
         optimizer_step(state, batches, plan)
         times.append(time.perf_counter() - started)
-    return statistics.median(times[_WARM_UP:])
+    usual = statistics.median(times[_WARM_UP:])
+    return max(0.0, sum(times[:_WARM_UP]) - _WARM_UP * usual), usual
 
 
 def _validation_seconds(model: GPT, stream: Stream, precision: torch.dtype) -> float:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gptpipe.config import TrainParams
 from gptpipe.console import complain
 from gptpipe.environment import place
-from gptpipe.errors import NumericError, ResourceError
-from gptpipe.model.device import autocast, whole
+from gptpipe.errors import NumericError, ResourceError, SpikeError
+from gptpipe.model.device import autocast, is_out_of_memory, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.optim import set_lr
 from gptpipe.tokens.batches import Batches
@@ -162,7 +162,8 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     norm = whole(nn.utils.get_total_norm(gradients)).item()
     if fault := _fault(loss, norm, state.steps[-_RECENT:], params.spike_sigmas):
         model.zero_grad(set_to_none=True)
-        raise NumericError(f"train: step {state.step + 1}: {fault}; stopped before the update: {_REMEDY}")
+        kind = SpikeError if math.isfinite(loss) and math.isfinite(norm) else NumericError
+        raise kind(f"train: step {state.step + 1}: {fault}; stopped before the update: {_REMEDY}")
     if params.grad_clip is not None and norm > params.grad_clip:
         scale = torch.tensor(params.grad_clip / norm, device=device)  # a plain number would be converted for each
         torch._foreach_mul_(gradients, scale)
@@ -197,8 +198,7 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
             total += loss.detach() / place().n_ranks
         return total
     except RuntimeError as error:
-        is_full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not is_full:
+        if not is_out_of_memory(error):
             raise
         if state.micro_batch_size == 1 or place().n_ranks > 1:  # ranks would have to agree
             raise ResourceError(

@@ -64,8 +64,8 @@ def write_curves(reports: Path, state: TrainState, summary: dict[str, Any], chec
         write_bytes(reports / f"train.{name}.csv", table.to_csv(index=False).encode())
 
 
-def summarise(params: Params, state: TrainState, n_steps: int) -> dict[str, Any]:
-    """What reports/train.json holds."""
+def summarise(params: Params, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
+    """What reports/train.json holds; with `inexact`, where the training went on in another environment."""
     best = state.best
     assert best is not None  # the loop validates at step 0
     found = next(metrics for step, _, metrics in state.journal if step == best.step and "val/loss" in metrics)
@@ -76,6 +76,7 @@ def summarise(params: Params, state: TrainState, n_steps: int) -> dict[str, Any]
         "parameters": state.model.n_parameters(),
         "val": {name.removeprefix("val/"): value for name, value in found.items()},
         "red_flags": red_flags(state.history, n_steps),
+        **({"resumed_inexactly": inexact} if inexact else {}),
     }
 
 

@@ -1,14 +1,16 @@
 """Where and how a training computes: device, precision, compiler, and what must be the same to resume bit for bit."""
 
+import hashlib
 import os
 import platform
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -18,7 +20,7 @@ from gptpipe.config import ModelParams, TrainParams
 from gptpipe.environment import place
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.model.device import best_device, is_sharded
-from gptpipe.model.gpt import GPT
+from gptpipe.model.gpt import GPT, LinearCrossEntropy
 from gptpipe.training import distributed
 
 # FLOPs from which compiling pays: of each thread of a CPU at 3e10 in a second, of a GPU at 1e14 (not measured).
@@ -47,13 +49,38 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
+            "arithmetic": _arithmetic(self.device),
+            "training_code": _training_code(),
         }
+
+    @property
+    def holds_all_logits(self) -> bool:
+        """Whether a step has the logits of all its tokens in memory, not of some rows at a time: see `GPT.loss`."""
+        return self.compiles or self.device.type != "cpu" or self.precision != torch.float32
+
+
+def _arithmetic(device: torch.device) -> str:
+    """Digest of a product and some functions of fixed numbers: libraries choose their code by the processor, and by
+    settings of their own, such as MKL_CBWR."""
+    x = torch.arange(96 * 160, dtype=torch.float32).reshape(96, 160).sin().to(device)
+    return _digest(((x @ x.mT).softmax(-1) @ x).cpu().numpy().tobytes())
+
+
+def _training_code() -> str:
+    """Digest of the modules that decide what a step does."""
+    package = Path(__file__).parents[1]
+    modules = [*package.glob("model/*.py"), *package.glob("training/*.py"), package / "tokens" / "batches.py"]
+    return _digest(b"\0".join(path.read_bytes() for path in sorted(modules)))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def resolve(params: TrainParams, flops: float, model: ModelParams) -> Runtime:
     """Turn `auto` into what this machine has and a training of this model by so many FLOPs needs.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a device or a compiler that is not there.
     """
     try:
         device = best_device() if params.device == "auto" else torch.device(params.device)
@@ -68,6 +95,8 @@ def resolve(params: TrainParams, flops: float, model: ModelParams) -> Runtime:
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     ranks = "1" if place().n_ranks == 1 else f"{place().n_ranks} by {params.parallel}"
     compiles = _compiling_pays(params, device, flops, model) if params.compile == "auto" else params.compile
+    if compiles and device.type == "cpu" and not _has_compiler():
+        raise ConfigError("train.compile: true needs a C++ compiler on a CPU; install g++, or set it to auto")
     return Runtime(device, getattr(torch, precision), compiles, ranks)
 
 
@@ -78,13 +107,16 @@ def _compiling_pays(params: TrainParams, device: torch.device, flops: float, mod
     """
     if place().n_ranks > 1 and (device.type == "cpu" or params.parallel == "fsdp"):  # never tried
         return False
-    has_compiler = any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
     match device.type:
         case "cpu":
-            return has_compiler and model.architecture != "gpt2" and flops > _HALF_AN_HOUR * torch.get_num_threads()
+            return _has_compiler() and model.architecture != "gpt2" and flops > _HALF_AN_HOUR * torch.get_num_threads()
         case "cuda":
             return flops > _MINUTES_OF_A_GPU
     return False
+
+
+def _has_compiler() -> bool:
+    return any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
 
 
 def be_deterministic() -> None:
@@ -102,7 +134,7 @@ def loss_function(model: GPT, params: TrainParams, end_of_text: int, *, compiles
     return torch.compile(loss, dynamic=False) if compiles else loss
 
 
-def estimated_bytes(model: GPT, sequences: int) -> int:
+def estimated_bytes(model: GPT, sequences: int, *, holds_all_logits: bool) -> int:
     """About the memory of training: weights, gradients and optimizer state; activations of `sequences` at once.
 
     Activations after Korthikanti et al., 2022 (arXiv:2205.05198, section 4.1), with attention that keeps no T x T
@@ -110,18 +142,30 @@ def estimated_bytes(model: GPT, sequences: int) -> int:
     """
     params = model.params
     per_block = 2 * params.n_embd if model.activation_checkpointing else 12 * params.n_embd + 5 * params.n_inner
-    per_token = params.n_layer * per_block + 3 * model.vocab_size
+    tokens = sequences * params.context_length
+    logits = (tokens if holds_all_logits else min(tokens, LinearCrossEntropy.ROWS)) * 3 * model.vocab_size
     held = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in model.parameters())  # type: ignore[attr-defined, misc]
-    return 4 * (4 * held + sequences * params.context_length * per_token)
+    return 4 * (4 * held + tokens * params.n_layer * per_block + logits)
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on the device for this process."""
-    of_machine = psutil.virtual_memory().available // place().n_local_ranks
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else of_machine
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_left_to_cgroups()]) // place().n_local_ranks
 
 
-def micro_batch_size(params: TrainParams, model: GPT, free: int) -> int:
+def _left_to_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What limits of a container or a batch system leave (Linux, version 2); what is only cached counts as free."""
+    with suppress(OSError):
+        folder = root / own.read_text().rpartition("::/")[2].strip()
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError):  # no such file above the root; `max` is no limit
+                cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
+                yield int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached
+
+
+def micro_batch_size(params: TrainParams, model: GPT, free: int, *, holds_all_logits: bool) -> int:
     """`train.micro_batch_size`, or the largest divisor of the batch whose estimate fits nine tenths of `free` bytes.
 
     Raises ResourceError, before the first step, where nothing fits.
@@ -129,9 +173,9 @@ def micro_batch_size(params: TrainParams, model: GPT, free: int) -> int:
     divisors = [n for n in range(params.batch_size, 0, -1) if params.batch_size % n == 0]
     candidates = divisors if params.micro_batch_size is None else [params.micro_batch_size]
     for candidate in candidates:
-        if estimated_bytes(model, candidate) < 0.9 * free:
+        needed = estimated_bytes(model, candidate, holds_all_logits=holds_all_logits)
+        if needed < 0.9 * free:
             return candidate
-    needed = estimated_bytes(model, candidates[-1])
     raise ResourceError(
         f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
         "lower train.micro_batch_size or the model, or set train.activation_checkpointing to true"

@@ -18,6 +18,7 @@ from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import Manifest, sha256_of, write_json
+from gptpipe.model.device import is_out_of_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import initialise_from, weight_files
@@ -81,7 +82,8 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         # On resume as before, whatever memory is free by now: it decides how sums are rounded.
         if not notes or n_own % state.micro_batch_size:  # or the number of ranks is another
             own = section.model_copy(update={"batch_size": n_own})
-            fitting = runtime.micro_batch_size(own, model, runtime.free_bytes(where.device))
+            free, holds_all_logits = runtime.free_bytes(where.device), where.holds_all_logits
+            fitting = runtime.micro_batch_size(own, model, free, holds_all_logits=holds_all_logits)
             state.micro_batch_size = distributed.from_first(fitting)
         loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
         loss = distributed.averaging(model, loss, state.micro_batch_size)
@@ -90,13 +92,15 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         run_id = notes.get("run_id")
         opened: Any = open_record(run_id, begin.made_from, environment) if place().rank == 0 else nullcontext()
         with opened as record:
+            if checkpoints.inexact and place().rank == 0:
+                record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
             with (
                 runtime.noted_signals() as check_stop,
                 Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
             ):
                 training = _Training(params, plan, state, begin, checkpoints, record, progress, check_stop)
                 training.run()
-            summary = summarise(params, state, n_steps)
+            summary = summarise(params, state, n_steps, checkpoints.inexact)
             if place().rank == 0:
                 write_model(target, params, begin, checkpoints, summary)
                 write_curves(reports, state, summary, checkpoints)
@@ -175,6 +179,12 @@ class _Training:
         except Interrupted:
             self.save()
             raise
+        except RuntimeError as error:  # outside of forward and backward, where smaller micro-batches would not help
+            if not is_out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"train: out of memory after step {self.state.step}; make memory free, or lower the model's size"
+            ) from error
         self._send()
 
     def validate(self) -> float:

@@ -12,7 +12,7 @@ from gptpipe.tracking.compare import _draw, compare
 from gptpipe.tracking.store import connect
 
 
-def log(lr: str, seed: int, value: float, metric: str = "test/bits_per_byte", **tags: str) -> str:
+def log(lr: str, seed: int, value: float, metric: str = "test/bits_per_byte", error: bool = True, **tags: str) -> str:
     client = connect()
     experiment = client.get_experiment_by_name("gptpipe")
     assert experiment is not None
@@ -20,7 +20,8 @@ def log(lr: str, seed: int, value: float, metric: str = "test/bits_per_byte", **
     for key, text in (("train.lr", lr), ("seed", str(seed)), ("train.schedule", "linear")):
         client.log_param(run_id, key, text)
     client.log_metric(run_id, metric, value)
-    client.log_metric(run_id, f"{metric}_standard_error", 0.05)
+    if error:
+        client.log_metric(run_id, f"{metric}_standard_error", 0.05)
     return str(run_id)
 
 
@@ -50,6 +51,16 @@ def test_more_is_better_where_it_is() -> None:
     assert [row[:2] for row in rows(metric="test/token_accuracy")[1:]] == [
         ["train.lr=0.2", "best"],
         ["train.lr=0.1", "1"],
+    ]
+
+
+def test_a_figure_without_a_standard_error_of_its_own() -> None:
+    """Of a single seed none is known; this was a traceback."""
+    for seed, lr in enumerate(["0.1", "0.1", "0.2"]):
+        log(lr, seed, 2.0 + seed, "train/loss", error=False)
+    assert [row[:4] for row in rows(metric="train/loss")[1:]] == [
+        ["train.lr=0.1", "best", "2", "2.5000"],
+        ["train.lr=0.2", "1", "4.0000"],
     ]
 
 

@@ -14,7 +14,7 @@ import pytest
 from tiny import LINEAGE
 
 from gptpipe.config import Params
-from gptpipe.errors import Interrupted, NumericError
+from gptpipe.errors import Interrupted, NumericError, SpikeError
 from gptpipe.tracking import record as record_module
 from gptpipe.tracking import store as store_module
 from gptpipe.tracking.record import send_outbox, training_run
@@ -127,11 +127,15 @@ def test_the_status_says_how_a_training_ended(params: Params, error: Exception, 
     assert connect().get_run(record.run_id).info.status == status
 
 
-def test_a_loss_that_is_not_finite_is_a_red_flag_of_the_run(params: Params) -> None:
+@pytest.mark.parametrize(("error", "flag"), [(NumericError, "not_finite"), (SpikeError, "spike")])
+def test_a_loss_that_is_not_finite_or_leaps_is_a_red_flag_of_the_run(
+    params: Params, error: type[NumericError], flag: str
+) -> None:
     with pytest.raises(NumericError), training_run(params, None, LINEAGE, {}) as record:
-        raise NumericError("train: step 3: loss nan")
+        raise error("train: step 3: loss nan")
     run = connect().get_run(record.run_id)
-    assert (run.info.status, run.data.tags["red_flag.not_finite"]) == ("FAILED", "train: step 3: loss nan")
+    flags = {name: words for name, words in run.data.tags.items() if name.startswith("red_flag.")}
+    assert (run.info.status, flags) == ("FAILED", {f"red_flag.{flag}": "train: step 3: loss nan"})
 
 
 def test_a_run_names_the_commit_of_its_code(project: Path, params: Params) -> None:

@@ -183,9 +183,28 @@ def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pyte
     assert "not bit for bit: threads was 1, is 2" in capsys.readouterr().err
 
 
+def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
+    saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
+    state, _, _ = tiny.trained_state(**SMALL)
+    other = Checkpoints(tmp_path, {"threads": 2, "torch": "9.9"})
+    other.restore(state, allow_inexact=True)
+    state.step = 4
+    other.save(state, {})
+    again = Checkpoints(tmp_path, other.environment)
+    again.restore(state, allow_inexact=False)
+    assert again.inexact == other.inexact == ["after step 3: threads was 1, is 2"]
+
+
 def test_the_key_names_what_determines_the_run() -> None:
     keys = {run_key(tiny.params(**changes).model_dump()) for changes in ({}, {"seed": 8}, {"train__lr": 1e-4}, {})}
     assert len(keys) == 3
+
+
+def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    folder = tmp_path / "checkpoints" / "key"
+    with pytest.raises(ResourceError, match=r"checkpoints/key: cannot write: Not a directory"), locked(folder):
+        pass
 
 
 def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from gptpipe.errors import Interrupted, NumericError, ResourceError
+from gptpipe.errors import Interrupted, NumericError, ResourceError, SpikeError
 from gptpipe.tokens.batches import Batches
 from gptpipe.training.loop import Metrics, Plan, TrainState, optimizer_step, train
 from gptpipe.training.schedule import learning_rate
@@ -185,7 +185,7 @@ def test_a_spike_stops_before_the_update(sigmas: float | None, stops: bool) -> N
     before = weights(state)
     plan = spiked(plan, state.model, [1], 1.3)  # 3.8 nats to 4.9
     if stops:
-        with pytest.raises(NumericError, match=r"step 26: loss 4\.\d+ spikes, 1\d\.\d standard deviations .* 25 steps"):
+        with pytest.raises(SpikeError, match=r"step 26: loss 4\.\d+ spikes, 1\d\.\d standard deviations .* 25 steps"):
             optimizer_step(state, batches, plan)
         assert (state.step, weights(state)) == (25, before)
     else:
@@ -196,7 +196,7 @@ def test_a_spike_stops_before_the_update(sigmas: float | None, stops: bool) -> N
 def test_a_gradient_far_above_the_usual_is_a_spike() -> None:
     state, batches, plan = tiny.trained_state(25, train__spike_sigmas=10.0, train__max_steps=40)
     state.model.blocks[0].attention.qkv_proj.weight.register_hook(lambda g: g * 1e4)
-    with pytest.raises(NumericError, match=r"step 26: gradient norm .* spikes"):
+    with pytest.raises(SpikeError, match=r"step 26: gradient norm .* spikes"):
         optimizer_step(state, batches, plan)
 
 

@@ -25,6 +25,7 @@ from gptpipe.model.layout import load_model
 from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.streams import open_stream, split
 from gptpipe.tokens.tokenizer import Tokenizer
+from gptpipe.training.runtime import Runtime
 
 
 @pytest.fixture
@@ -216,6 +217,46 @@ def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> No
         project.train(params)
     assert caught.value.exit_code == 6
     assert not (project.root / "models").exists()
+    failed = int(str(caught.value).split()[2].rstrip(":"))
+    steps = sorted((project.root / ".gptpipe/checkpoints").glob("*/step-*"))
+    assert steps[-1].name == f"step-{failed - 1:08d}"
+    verify(steps[-1])
+
+
+def test_out_of_memory_in_the_update_is_a_resource_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(ResourceError, match="train: out of memory after step 0; make memory free"):
+        project.train(tiny.params())
+
+
+def test_what_was_resumed_inexactly_is_written_on_the_model(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=5)
+    describe = Runtime.describe
+    monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "threads": 99})
+    monkeypatch.setenv("GPTPIPE_ALLOW_INEXACT", "1")
+    project.train(tiny.params())
+    (said,) = json.loads((project.root / "reports/train.json").read_bytes())["resumed_inexactly"]
+    assert said.endswith("is 99")
+    assert said in (project.root / "models/gpt/README.md").read_text()
+    assert project.records[-1].tagged["resumed_inexactly"] == said
+
+
+def test_switches_reach_the_network_and_torch(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[bool, bool]] = set()
+    real = GPT.hidden
+
+    def hidden(self: GPT, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.add((self.activation_checkpointing, torch.are_deterministic_algorithms_enabled()))
+        return real(self, *rest, **options)
+
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    torch.use_deterministic_algorithms(False)
+    project.train(tiny.params(train__activation_checkpointing=True))
+    assert seen == {(True, True)}
 
 
 def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
