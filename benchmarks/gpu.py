@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="a small shape on the CPU; two minutes")
     options = parser.parse_args()
     device = torch.device("cpu" if options.rehearse else "cuda")
-    shape, seconds, peak = (SHAPES["0.8M"], 1.0, 0.0) if options.rehearse else (GPT2, options.seconds, options.peak)
+    name, seconds, peak = ("0.8M", 1.0, 0.0) if options.rehearse else ("124M", options.seconds, options.peak)
+    shape = SHAPES.get(name, GPT2)
     page = io.StringIO()
     with redirect_stdout(page):
         print(f"# Measured on a GPU\n\n{machine.describe()}\n\n{HEAD}")
-        rate = compare("124M", shape, device, 5, peak=peak)["gpt2: gptpipe"]
-        with tempfile.TemporaryDirectory() as name:
-            curve = train(Path(name), shape, int(seconds * rate), options.rehearse)
+        rate = compare(name, shape, device, 5, peak=peak)["gpt2: gptpipe"]
+        with tempfile.TemporaryDirectory() as folder:
+            curve = train(Path(folder), shape, int(seconds * rate), options.rehearse)
         print(f"\n{seconds:.0f} seconds of training:\n\n{curve.to_markdown(index=False)}\n\n![loss](gpu.svg)")
     print(page.getvalue())
     if not options.rehearse:

@@ -21,49 +21,36 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], *, threads: bool = False, helping: bool = False
-) -> Iterator[Result]:
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], *, threads: bool = False) -> Iterator[Result]:
     """Results in the order of the items, whatever the number of workers; at most two items per worker wait.
 
-    Workers are processes, or threads for work that leaves Python's lock to others most of the time. With `helping` this
-    process is one of them: what it would wait for too long (a process takes a second to start) it does itself. An error
-    of a worker is raised here, ResourceError where a process dies. For processes `work` must be picklable: a function
-    of a module, or a partial of one. With GPTPIPE_ENGINE=ray the workers are those of a Ray cluster.
+    Workers are processes, or threads for work that leaves Python's lock to others most of the time. An error of a
+    worker is raised here, ResourceError where a process dies. For processes `work` must be picklable: a function of a
+    module, or a partial of one. With GPTPIPE_ENGINE=ray the workers are those of a Ray cluster.
     """
     rest = iter(items)
     first = list(islice(rest, n_workers()))  # more workers than items would be idle
-    workers, items = len(first) - helping, chain(first, rest)
+    workers, items = len(first), chain(first, rest)
     if first and uses_ray():
         yield from _on_ray(work, items)
         return
     if len(first) <= 1:
         yield from map(work, items)
         return
-    with _threads(workers) if threads else _processes(workers) as pool:
+    with ThreadPoolExecutor(workers) if threads else _processes(workers) as pool:
         try:
-            yield from _ordered(lambda item: pool.submit(work, item), items, 2 * workers, work if helping else None)
+            yield from _ordered(lambda item: pool.submit(work, item), items, 2 * workers)
         except BrokenProcessPool as error:
             raise ResourceError("a worker process was killed; if memory is short, lower GPTPIPE_WORKERS") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ordered(
-    start: Callable[[Item], Future[Result]],
-    items: Iterable[Item],
-    most_waiting: int,
-    here: Callable[[Item], Result] | None = None,
-) -> Iterator[Result]:
-    """`start` begins the work on an item, `here` does it."""
+def _ordered(start: Callable[[Item], Future[Result]], items: Iterable[Item], most_waiting: int) -> Iterator[Result]:
     waiting: deque[Future[Result]] = deque()
     for item in items:
-        if here and len(waiting) >= most_waiting:
-            waiting.append(Future())
-            waiting[-1].set_result(here(item))
-        else:
-            waiting.append(start(item))
-        while waiting and (waiting[0].done() or len(waiting) > (4 if here else 1) * most_waiting):
+        waiting.append(start(item))
+        while waiting and (waiting[0].done() or len(waiting) > most_waiting):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
@@ -106,10 +93,6 @@ def _on_ray(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[R
 def _work_in(folder: Path, work: Callable[[Item], Result], item: Item) -> Result:
     os.chdir(folder)  # of the project: paths are relative to it
     return work(item)
-
-
-def _threads(n: int) -> Executor:
-    return ThreadPoolExecutor(n)
 
 
 def _processes(n: int) -> Executor:

@@ -16,7 +16,7 @@ from gptpipe.errors import IntegrityError, first_line
 from gptpipe.files import new_file
 
 _READ_ROWS = 8192  # per record batch
-_GROUP_ROWS = 65536  # per row group: what a writer holds in memory, at most ...
+GROUP_ROWS = 65536  # per row group: what a writer holds in memory, at most ...
 _GROUP_BYTES = 16 << 20  # ... and about how much of it
 
 
@@ -31,7 +31,7 @@ class ParquetRows:
     def extend(self, batch: pa.RecordBatch) -> None:
         self._batches.append(batch)
         self._n_rows, self._n_bytes = self._n_rows + len(batch), self._n_bytes + batch.nbytes
-        if self._n_rows >= _GROUP_ROWS or self._n_bytes >= _GROUP_BYTES:
+        if self._n_rows >= GROUP_ROWS or self._n_bytes >= _GROUP_BYTES:
             self.flush()
 
     def flush(self) -> None:

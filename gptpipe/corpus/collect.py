@@ -128,7 +128,7 @@ def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str
     raw, ahead = tee(_raw(source, start, n_texts, params, digests))
     work = partial(_clean, name=name, weight=source.weight, params=params)
     texts = (batch.texts for batch in ahead)
-    cleaned = chain(map(work, islice(texts, alone)), map_in_order(work, texts, helping=True))
+    cleaned = chain(map(work, islice(texts, alone)), map_in_order(work, texts))
     for (these, cut, error), batch in zip(raw, cleaned, strict=True):
         if error:
             raise error

@@ -9,11 +9,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gptpipe.corpus.document import Rejected
-from gptpipe.parquet import new_parquet
+from gptpipe.parquet import GROUP_ROWS, new_parquet
 
 SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
-_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 20  # of documents that are written at once
 
 
 class Batch(NamedTuple):
@@ -66,14 +65,9 @@ def rows_of_shards(
 
 
 def write_shard(path: Path, rows: pa.Table) -> None:
-    ends = np.append(0, sizes(rows).cumsum())
     with new_parquet(path, SCHEMA) as file:
-        start = 0
-        while start < len(rows):
-            full = int(np.searchsorted(ends, ends[start] + _BATCH_BYTES, "right"))
-            (batch,) = rows[start : min(start + _BATCH_ROWS, full)].combine_chunks().to_batches()
+        for batch in rows.combine_chunks().to_batches(GROUP_ROWS):  # the same groups however the rows came in
             file.extend(batch)
-            start += len(batch)
     pa.default_memory_pool().release_unused()  # it would keep some more with each shard
 
 

@@ -215,12 +215,7 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward = _norm(params), FeedForward(params)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
@@ -280,7 +275,7 @@ class GPT(nn.Module):
             rotary = (self.get_buffer("rotary_cos")[start:end], self.get_buffer("rotary_sin")[start:end])
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, cache, layer, use_reentrant=False)
             else:
                 x = block(x, rotary, mask, cache, layer)
         if cache is not None:

@@ -83,19 +83,15 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(shape, []).append(parameter)
             for (*heights, _), parameters in by_shape.items():
                 gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                buffers = [self._momentum(parameter) for parameter in parameters]
+                for parameter in parameters:
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                buffers = [self.state[parameter]["momentum"] for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
                 nesterov = [whole(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
                 updates = list(map(shard_like, _updates(nesterov, heights), parameters))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum: Tensor = state["momentum"]
-        return momentum
 
 
 def _updates(nesterov: list[Tensor], heights: list[int]) -> Sequence[Tensor]:

@@ -59,13 +59,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        tokens: npt.NDArray[np.unsignedinteger],
-        *,
-        context_length: int,
-        stride: int,
-        batch_size: int,
-        seed: int,
+        self, tokens: npt.NDArray[np.unsignedinteger], *, context_length: int, stride: int, batch_size: int, seed: int
     ) -> None:
         self.tokens, self.context_length, self.stride = tokens, context_length, stride
         self.batch_size, self.seed = batch_size, seed

@@ -115,6 +115,5 @@ def open_stream(folder: Path, side: Side) -> Stream:
         tokens = np.lib.format.open_memmap(folder / side / TOKENS, mode="r")  # of an array without objects, no zip
     except (OSError, ValueError, EOFError) as error:
         raise IntegrityError(f"{folder / side / TOKENS}: not a token stream ({error}); run `dvc repro -f`") from error
-    columns = [field.name for field in _SCHEMA]
-    table = pa.Table.from_batches(read_parquet(folder / side / DOCUMENTS, columns), _SCHEMA)
+    table = pa.Table.from_batches(read_parquet(folder / side / DOCUMENTS, _SCHEMA.names), _SCHEMA)
     return Stream(tokens, table.to_pandas())
