@@ -47,12 +47,12 @@ STAGE = """
 import sys
 from pathlib import Path
 from benchmarks import data_plane
-stage, folder = sys.argv[1], Path(sys.argv[2])
+stage, folder, encoding = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 if stage == "collect":
     data_plane.collect(data_plane.collect_params(folder), folder / "raw3")
 elif stage == "tokenize":
-    gpt2 = data_plane.TokenizeParams(encoding="gpt2", vocab_size=data_plane.VOCAB_SIZE, training_bytes=10**9)
-    data_plane.encode.tokenize(folder / "raw", folder / "tokens3", gpt2, data_plane.SPLIT, 0)
+    params = data_plane.tokenize_params(encoding)
+    data_plane.encode.tokenize(folder / "raw", folder / "tokens3", params, data_plane.SPLIT, 0)
 else:
     data_plane.stage_split(folder)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -75,7 +75,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows = programs(Path(folder), texts, encoding)
                 seconds = best_of(rows, options.rounds)
-                peaks = {stage: peak_mib(stage, Path(folder)) for stage in ("collect", "tokenize", "split")}
+                peaks = {stage: peak_mib(stage, Path(folder), encoding) for stage in ("collect", "tokenize", "split")}
             for name, best in seconds.items():
                 ratio, share = (seconds[other] / best for other in (LOOP, LIMIT))
                 rate = f"{sum(map(len, texts)) / best / 1e6:.1f}" if "training alone" not in name else ""
@@ -95,9 +95,9 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
     """What takes turns, by name."""
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", compression="zstd")
     params = collect_params(folder)
-    tokenize_params = TokenizeParams(encoding=encoding, vocab_size=VOCAB_SIZE, training_bytes=10**9)
+    section = tokenize_params(encoding)
     collect(params, folder / "raw")
-    encode.tokenize(folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0)
+    encode.tokenize(folder / "raw", folder / "tokens", section, SPLIT, 0)
     tokenizer = Tokenizer.load(folder / "tokens/tokenizer")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer)))
     table = datasets.Dataset.from_dict({"text": texts})
@@ -112,7 +112,7 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
 
     def tokenize_with(build: Callable[..., Tokenizer]) -> None:
         encode.build_tokenizer = build
-        encode.tokenize(folder / "raw", folder / "tokens", tokenize_params, SPLIT, 0)
+        encode.tokenize(folder / "raw", folder / "tokens", section, SPLIT, 0)
 
     def training(trainer: Callable[[], object]) -> dict[str, Callable[[], object]]:
         if encoding == "gpt2":
@@ -157,9 +157,15 @@ def collect_params(folder: Path) -> CollectParams:
     return CollectParams.model_validate(section)
 
 
-def peak_mib(stage: str, folder: Path) -> int:
+def tokenize_params(encoding: str) -> TokenizeParams:
+    return load_params().tokenize.model_copy(update={"encoding": encoding, "vocab_size": VOCAB_SIZE})
+
+
+def peak_mib(stage: str, folder: Path, encoding: str) -> int:
     """Of a stage in a process of its own, which these stages do not leave; with what this module imports (Linux)."""
-    done = subprocess.run([sys.executable, "-c", STAGE, stage, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE, stage, folder, encoding], capture_output=True, text=True, check=True
+    )
     return int(done.stdout) // 1024
 
 

@@ -74,6 +74,22 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
     assert project.checkpoints() == []
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_roll_back_as_one_does(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, parallel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"on_spike": "rollback", "spike_sigmas": 0.02, "max_steps": 30, "save_every": 5}
+    params = tiny.params(train__parallel=parallel, **{f"train__{name}": value for name, value in changes.items()})
+    assert exit_codes(start_ranks(2, params, project)) == [0, 0]
+    rolled_back = [line for line in said(project, 0).splitlines() if "going on from step" in line]
+    assert rolled_back
+    alone = Project(tmp_path_factory.mktemp("alone"), project.split)
+    monkeypatch.setenv("DVC_ROOT", str(alone.root))
+    alone.train(params)
+    assert len([name for name in alone.records[-1].tagged if name.startswith("rolled_back")]) == len(rolled_back)
+    assert_alike(project, alone)
+
+
 @pytest.mark.parametrize(("parallel", "n", "optimizer"), [("ddp", 3, "muon"), ("fsdp", 2, "adamw")])
 def test_a_stop_of_one_rank_stops_all_and_they_go_on_bit_for_bit(
     project: Project, tmp_path: Path, parallel: str, n: int, optimizer: str

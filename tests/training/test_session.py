@@ -329,6 +329,22 @@ def test_a_warm_up_beyond_the_epochs_is_told(project: Project) -> None:
         project.train(tiny.params(train__epochs=1.0, train__max_steps=None, train__warmup_steps=100))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tiny.params(train__compile=True, train__z_loss=1e-3, train__document_masking=True)
+    project.train(params)
+    assert project.records[-1].environment["compiled"] is True
+    stopped = Project(tmp_path_factory.mktemp("stopped"), project.split)
+    monkeypatch.setenv("DVC_ROOT", str(stopped.root))
+    with pytest.raises(Interrupted):
+        stopped.train(params, stop_at=5)
+    stopped.train(params)
+    assert stopped.digests() == project.digests()
+
+
 @pytest.mark.parametrize("size", [None, 4])
 def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
     project: Project, monkeypatch: pytest.MonkeyPatch, size: int | None
