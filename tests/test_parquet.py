@@ -40,7 +40,7 @@ def test_no_rows_are_a_file_too(tmp_path: Path) -> None:
 def test_row_groups_are_limited_by_rows_and_by_bytes_and_batches_keep_to_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "_GROUP_ROWS", 7)
+    monkeypatch.setattr(parquet, "GROUP_ROWS", 7)
     write(tmp_path / "rows", ROWS[:20])
     assert [batch.num_rows for batch in read_parquet(tmp_path / "rows", ["id"])] == [7, 7, 6]
     size = pa.RecordBatch.from_pylist(ROWS[:1], SCHEMA).nbytes

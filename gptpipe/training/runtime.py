@@ -160,7 +160,7 @@ def _left_to_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
     with suppress(OSError):
         folder = root / own.read_text().rpartition("::/")[2].strip()
         for group in (folder, *folder.parents):
-            with suppress(OSError, ValueError):  # no such file above the root; `max` is no limit
+            with suppress(OSError, ValueError, IndexError):  # no such file above the root; `max` is no limit
                 cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
                 yield int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached
 
