@@ -253,8 +253,10 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
                 check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
                 for content in contents.to_numpy(zero_copy_only=False):
                     row += 1
-                    missing = Rejected("no_text", f"{name}, row {row}")
-                    yield missing if content is None else content.decode(errors=params.encoding_errors)
+                    if content is None:
+                        yield Rejected("no_text", f"{name}, row {row}")
+                    else:
+                        yield content.decode(errors=params.encoding_errors)
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
     except pa.ArrowException as error:

@@ -73,6 +73,18 @@ def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+def test_a_document_that_spells_a_special_token_comes_back_as_it_was(
+    tmp_path: Path, corpus: Corpus, fifths: SplitParams, alone: bool
+) -> None:
+    hostile = "a <|endoftext|> b"
+    raw = corpus([*([] if alone else [f"good document number {i}" for i in range(99)]), hostile])
+    tokenize(raw, tmp_path / "tokens", tokenize_params(encoding="gpt2"), fifths, SEED)
+    found = [row["tokens"] for row in rows(tmp_path / "tokens")]
+    assert [tokens.count(50256) for tokens in found] == [1] * (1 if alone else 100)
+    assert Tokenizer.load(tmp_path / "tokens/tokenizer").decode(found[-1][:-1]) == hostile
+
+
 def test_of_much_text_a_part_drawn_by_id_shapes_the_vocabulary(
     tmp_path: Path, corpus: Corpus, sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
