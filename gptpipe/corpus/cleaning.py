@@ -27,20 +27,23 @@ def clean(texts: Sequence[str | Rejected], params: CollectParams) -> list[str | 
     (no UTF-8 form exists), `empty`, `too_short`, a filter's name. Texts go through all that looks at each character as
     one: a short text alone costs several times as much.
     """
-    lone = Rejected("lone_surrogates")
-    found = [
-        lone if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text) else text for text in texts
-    ]
-    rest = iter(_plain([text for text in found if isinstance(text, str)]))
+    try:
+        rest = iter(_plain([text for text in texts if isinstance(text, str)]))
+    except UnicodeEncodeError:
+        lone = Rejected("lone_surrogates")
+        return clean([lone if isinstance(text, str) and _SURROGATE.search(text) else text for text in texts], params)
     filters = params.filters if are_on(params.filters) else None
     return [
         text if isinstance(text, Rejected) else _finished(next(rest), params.min_document_bytes, filters)
-        for text in found
+        for text in texts
     ]
 
 
 def _plain(texts: list[str]) -> list[str]:
-    """The texts without byte order marks, control characters, and white space at the ends of lines."""
+    """The texts without byte order marks, control characters, and white space at the ends of lines.
+
+    Raises UnicodeEncodeError where one has a lone surrogate.
+    """
     joined = _BETWEEN.join(["", *texts])
     if joined.count("\0") > len(texts):  # any other control character goes the same way
         joined = _BETWEEN.join(["", *(text.replace("\0", "\1") for text in texts)])

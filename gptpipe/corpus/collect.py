@@ -172,9 +172,11 @@ def _clean(texts: list[str | Rejected], *, name: str, weight: float, params: Col
     ids = [id_of(content) for content in contents]
     columns = [pa.array(ids, pa.string()), pa.repeat(name, len(ids)), pa.array(contents, pa.string()),
                pa.array(map(len, contents), pa.int64())]  # fmt: skip
-    positions = np.array([i for i in range(len(found)) if i not in rejected], np.int64)
+    positions = np.delete(np.arange(len(found)), list(rejected))
     batch = Batch(name, 0, [], pa.RecordBatch.from_arrays(columns, schema=SCHEMA), positions, rejected)
-    drawn = np.array([int(id_[-8:], 16) for id_ in ids] if weight < 1 else [0] * len(ids))
+    if weight == 1:
+        return batch
+    drawn = np.array([int(id_[-8:], 16) for id_ in ids])
     return batch.without(drawn >= weight * 2**32, Rejected("weighted_out"))
 
 
