@@ -24,7 +24,7 @@ from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
 
-_LARGEST = 1 << 21  # n-grams of held-out text in memory; of text with more, each 2nd, 4th, ... document is examined
+_LARGEST = 1 << 20  # n-grams of held-out text in memory; of text with more, each 2nd, 4th, ... document is examined
 _BLOCK = 1 << 18  # characters that a thread hashes at once, 60 bytes of memory each; a document is never cut
 _BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
 # Bytes of UTF-8 as they are compared: ASCII letters small, what is in no word as a space; a document ends with a line.
@@ -129,11 +129,11 @@ def _ranks(hashes: Hashes, owners: Indices) -> Hashes:
 
 
 def _lowest(ranked: list[Hashes]) -> Hashes:
-    """Each distinct hash with the lowest of its ranks."""
-    ranks, hashes = np.concatenate([np.empty((2, 0), np.uint64), *ranked], axis=1)
-    order = np.argsort(ranks, kind="stable")
-    hashes, first = np.unique(hashes[order], return_index=True)
-    return np.stack([ranks[order[first]], hashes])
+    """Each distinct hash with the lowest of its ranks. Empties the list: memory is short."""
+    pairs = np.concatenate([np.empty((2, 0), np.uint64), *ranked], axis=1)
+    ranked.clear()
+    pairs = pairs[:, np.argsort(pairs[0])]
+    return pairs[:, np.unique(pairs[1], return_index=True)[1]]
 
 
 def _sample(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
