@@ -336,8 +336,7 @@ def load_params(path: Path = PARAMS) -> Params:
         faults = [
             _in_words(fault["loc"], fault["type"], fault["msg"], fault.get("input"))
             for fault in error.errors()
-            if fault["type"] != "too_short"
-            or fault["input"] in ([], "")  # of a list whose items are wrong it says so too
+            if fault["type"] != "too_short" or not fault["input"]  # else it is the items that are wrong, and told
         ]
         raise ConfigError(f"{path}: " + f"\n{path}: ".join(faults)) from error
     except (YAMLError, ValueError, TypeError, RecursionError) as error:

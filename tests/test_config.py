@@ -148,6 +148,11 @@ def test_a_bad_source_is_named(tmp_path: Path, source: str, fault: str) -> None:
     assert fault in faults(tmp_path, SHIPPED.replace("- kind: python-docs ", f"- {source} "))
 
 
+def test_of_a_list_whose_only_item_is_wrong_the_item_alone_is_named(tmp_path: Path) -> None:
+    text = SHIPPED.replace("- kind: python-docs ", "- {kind: huggingface, dataset: a/b} ")
+    assert faults(tmp_path, text) == ["collect.sources.0.huggingface.revision: missing"]
+
+
 @pytest.mark.parametrize("value", ["1e-05", "1e-5", "0.00001", "1.0E-5"])
 def test_yaml_1_2_numbers(tmp_path: Path, value: str) -> None:
     assert load(tmp_path, edited(lr=value)).train.lr == 1e-05

@@ -25,12 +25,18 @@ def download(url: str, sha256: str) -> Path:
     Raises InputError where the server refuses, ResourceError after five tries, IntegrityError for another content.
     """
     target = project_root() / ".gptpipe" / "downloads" / sha256
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.is_file() or sha256_of(target) != sha256:
-            _download(url, sha256, target)
+    if not _is_kept(target, sha256):
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(target.with_suffix(".lock")).acquire()
+        with lock:
+            if not _is_kept(target, sha256):
+                _download(url, sha256, target)
     return target
+
+
+def _is_kept(target: Path, sha256: str) -> bool:
+    return target.is_file() and sha256_of(target) == sha256
 
 
 def _download(url: str, sha256: str, target: Path) -> None:

@@ -114,7 +114,7 @@ class Checkpoints:
                 what = error.args[0].split(";")[0] if isinstance(error, IntegrityError) else f"{candidate}: unreadable"
                 complain(f"warning: {what}; trying the checkpoint before")
                 continue
-            self.inexact = content["inexact"]
+            self.inexact = content.get("inexact", [])  # a version before did not know
             self._check_environment(content["environment"], content["step"], allow_inexact)
             _load_tensors(state, tensors)
             state.step = content["step"]

@@ -178,6 +178,17 @@ def test_two_runs_that_want_one_file_fetch_it_once(server: Server) -> None:
     assert server.asked == [None]
 
 
+def test_what_is_kept_needs_no_lock_and_a_lock_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
+    """A store of downloads may be read-only."""
+    folder = tmp_path / ".gptpipe/downloads"
+    (folder / f"{SHA256}.lock").mkdir(parents=True)
+    with pytest.raises(ResourceError, match=f"{SHA256}: cannot write: "):
+        download(address(server), SHA256)
+    (folder / SHA256).write_bytes(BODY)
+    assert download(address(server), SHA256).read_bytes() == BODY
+    assert server.asked == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_is_told_at_once_and_the_rerun_goes_on(server: Server) -> None:
     program = """

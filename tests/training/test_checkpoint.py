@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from gptpipe.errors import IntegrityError, ResourceError
+from gptpipe.training import checkpoint
 from gptpipe.training.checkpoint import Checkpoints, locked, run_key
 from gptpipe.training.loop import TrainState, optimizer_step
 
@@ -198,6 +199,17 @@ def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
 def test_the_key_names_what_determines_the_run() -> None:
     keys = {run_key(tiny.params(**changes).model_dump()) for changes in ({}, {"seed": 8}, {"train__lr": 1e-4}, {})}
     assert len(keys) == 3
+
+
+def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by a traceback for what it does not hold."""
+    really = checkpoint.write_json
+    monkeypatch.setattr(
+        checkpoint, "write_json", lambda path, value: really(path, {k: v for k, v in value.items() if k != "inexact"})
+    )
+    saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
+    with pytest.raises(ResourceError, match="threads was 1, is 2"):
+        restored(tmp_path, {"threads": 2, "torch": "9.9"}, **SMALL)
 
 
 def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
