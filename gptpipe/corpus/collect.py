@@ -2,11 +2,11 @@
 
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain, islice, tee
+from itertools import chain, islice
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,11 +125,16 @@ def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str
     alone = _ALONE if are_on(params.filters) else sys.maxsize  # without filters, handing texts over costs what it saves
     if (source.max_documents or source.max_bytes) and _is_remote(source):
         n_texts, alone = 1, sys.maxsize  # its digest is of what was read, so nothing is read ahead
-    raw, ahead = tee(_raw(source, start, n_texts, params, digests))
-    work = partial(_clean, name=name, weight=source.weight, params=params)
-    texts = (batch.texts for batch in ahead)
-    cleaned = chain(map(work, islice(texts, alone)), map_in_order(work, texts))
-    for (these, cut, error), batch in zip(raw, cleaned, strict=True):
+    waiting = deque[_Raw]()
+
+    def read_ahead() -> Iterator[list[str | Rejected]]:
+        for raw in _raw(source, start, n_texts, params, digests):
+            waiting.append(raw)
+            yield raw.texts
+
+    work, texts = partial(_clean, name=name, weight=source.weight, params=params), read_ahead()
+    for batch in chain(map(work, islice(texts, alone)), map_in_order(work, texts)):
+        these, cut, error = waiting.popleft()
         if error:
             raise error
         yield batch._replace(texts=these, cut=cut)
@@ -147,13 +152,15 @@ def _raw(source: Source, start: int, n_texts: int, params: CollectParams, digest
     texts: list[str | Rejected] = []
     cut = size = 0
     try:
-        for text in islice(read(source, params, counts, digests), start, None):
+        for more in read(source, params, counts, digests):
+            skipped = min(start, len(more))
+            start, more = start - skipped, more[skipped:]
             if counts["cut"] != cut:
                 if texts:
                     yield _Raw(texts, cut)
                 texts, cut, size = [], counts["cut"], 0
-            texts.append(text)
-            size += len(text) if isinstance(text, str) else 0
+            texts += more
+            size += sum([len(text) for text in more if isinstance(text, str)])
             if len(texts) >= n_texts or size >= _CHARACTERS:
                 yield _Raw(texts, cut)
                 texts, size = [], 0

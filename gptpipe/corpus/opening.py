@@ -21,7 +21,7 @@ from gptpipe.environment import optional_module
 from gptpipe.errors import GptpipeError, InputError, ResourceError, first_line
 from gptpipe.files import disk_errors
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 18  # bytes read at once
 _FREE_BYTES = 64 << 20  # so much may come out of any file, however small it is
 _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),

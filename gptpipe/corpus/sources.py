@@ -1,6 +1,7 @@
 """Where text comes from: each kind of source as a stream of raw texts, in a fixed order.
 
-Held in memory at a time: a document of a text file, a line of JSON, or a batch of rows of Parquet.
+Texts go by lists, of what was read together: the way of each text alone would cost as much as cleaning it. Held in
+memory at a time: a chunk or a document of a text file, a line of JSON, or a batch of rows of Parquet.
 """
 
 import codecs
@@ -13,7 +14,7 @@ import platform
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,29 +33,31 @@ from gptpipe.environment import optional_module, project_root
 from gptpipe.errors import InputError, first_line
 from gptpipe.files import sha256_of
 
-_BATCH_BYTES = 16 << 20  # of rows of Parquet in memory, about
+_BATCH_BYTES = 1 << 20  # of rows of Parquet in memory, about
 _SNIFFED = 8192  # bytes that decide whether a file is text
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 # Texts, and a Rejected in place of each that is not one; never raised here, so the stream goes on behind it.
-Texts = Iterator["str | Rejected"]
+Texts = Iterator[Sequence[str | Rejected]]
 
 
 def read(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
     """All texts of a source, each of at most `max_document_bytes`; notes in `counts` how often one was `cut` for that,
-    and in `digests` what `fingerprint` could not know.
+    just before the list that begins with its pieces, and in `digests` what `fingerprint` could not know.
 
     Raises InputError for what cannot be read, ResourceError for what cannot be reached.
     """
-    counts["cut"] += 0
-    for text in _texts(source, params, counts, digests):
-        if isinstance(text, Rejected) or 4 * len(text) <= params.max_document_bytes:  # most texts
-            yield text
-        else:
-            yield from _pieces(text, params, counts)
+    most = params.max_document_bytes // 4  # characters that need no closer look
+    for texts in _texts(source, params, counts, digests):
+        start = 0
+        for i in [i for i, text in enumerate(texts) if isinstance(text, str) and len(text) > most]:
+            yield texts[start:i]
+            yield _pieces(texts[i], params, counts)
+            start = i + 1
+        yield texts[start:]
 
 
-def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]:
+def _pieces(text: Any, params: CollectParams, counts: Counter[str]) -> list[Any]:
     pieces = cut(text, params.max_document_bytes)
     counts["cut"] += len(pieces) - 1
     return pieces
@@ -62,7 +65,8 @@ def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]
 
 def _texts(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
     if isinstance(source, Python):
-        yield from (python_docs if source.kind == "python-docs" else python_code)(source.package)
+        texts = (python_docs if source.kind == "python-docs" else python_code)(source.package)
+        yield from ([text] for text in texts)
         return
     if isinstance(source, HuggingFace):
         yield from _huggingface(source)
@@ -175,19 +179,19 @@ def _text_file(
     """Documents of a text file: the whole of it, or what stands between separators; a long one in pieces."""
     head = file.peek(_SNIFFED)[:_SNIFFED]
     if not head.startswith(_UTF16_MARKS) and (b"\0" in head or head.startswith(b"%PDF-")):
-        yield Rejected("binary", name)
+        yield [Rejected("binary", name)]
         return
     rest = ""
     for chunk in _decoded(name, file, params.encoding_errors):
         rest += chunk
         if separator is not None:
             *documents, rest = rest.split(plain_line_ends(separator))
-            yield from documents
+            yield documents
         if len(rest) > params.max_document_bytes:
             *pieces, rest = _pieces(rest, params, counts)
-            yield from pieces
+            yield pieces
     if rest or separator is None:
-        yield rest
+        yield [rest]
 
 
 def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
@@ -218,7 +222,7 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
                 offset += len(rest)
                 if rest.endswith(b"\n"):
                     break
-            yield Rejected("line_too_long", f"{name}, line {number}")
+            yield [Rejected("line_too_long", f"{name}, line {number}")]
         elif line.strip():
             try:
                 value: Any = json.loads(line.decode(errors=params.encoding_errors).removeprefix("\ufeff"))
@@ -227,11 +231,11 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
             text = value.get(key) if isinstance(value, dict) else None
-            yield text if isinstance(text, str) else Rejected("no_text", f"{name}, line {number}")
+            yield [text if isinstance(text, str) else Rejected("no_text", f"{name}, line {number}")]
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
-    row = 0  # the first is 1; none where the names of the columns are not UTF-8
+    row = 0  # the first is 1
     # Without these a row group, which may be the whole file, would be in memory at once.
     options: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
     try:
@@ -246,26 +250,30 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
             n_in, n_out = whole.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
             check_growth(name, n_in, n_out, params.max_expansion)
             widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-            widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups)), 0
+            widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups, options)), 0
             n_rows = max(1, min(1024, _BATCH_BYTES // (widest + 1)))
             for batch in file.iter_batches(n_rows, columns=[column]):
                 contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8
                 check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
-                for content in contents.to_numpy(zero_copy_only=False):
-                    row += 1
-                    if content is None:
-                        yield Rejected("no_text", f"{name}, row {row}")
-                    else:
-                        yield content.decode(errors=params.encoding_errors)
+                texts: list[str | Rejected] = []
+                try:
+                    for content in contents.to_numpy(zero_copy_only=False):
+                        row += 1
+                        texts.append(Rejected("no_text", f"{name}, row {row}") if content is None
+                                     else content.decode(errors=params.encoding_errors))  # fmt: skip
+                except UnicodeDecodeError as error:
+                    yield texts
+                    raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
+                yield texts
     except UnicodeDecodeError as error:
-        raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
+        raise _not_utf8(f"{name}, the name of a column", error.start) from error
     except pa.ArrowException as error:
         raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
 
 
-def _longest_in_dictionaries(whole: BinaryIO, column: str, groups: list[Any]) -> int:
+def _longest_in_dictionaries(whole: BinaryIO, column: str, groups: list[Any], options: dict[str, Any]) -> int:
     """Bytes of the longest text that a row can name by a number: a small file may have it in a million rows."""
-    with pq.ParquetFile(whole, read_dictionary=[column]) as file:
+    with pq.ParquetFile(whole, read_dictionary=[column], **options) as file:
         some = (i for i, group in enumerate(groups) if group.num_rows
                 and any(group.column(j).has_dictionary_page for j in range(group.num_columns)))  # fmt: skip
         texts = (next(file.iter_batches(1, [i], [column])).column(0).dictionary for i in some)
@@ -287,4 +295,4 @@ def _huggingface(source: HuggingFace) -> Texts:
                 names = ", ".join(row)
                 raise InputError(f"{source.dataset}: no column `{source.text_column}` among {names}; set text_column")
             text = row[source.text_column]
-            yield text if isinstance(text, str) else Rejected("no_text")
+            yield [text if isinstance(text, str) else Rejected("no_text")]

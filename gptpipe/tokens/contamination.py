@@ -69,7 +69,7 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
     def held_out() -> Iterator[Job]:
         yield from (partial(_of_shard, shard, params, seed, is_train=False) for shard in shards)
         for group, source in enumerate(params.benchmarks, len(SIDES)):
-            yield from _of_benchmark(read(source, collect, Counter(), {}), group)
+            yield from _of_benchmark(chain.from_iterable(read(source, collect, Counter(), {})), group)
 
     keys, step = _sample(map_in_order(partial(_ranked_hashes, n=params.ngram), held_out(), threads=True))
     train = (partial(_of_shard, shard, params, seed, is_train=True) for shard in shards)

@@ -284,6 +284,12 @@ def test_what_lies_behind_a_limit_has_no_say(tmp_path: Path, collect_params: Mak
     assert counts == {"documents_in": 3, "documents": 3, "bytes": 11, "cut": 0}
     with pytest.raises(InputError, match=r"a\.jsonl, line 4: not JSON"):
         collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
+    table = {"text": pa.array([b"one", b"two", b"three", b"\xff"]).view(pa.string())}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    limited |= {"kind": "parquet", "paths": (f"{tmp_path}/a.parquet",)}
+    assert collect(collect_params(limited), tmp_path / "raw")["documents_in"] == 2
+    with pytest.raises(InputError, match=r"a\.parquet, column `text`, row 4: not UTF-8 at byte 0"):
+        collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def test_a_part_that_was_whole_already(server: Server, tmp_path: Path) -> None:
 
 def test_source_url(server: Server, collect_params: MakeParams) -> None:
     params = collect_params({"kind": "url", "url": address(server), "sha256": SHA256, "document": "line"})
-    assert list(read(params.sources[0], params, Counter(), {})) == BODY.decode().splitlines()
+    assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == BODY.decode().splitlines()
     assert fingerprint(params.sources) == {address(server): SHA256}
 
 
@@ -241,7 +242,7 @@ def test_source_huggingface(
     asked, really = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
     params = collect_params(dataset)
-    assert list(read(params.sources[0], params, Counter(), {})) == [
+    assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == [
         f"story {i} {j}" for i in range(2) for j in range(3)
     ]
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]

@@ -16,6 +16,7 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def texts(collect_params: MakeParams) -> Callable[..., list[str]]:
     def read_all(address: str, kind: str = "text", digests: dict[str, str] | None = None, **changed: Any) -> list[str]:
         keys = {"document": "line"} if kind == "text" else {}
         params = collect_params({"kind": kind, "paths": (address,), **keys}, **changed)
-        found = read(params.sources[0], params, Counter(), {} if digests is None else digests)
+        found = chain.from_iterable(read(params.sources[0], params, Counter(), {} if digests is None else digests))
         return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in found]
 
     return read_all
@@ -173,7 +174,7 @@ params = CollectParams.model_validate({**dict(load_params().collect), "max_docum
                                        "sources": ({"kind": "text", "paths": (sys.argv[1],)},)})
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
-print(sum(map(len, read(params.sources[0], params, Counter(), {}))))
+print(sum(len(text) for texts in read(params.sources[0], params, Counter(), {}) for text in texts))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "line.gz"],

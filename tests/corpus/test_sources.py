@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def texts(tmp_path: Path, collect_params: MakeParams) -> Callable[..., list[str]
         options = {name: keys.pop(name) for name in ("encoding_errors", "max_document_bytes") if name in keys}
         (tmp_path / "file").write_bytes(content)
         params = collect_params({"kind": kind, "paths": (str(tmp_path / "file"),), **keys}, **options)
-        found = read(params.sources[0], params, Counter() if counts is None else counts, {})
+        found = chain.from_iterable(read(params.sources[0], params, Counter() if counts is None else counts, {}))
         return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in found]
 
     return read_one
@@ -166,6 +169,29 @@ def test_jsonl(texts) -> None:
 def test_what_is_not_json_is_named_by_line(texts, line: bytes) -> None:
     with pytest.raises(InputError, match="file, line 2: not JSON: "):
         texts("jsonl", b'{"text": "a"}\n' + line + b"\n")
+
+
+def test_a_large_row_group_is_not_held(tmp_path: Path, collect_params: MakeParams) -> None:
+    """Looking for the longest entry of a dictionary once fetched the whole group."""
+    column = [random.Random(i).randbytes(500).hex() for i in range(20_000)]
+    (tmp_path / "file").write_bytes(parquet_bytes(column))
+    params = collect_params({"kind": "parquet", "paths": (str(tmp_path / "file"),)})
+    tracemalloc.start()
+    try:
+        assert sum(len(texts) for texts in read(params.sources[0], params, Counter(), {})) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 1 < peak / MIB < 12 < (tmp_path / "file").stat().st_size / MIB
+
+
+def test_a_long_text_is_cut_among_others(texts) -> None:
+    counts = Counter[str]()
+    column = ["one", None, "a" * 100 + "b", "two", "é" * 32, "é" * 33, "three"]
+    assert texts("parquet", parquet_bytes(column), max_document_bytes=64, counts=counts) == [
+        "one", "-no_text", "a" * 64, "a" * 36 + "b", "two", "é" * 32, "é" * 32, "é", "three",
+    ]  # fmt: skip
+    assert counts == {"cut": 2}
 
 
 def test_parquet(texts) -> None:
@@ -330,7 +356,7 @@ def test_docstrings_and_code_of_an_installed_package(
         path.write_bytes(content.encode("latin-1"))
     monkeypatch.syspath_prepend(tmp_path)
     params = collect_params({"kind": "python-docs", "package": "pack"}, {"kind": "python-code", "package": "pack"})
-    docs, code = (list(read(source, params, Counter(), {})) for source in params.sources)
+    docs, code = (list(chain.from_iterable(read(source, params, Counter(), {}))) for source in params.sources)
     assert docs == ["All of it.", "A class.", "Says \xe4."]
     assert code == [files["__init__.py"], files["a/deep.py"], files["b.py"]]
     assert not canary.exists()
@@ -345,6 +371,6 @@ def test_docstrings_and_code_of_an_installed_package(
 
 def test_code_of_the_standard_library(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-code"})
-    code = list(read(params.sources[0], params, Counter(), {}))
+    code = list(chain.from_iterable(read(params.sources[0], params, Counter(), {})))
     assert any('def parse(source, filename="<unknown>", mode="exec"' in str(text).replace("'", '"') for text in code)
     assert sum(map(len, map(str, code))) > 5_000_000
