@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -256,6 +258,52 @@ def test_queued_experiments_run_side_by_side_into_one_store(reproduced: Path, tm
     shown = run(project, "dvc", "exp", "show", "--json").stdout
     assert len(finished_runs(project)) == 3
     assert all(run_id in shown for run_id in finished_runs(project))
+
+
+LONGER = [f"-Strain.{name}" for name in ("max_steps=600", "eval_every=200", "save_every=20")]
+
+
+@pytest.fixture(scope="module")
+def longer(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a longer training makes where nothing disturbs it."""
+    project = tmp_path_factory.mktemp("undisturbed") / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    run(project, "dvc", "exp", "run", *LONGER)
+    return digests(project)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--temp", "--queue"])
+def test_an_experiment_that_is_killed_in_training_goes_on_bit_for_bit(
+    reproduced: Path, longer: dict[str, str], tmp_path: Path, how: str
+) -> None:
+    """Its workspace is lost; the checkpoints are in the project."""
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+
+    def experiment(name: str) -> list[str]:
+        if how == "--temp":
+            return ["dvc", "exp", "run", how, "-n", name, *LONGER]
+        run(project, "dvc", "exp", "run", how, "-n", name, *LONGER)
+        return ["dvc", "exp", "run", "--run-all"]
+
+    with (tmp_path / "said").open("w") as said:
+        killed = subprocess.Popen(experiment("first"), cwd=project, env=environment(), stdout=said, stderr=said)
+        while not (saved := list(project.glob(".gptpipe/checkpoints/*/step-*"))) and killed.poll() is None:
+            time.sleep(0.002)
+        folder = saved[0].parent
+        os.kill(int((folder / "owner").read_text().removeprefix("process ")), signal.SIGKILL)
+        killed.wait(120)
+    assert list(folder.glob("step-*"))
+    if how == "--queue":  # DVC waits for ever if it is told to go on while a worker is about to end
+        while "0 active, 0 idle" not in run(project, "dvc", "queue", "status").stdout:
+            pass
+    run(project, *experiment("again"))
+    assert not list(folder.glob("step-*"))
+    assert len(finished_runs(project)) == 2  # the one before, and the one that was taken up again
+    run(project, "dvc", "exp", "apply", "again")
+    assert len(longer) > 20
+    assert digests(project) == longer
 
 
 def test_a_wrong_parameter_is_told_in_one_line(reproduced: Path, tmp_path: Path) -> None:

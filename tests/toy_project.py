@@ -18,6 +18,7 @@ from gptpipe.console import console
 from gptpipe.environment import place
 from gptpipe.evaluation.metrics import Figures
 from gptpipe.files import Manifest, sha256_of
+from gptpipe.model.gpt import GPT
 from gptpipe.stage import run
 from gptpipe.training.loop import Entry
 from gptpipe.training.session import train_model
@@ -85,6 +86,16 @@ def end_at_a_write(folder: Path) -> None:
     sys.addaudithook(check)
 
 
+def run_out_of_memory_above(n_sequences: int) -> None:
+    """Let the network fail as if memory were short with more sequences at once."""
+    loss = GPT.loss
+
+    def fails(model: GPT, tokens: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return loss(model, tokens if len(tokens) <= n_sequences else torch.empty(1 << 60), *rest, **options)
+
+    GPT.loss = fails  # type: ignore[method-assign]
+
+
 def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None, environment: dict[str, str]) -> None:
     """A training as a process of its own, or one rank of it, whose words go to a file."""
     os.environ |= {"DVC_ROOT": str(root), **environment}
@@ -94,6 +105,7 @@ def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None,
         if place().rank > 0:
             console.quiet = True  # as stages/train.py
             end_at_a_write(root)
+            run_out_of_memory_above(int(os.environ.get("TOY_SEQUENCES", "1000")))
 
     def main() -> None:
         Project(root, split).train(params, stop_at)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from gptpipe.config import TrainParams
-from gptpipe.console import console
+from gptpipe.console import complain, console
 from gptpipe.environment import attempt, place
 from gptpipe.errors import ConfigError, GptpipeError, Interrupted, NumericError, ResourceError
-from gptpipe.model.device import is_sharded, whole
+from gptpipe.model.device import is_out_of_memory, is_sharded, whole
 from gptpipe.model.gpt import GPT
 
 T = TypeVar("T")
@@ -108,18 +108,55 @@ def whole_model(model: GPT) -> GPT:
     return copy
 
 
-def averaging(model: GPT, loss: LossFunction, micro_batch_size: int) -> LossFunction:
+def averaging(
+    model: GPT, loss: LossFunction, micro_batch_size: int, n_own: int, *, n_spare: int
+) -> tuple[LossFunction, int]:
     """The loss, with gradients averaged over the ranks as they are made (DDP: Li et al., 2020, arXiv:2006.15704).
 
-    Runs a backward pass at once: after its first DDP sums in another order, and a resumed training would differ.
+    Also the micro-batch size, halved until every rank has memory for a backward pass and `n_spare` bytes: later a rank
+    that runs out would leave the others waiting. `n_own` are a rank's sequences of a batch. Then runs a pass with
+    averaging: after its first DDP sums in another order, and a resumed training would differ. Raises ResourceError.
     """
     if place().n_ranks == 1 or is_sharded(model.embedding.weight):
-        return loss
+        return loss, micro_batch_size
     module = nn.Module()
     module.model, module.forward = model, loss
     averaged = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     averaged.broadcast_buffers = False  # the rotary tables are alike everywhere
-    tokens = model.embedding.weight.new_zeros((micro_batch_size, model.params.context_length), dtype=torch.int64)
-    averaged(tokens, tokens).backward()
-    model.zero_grad(set_to_none=True)
-    return averaged
+
+    def backward() -> None:
+        tokens = model.embedding.weight.new_zeros((micro_batch_size, model.params.context_length), dtype=torch.int64)
+        averaged(tokens, tokens).backward()
+        model.zero_grad(set_to_none=True)
+
+    while not _all_have_memory_for(backward, n_spare, averaged):
+        model.zero_grad(set_to_none=True)
+        micro_batch_size = halved(micro_batch_size, n_own)
+    backward()
+    return averaged, micro_batch_size
+
+
+def _all_have_memory_for(work: Callable[[], None], n_spare: int, averaged: nn.parallel.DistributedDataParallel) -> bool:
+    device, is_short = next(averaged.parameters()).device, 0
+    try:
+        spare = torch.empty(n_spare, dtype=torch.uint8, device=device)
+        with averaged.no_sync():
+            work()
+        del spare
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        is_short = 1
+    return not all_reduce(torch.tensor(is_short, device=device), dist.ReduceOp.MAX).item()
+
+
+def halved(micro_batch_size: int, n_sequences: int) -> int:
+    """The largest size up to half of it that divides `n_sequences`. Raises ResourceError for a single sequence."""
+    if micro_batch_size == 1:
+        raise ResourceError(
+            "train: out of memory with single sequences; lower the model's size or model.context_length, or set "
+            "train.activation_checkpointing to true"
+        )
+    size = next(n for n in range(micro_batch_size // 2, 0, -1) if n_sequences % n == 0)
+    complain(f"warning: out of memory; going on with micro-batches of {size}")
+    return size

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gptpipe.config import TrainParams
-from gptpipe.console import complain
 from gptpipe.environment import place
 from gptpipe.errors import NumericError, ResourceError, SpikeError
 from gptpipe.model.device import autocast, is_out_of_memory, whole
@@ -200,16 +199,14 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if state.micro_batch_size == 1 or place().n_ranks > 1:  # ranks would have to agree
+        if place().n_ranks > 1:  # the others wait for its gradients
             raise ResourceError(
                 f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; lower "
                 "train.micro_batch_size or the model, or set train.activation_checkpointing to true"
             ) from error
     # Outside of the handler: the error's traceback holds on to the activations.
     model.zero_grad(set_to_none=True)
-    half = state.micro_batch_size // 2
-    state.micro_batch_size = next(n for n in range(half, 0, -1) if len(tokens) % n == 0)
-    complain(f"warning: out of memory; going on with {state.micro_batch_size} sequences at a time")
+    state.micro_batch_size = distributed.halved(state.micro_batch_size, len(tokens))
     return _backward(state, plan, tokens, targets, first)
 
 

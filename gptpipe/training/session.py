@@ -86,7 +86,9 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             fitting = runtime.micro_batch_size(own, model, free, holds_all_logits=holds_all_logits)
             state.micro_batch_size = distributed.from_first(fitting)
         loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
-        loss = distributed.averaging(model, loss, state.micro_batch_size)
+        n_spare = 0 if notes else 8 * model.n_parameters()  # for what the optimizer will hold
+        size = state.micro_batch_size
+        loss, state.micro_batch_size = distributed.averaging(model, loss, size, n_own, n_spare=n_spare)
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
         run_id = notes.get("run_id")

@@ -1,5 +1,6 @@
 """Training by two and three real processes over gloo: the same run as by one, whatever happens to one of them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -72,6 +73,32 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
     assert f"processes: 2 by {parallel}" in said(project, 0)
     assert said(project, 1) == ""
     assert project.checkpoints() == []
+
+
+def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on resume, bit for bit."""
+    params = tiny.params(train__batch_size=12, train__save_every=2)
+    assert exit_codes(start_ranks(2, params, project, stop_at=4, TOY_SEQUENCES="2")) == [143, 143]
+    assert [line for line in said(project, 0).splitlines() if "memory" in line] == [
+        "warning: out of memory; going on with micro-batches of 3",
+        "warning: out of memory; going on with micro-batches of 1",
+    ]
+    (saved,) = project.root.glob(".gptpipe/checkpoints/*/step-00000004/state.json")
+    assert json.loads(saved.read_bytes())["micro_batch_size"] == 1
+    assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="2")) == [0, 0]
+    alone = Project(tmp_path_factory.mktemp("alone"), project.split)
+    monkeypatch.setenv("DVC_ROOT", str(alone.root))
+    alone.train(params)
+    assert_alike(project, alone)
+
+
+def test_single_sequences_that_do_not_fit_one_rank_end_all(project: Project) -> None:
+    assert exit_codes(start_ranks(2, tiny.params(), project, TOY_SEQUENCES="0")) == [5, 5]
+    errors = [line for rank in range(2) for line in said(project, rank).splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "error: train: out of memory with single sequences; lower the model's size" in errors[0]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
