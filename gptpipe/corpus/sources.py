@@ -35,6 +35,7 @@ from gptpipe.files import sha256_of
 
 _BATCH_BYTES = 1 << 20  # of rows of Parquet in memory, about
 _SNIFFED = 8192  # bytes that decide whether a file is text
+_JSON = json.JSONDecoder()
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 # Texts, and a Rejected in place of each that is not one; never raised here, so the stream goes on behind it.
@@ -214,7 +215,8 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
 
 def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> Texts:
     longest = CHUNK + 16 * params.max_document_bytes  # of a line held in memory
-    offset = number = 0
+    texts: list[str | Rejected] = []
+    offset = number = due = 0
     while line := file.readline(longest):
         number, start, offset = number + 1, offset, offset + len(line)
         if len(line) == longest and not line.endswith(b"\n"):
@@ -222,16 +224,26 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
                 offset += len(rest)
                 if rest.endswith(b"\n"):
                     break
-            yield [Rejected("line_too_long", f"{name}, line {number}")]
-        elif line.strip():
-            try:
-                value: Any = json.loads(line.decode(errors=params.encoding_errors).removeprefix("\ufeff"))
-            except UnicodeDecodeError as error:
-                raise _not_utf8(name, start + error.start) from error
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
-            text = value.get(key) if isinstance(value, dict) else None
-            yield [text if isinstance(text, str) else Rejected("no_text", f"{name}, line {number}")]
+            texts.append(Rejected("line_too_long", f"{name}, line {number}"))
+            continue
+        try:
+            content = line.decode(errors=params.encoding_errors).removeprefix("\ufeff").strip(" \t\r\n")
+            value, end = _JSON.raw_decode(content) if content else (None, 0)
+            if end < len(content):
+                raise ValueError(f"more behind its end, character {end}")
+        except UnicodeDecodeError as error:
+            yield texts  # a limit may lie before the error
+            raise _not_utf8(name, start + error.start) from error
+        except (ValueError, RecursionError) as error:
+            yield texts
+            raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
+        text = value.get(key) if isinstance(value, dict) else None
+        if content:
+            texts.append(text if isinstance(text, str) else Rejected("no_text", f"{name}, line {number}"))
+        if offset >= due:
+            yield texts
+            texts, due = [], offset + CHUNK
+    yield texts
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:

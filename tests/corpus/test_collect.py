@@ -276,13 +276,16 @@ def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_p
     assert not list(tmp_path.glob(".raw*"))
 
 
-def test_what_lies_behind_a_limit_has_no_say(tmp_path: Path, collect_params: MakeParams) -> None:
+@pytest.mark.parametrize(("line", "fault"), [(b"{bad\n", "line 4: not JSON"), (b"\xff\n", "not UTF-8 at byte 50")])
+def test_what_lies_behind_a_limit_has_no_say(
+    tmp_path: Path, collect_params: MakeParams, line: bytes, fault: str
+) -> None:
     """Texts are read ahead: neither an error there nor a text that was not taken may show."""
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n{bad\n')
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n' + line)
     limited = {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",), "max_documents": 2}
     counts = collect(collect_params(limited, write_lines(tmp_path / "b.txt", "three")), tmp_path / "raw")
     assert counts == {"documents_in": 3, "documents": 3, "bytes": 11, "cut": 0}
-    with pytest.raises(InputError, match=r"a\.jsonl, line 4: not JSON"):
+    with pytest.raises(InputError, match=rf"a\.jsonl.* {fault}"):
         collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
     table = {"text": pa.array([b"one", b"two", b"three", b"\xff"]).view(pa.string())}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
