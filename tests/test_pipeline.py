@@ -291,13 +291,14 @@ def test_an_experiment_that_is_killed_in_training_goes_on_bit_for_bit(
         killed = subprocess.Popen(experiment("first"), cwd=project, env=environment(), stdout=said, stderr=said)
         while not (saved := list(project.glob(".gptpipe/checkpoints/*/step-*"))) and killed.poll() is None:
             time.sleep(0.002)
+        assert saved, (tmp_path / "said").read_text()
         folder = saved[0].parent
         os.kill(int((folder / "owner").read_text().removeprefix("process ")), signal.SIGKILL)
         killed.wait(120)
     assert list(folder.glob("step-*"))
     if how == "--queue":  # DVC waits for ever if it is told to go on while a worker is about to end
-        while "0 active, 0 idle" not in run(project, "dvc", "queue", "status").stdout:
-            pass
+        statuses = (run(project, "dvc", "queue", "status").stdout for _ in range(60))
+        assert any("0 active, 0 idle" in status for status in statuses)
     run(project, *experiment("again"))
     assert not list(folder.glob("step-*"))
     assert len(finished_runs(project)) == 2  # the one before, and the one that was taken up again

@@ -153,8 +153,8 @@ def _raw(source: Source, start: int, n_texts: int, params: CollectParams, digest
     cut = size = 0
     try:
         for more in read(source, params, counts, digests):
-            skipped = min(start, len(more))
-            start, more = start - skipped, more[skipped:]
+            if start:  # is behind it, or within
+                start, more = max(0, start - len(more)), more[start:]
             if counts["cut"] != cut:
                 if texts:
                     yield _Raw(texts, cut)
@@ -162,7 +162,8 @@ def _raw(source: Source, start: int, n_texts: int, params: CollectParams, digest
             texts += more
             size += sum([len(text) for text in more if isinstance(text, str)])
             if len(texts) >= n_texts or size >= _CHARACTERS:
-                yield _Raw(texts, cut)
+                for first in range(0, len(texts), _TEXTS):  # one list may hold many more, blank lines for example
+                    yield _Raw(texts[first : first + _TEXTS], cut)
                 texts, size = [], 0
     except GptpipeError as error:
         yield _Raw(texts, cut)

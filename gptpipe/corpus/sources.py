@@ -51,14 +51,15 @@ def read(source: Source, params: CollectParams, counts: Counter[str], digests: d
     most = params.max_document_bytes // 4  # characters that need no closer look
     for texts in _texts(source, params, counts, digests):
         start = 0
-        for i in [i for i, text in enumerate(texts) if isinstance(text, str) and len(text) > most]:
-            yield texts[start:i]
-            yield _pieces(texts[i], params, counts)
-            start = i + 1
+        for i, text in enumerate(texts):
+            if isinstance(text, str) and len(text) > most:
+                yield texts[start:i]
+                yield _pieces(text, params, counts)
+                start = i + 1
         yield texts[start:]
 
 
-def _pieces(text: Any, params: CollectParams, counts: Counter[str]) -> list[Any]:
+def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]:
     pieces = cut(text, params.max_document_bytes)
     counts["cut"] += len(pieces) - 1
     return pieces
@@ -201,12 +202,15 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset = read = 0  # of the first byte that is not decoded yet, and of the first not read
     while True:
-        data = file.read(CHUNK)
+        data, fault = file.read(CHUNK), None
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise _not_utf8(name, offset + error.start) from error
+            fault = error
+            text = decoder.decode(data[: max(0, error.start - (read - offset))])  # a limit may lie before the error
         yield text if offset else text.removeprefix("\ufeff")
+        if fault:
+            raise _not_utf8(name, offset + fault.start) from fault
         if not data:
             return
         read += len(data)
@@ -214,7 +218,7 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
 
 
 def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> Texts:
-    longest = CHUNK + 16 * params.max_document_bytes  # of a line held in memory
+    longest = (1 << 20) + 16 * params.max_document_bytes  # of a line held in memory
     texts: list[str | Rejected] = []
     offset = number = due = 0
     while line := file.readline(longest):

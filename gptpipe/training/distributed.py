@@ -18,7 +18,7 @@ from gptpipe.config import TrainParams
 from gptpipe.console import complain, console
 from gptpipe.environment import attempt, place
 from gptpipe.errors import ConfigError, GptpipeError, Interrupted, NumericError, ResourceError
-from gptpipe.model.device import is_out_of_memory, is_sharded, whole
+from gptpipe.model.device import autocast, is_out_of_memory, is_sharded, whole
 from gptpipe.model.gpt import GPT
 
 T = TypeVar("T")
@@ -108,46 +108,56 @@ def whole_model(model: GPT) -> GPT:
     return copy
 
 
-def averaging(
-    model: GPT, loss: LossFunction, micro_batch_size: int, n_own: int, *, n_spare: int
-) -> tuple[LossFunction, int]:
-    """The loss, with gradients averaged over the ranks as they are made (DDP: Li et al., 2020, arXiv:2006.15704).
-
-    Also the micro-batch size, halved until every rank has memory for a backward pass and `n_spare` bytes: later a rank
-    that runs out would leave the others waiting. `n_own` are a rank's sequences of a batch. Then runs a pass with
-    averaging: after its first DDP sums in another order, and a resumed training would differ. Raises ResourceError.
-    """
+def averaging(model: GPT, loss: LossFunction) -> LossFunction:
+    """The loss, with gradients averaged over the ranks as they are made (DDP: Li et al., 2020, arXiv:2006.15704)."""
     if place().n_ranks == 1 or is_sharded(model.embedding.weight):
-        return loss, micro_batch_size
+        return loss
     module = nn.Module()
     module.model, module.forward = model, loss
     averaged = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     averaged.broadcast_buffers = False  # the rotary tables are alike everywhere
+    return averaged
 
-    def backward() -> None:
-        tokens = model.embedding.weight.new_zeros((micro_batch_size, model.params.context_length), dtype=torch.int64)
-        averaged(tokens, tokens).backward()
-        model.zero_grad(set_to_none=True)
 
-    while not _all_have_memory_for(backward, n_spare, averaged):
+def fitting_all(
+    model: GPT, loss: LossFunction, precision: torch.dtype, micro_batch_size: int, *, n_own: int, n_spare: int
+) -> int:
+    """The micro-batch size, halved until every rank has memory for a pass and `n_spare` bytes beside it.
+
+    For the start: a rank that runs out within a step would leave the others waiting. `n_own` are a rank's sequences of
+    a batch. With one process, or by FSDP, whose ranks need each other within the pass, nothing is tried. Raises
+    ResourceError.
+    """
+    while isinstance(loss, nn.parallel.DistributedDataParallel):
+        is_short = 0
+        try:
+            spare = torch.empty(n_spare, dtype=torch.uint8, device=model.embedding.weight.device)
+            with loss.no_sync():
+                _pass(model, loss, precision, micro_batch_size)
+            del spare
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            is_short = 1
         model.zero_grad(set_to_none=True)
+        if not all_reduce(torch.tensor(is_short), dist.ReduceOp.MAX):  # not on the device, which may be full
+            break
         micro_batch_size = halved(micro_batch_size, n_own)
-    backward()
-    return averaged, micro_batch_size
+    return micro_batch_size
 
 
-def _all_have_memory_for(work: Callable[[], None], n_spare: int, averaged: nn.parallel.DistributedDataParallel) -> bool:
-    device, is_short = next(averaged.parameters()).device, 0
-    try:
-        spare = torch.empty(n_spare, dtype=torch.uint8, device=device)
-        with averaged.no_sync():
-            work()
-        del spare
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        is_short = 1
-    return not all_reduce(torch.tensor(is_short, device=device), dist.ReduceOp.MAX).item()
+def settle(model: GPT, loss: LossFunction, precision: torch.dtype, micro_batch_size: int) -> None:
+    """Run a pass with DDP: after its first it sums in another order, and a resumed training would differ."""
+    if isinstance(loss, nn.parallel.DistributedDataParallel):
+        _pass(model, loss, precision, micro_batch_size)
+        model.zero_grad(set_to_none=True)
+
+
+def _pass(model: GPT, loss: LossFunction, precision: torch.dtype, n_sequences: int) -> None:
+    tokens = model.embedding.weight.new_zeros((n_sequences, model.params.context_length), dtype=torch.int64)
+    with autocast(tokens.device, precision):
+        nats = loss(tokens, tokens)
+    nats.backward()  # type: ignore[no-untyped-call]
 
 
 def halved(micro_batch_size: int, n_sequences: int) -> int:

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,16 +79,19 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
         if notes:
             say(f"train: resumed after step {state.step:,}")
         n_own = share.stop - share.start
-        # On resume as before, whatever memory is free by now: it decides how sums are rounded.
-        if not notes or n_own % state.micro_batch_size:  # or the number of ranks is another
-            own = section.model_copy(update={"batch_size": n_own})
-            free, holds_all_logits = runtime.free_bytes(where.device), where.holds_all_logits
-            fitting = runtime.micro_batch_size(own, model, free, holds_all_logits=holds_all_logits)
-            state.micro_batch_size = distributed.from_first(fitting)
-        loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
-        n_spare = 0 if notes else 8 * model.n_parameters()  # for what the optimizer will hold
-        size = state.micro_batch_size
-        loss, state.micro_batch_size = distributed.averaging(model, loss, size, n_own, n_spare=n_spare)
+        with _told_of_memory(state):
+            loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
+            loss = distributed.averaging(model, loss)
+            # On resume as before, whatever memory is free by now: it decides how sums are rounded.
+            if not notes or n_own % state.micro_batch_size:  # or the number of ranks is another
+                own = section.model_copy(update={"batch_size": n_own})
+                free, holds_all_logits = runtime.free_bytes(where.device), where.holds_all_logits
+                fitting = runtime.micro_batch_size(own, model, free, holds_all_logits=holds_all_logits)
+                size = int(distributed.all_reduce(torch.tensor(fitting), torch.distributed.ReduceOp.MIN))
+                n_spare = 0 if state.step else 8 * model.n_parameters()  # for what the optimizer will hold
+                size = distributed.fitting_all(model, loss, where.precision, size, n_own=n_own, n_spare=n_spare)
+                state.micro_batch_size = size
+            distributed.settle(model, loss, where.precision, state.micro_batch_size)
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
         run_id = notes.get("run_id")
@@ -112,6 +115,19 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             checkpoints.remove()
     best: Figures = summary["val"]
     return best
+
+
+@contextmanager
+def _told_of_memory(state: TrainState) -> Iterator[None]:
+    """Outside of a step's passes, where smaller micro-batches would not help: out of memory becomes ResourceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"train: out of memory after step {state.step}; make memory free, or lower the model's size"
+        ) from error
 
 
 def _new_state(params: Params, tokenizer: Tokenizer, where: runtime.Runtime) -> tuple[TrainState, dict[str, str]]:
@@ -167,26 +183,21 @@ class _Training:
     def run(self) -> None:
         """Train to the end. Raises Interrupted after a signal, the state saved."""
         try:
-            train(
-                self.state,
-                self.begin.batches,
-                self.plan,
-                validate=self.validate,
-                report=self.report,
-                save=self.save,
-                roll_back=self.roll_back,
-                log=self.log,
-                check_stop=self.check_stop,
-            )
+            with _told_of_memory(self.state):
+                train(
+                    self.state,
+                    self.begin.batches,
+                    self.plan,
+                    validate=self.validate,
+                    report=self.report,
+                    save=self.save,
+                    roll_back=self.roll_back,
+                    log=self.log,
+                    check_stop=self.check_stop,
+                )
         except Interrupted:
             self.save()
             raise
-        except RuntimeError as error:  # outside of forward and backward, where smaller micro-batches would not help
-            if not is_out_of_memory(error):
-                raise
-            raise ResourceError(
-                f"train: out of memory after step {self.state.step}; make memory free, or lower the model's size"
-            ) from error
         self._send()
 
     def validate(self) -> float:

@@ -276,6 +276,19 @@ def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_p
     assert not list(tmp_path.glob(".raw*"))
 
 
+def test_many_texts_of_one_chunk_are_not_cleaned_at_once(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blank lines: a chunk has a quarter of a million, and each becomes a rejection."""
+    (tmp_path / "a.txt").write_text("\n" * 100_000 + "text\n")
+    clean, sizes = collecting.clean, list[int]()
+    monkeypatch.setattr(collecting, "clean", lambda texts, params: sizes.append(len(texts)) or clean(texts, params))
+    source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
+    assert collect(collect_params(source), tmp_path / "raw")["rejected_empty"] == 100_000
+    assert sum(sizes) == 100_001
+    assert max(sizes) <= 8192
+
+
 @pytest.mark.parametrize(("line", "fault"), [(b"{bad\n", "line 4: not JSON"), (b"\xff\n", "not UTF-8 at byte 50")])
 def test_what_lies_behind_a_limit_has_no_say(
     tmp_path: Path, collect_params: MakeParams, line: bytes, fault: str
@@ -289,6 +302,11 @@ def test_what_lies_behind_a_limit_has_no_say(
         collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
     table = {"text": pa.array([b"one", b"two", b"three", b"\xff"]).view(pa.string())}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthree\n" + "\u00e9".encode() * 9 + b"\xff\n")
+    lines = limited | {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
+    assert collect(collect_params(lines), tmp_path / "raw")["documents_in"] == 2
+    with pytest.raises(InputError, match=r"a\.txt: not UTF-8 at byte 32"):
+        collect(collect_params(lines | {"max_documents": 4}), tmp_path / "raw")
     limited |= {"kind": "parquet", "paths": (f"{tmp_path}/a.parquet",)}
     assert collect(collect_params(limited), tmp_path / "raw")["documents_in"] == 2
     with pytest.raises(InputError, match=r"a\.parquet, column `text`, row 4: not UTF-8 at byte 0"):

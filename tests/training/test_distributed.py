@@ -78,8 +78,10 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
 def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
     project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on resume, bit for bit."""
+    """Also on resume, bit for bit; with less memory by then, not at all."""
     params = tiny.params(train__batch_size=12, train__save_every=2)
+    undisturbed = Project(tmp_path_factory.mktemp("undisturbed"), project.split)
+    assert exit_codes(start_ranks(2, params, undisturbed, TOY_SEQUENCES="2")) == [0, 0]
     assert exit_codes(start_ranks(2, params, project, stop_at=4, TOY_SEQUENCES="2")) == [143, 143]
     assert [line for line in said(project, 0).splitlines() if "memory" in line] == [
         "warning: out of memory; going on with micro-batches of 3",
@@ -87,11 +89,13 @@ def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
     ]
     (saved,) = project.root.glob(".gptpipe/checkpoints/*/step-00000004/state.json")
     assert json.loads(saved.read_bytes())["micro_batch_size"] == 1
+    assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="0")) == [5, 5]
     assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="2")) == [0, 0]
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
     monkeypatch.setenv("DVC_ROOT", str(alone.root))
     alone.train(params)
     assert_alike(project, alone)
+    assert project.digests() == undisturbed.digests()
 
 
 def test_single_sequences_that_do_not_fit_one_rank_end_all(project: Project) -> None:
