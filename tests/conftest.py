@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sections import filters
+from toy_pipeline import commit, make_project, run
 
 from gptpipe.config import CollectParams, Params, load_params
 
@@ -47,3 +48,12 @@ def collect_params() -> Callable[..., CollectParams]:
         return CollectParams.model_validate({**values, **changed, "filters": filters(**changed.get("filters", {}))})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project after its first `dvc repro`, committed."""
+    project = make_project(tmp_path_factory.mktemp("project"))
+    run(project, "dvc", "repro")
+    commit(project)
+    return project
