@@ -75,7 +75,7 @@ def test_queued_experiments_run_side_by_side_into_one_store(reproduced: Path, tm
     assert all(run_id in shown for run_id in finished_runs(project))
 
 
-LONGER = [f"-Strain.{name}" for name in ("max_steps=600", "eval_every=200", "save_every=20")]
+LONGER = ["train", *(f"-Strain.{name}" for name in ("max_steps=600", "eval_every=200", "save_every=20"))]
 
 
 @pytest.fixture(scope="module")

@@ -129,21 +129,25 @@ def fitting_all(
     ResourceError.
     """
     while isinstance(loss, nn.parallel.DistributedDataParallel):
-        is_short = 0
-        try:
-            spare = torch.empty(n_spare, dtype=torch.uint8, device=model.embedding.weight.device)
-            with loss.no_sync():
-                _pass(model, loss, precision, micro_batch_size)
-            del spare
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            is_short = 1
+        with loss.no_sync():
+            is_short = not _fits(model, loss, precision, micro_batch_size, n_spare)
         model.zero_grad(set_to_none=True)
-        if not all_reduce(torch.tensor(is_short), dist.ReduceOp.MAX):  # not on the device, which may be full
+        if not all_reduce(torch.tensor(int(is_short)), dist.ReduceOp.MAX):  # not on the device, which may be full
             break
         micro_batch_size = halved(micro_batch_size, n_own)
     return micro_batch_size
+
+
+def _fits(model: GPT, loss: LossFunction, precision: torch.dtype, n_sequences: int, n_spare: int) -> bool:
+    try:
+        spare = torch.empty(n_spare, dtype=torch.uint8, device=model.embedding.weight.device)
+        _pass(model, loss, precision, n_sequences)
+        del spare
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def settle(model: GPT, loss: LossFunction, precision: torch.dtype, micro_batch_size: int) -> None:
