@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 1.0  # between looks whether `dvc` is still there
 
 
 class Stopped(KeyboardInterrupt):
@@ -99,24 +101,35 @@ def _stop(signum: int, _: object) -> None:
 
 
 def _end_with_parent() -> None:
-    """On Linux, ask for SIGTERM when the parent ends, and end now if it has ended already.
+    """On Linux, ask for SIGTERM when the parent ends, and end now if `dvc` has ended already.
 
     `dvc` killed alone must not leave a stage behind, whose files the next `dvc repro` would write too.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if _is_orphan():
-            sys.exit(128 + signal.SIGTERM)
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "DVC_STAGE" not in os.environ:
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()  # torchrun, which does not notice that `dvc` has ended
+        threading.Thread(target=_end_with_dvc, args=[launcher], daemon=True).start()
+    elif _is_orphan(os.getpid()):
+        sys.exit(128 + signal.SIGTERM)
 
 
-def _is_orphan() -> bool:
+def _is_orphan(pid: int) -> bool:
     """Whether `dvc`, which started this process, has ended.
 
     `dvc` runs its stages in its own process group. An orphan's parent is init or another process outside the group.
-    (torchrun gives each rank a group, so this says nothing about a rank.)
     """
-    is_started_by_dvc = "DVC_STAGE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     try:
-        return is_started_by_dvc and os.getpgid(os.getppid()) != os.getpgrp()
-    except ProcessLookupError:  # it ended just now
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return os.getpgid(parent) != os.getpgid(pid)
+    except (FileNotFoundError, ProcessLookupError):  # one of them ended just now
         return True
+
+
+def _end_with_dvc(launcher: int) -> None:
+    while not _is_orphan(launcher):
+        time.sleep(_LOOK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)

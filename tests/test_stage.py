@@ -139,6 +139,26 @@ def test_a_stage_whose_parent_ended_before_it_could_ask_does_nothing(stage: Path
     process.communicate()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_rank_ends_when_dvc_ends_and_torchrun_lives_on(stage: Path) -> None:
+    dvc = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])"
+    torchrun = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]], start_new_session=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", dvc, torchrun, stage], cwd=stage.parent, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "toy", "TORCHELASTIC_RUN_ID": "toy",
+             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    time.sleep(1.5)  # it looked at least once, and stayed
+    assert list((stage.parent / "data").iterdir())
+    process.kill()
+    _, said = process.communicate(timeout=60)
+    assert said == "error: SIGTERM: stopped; `dvc repro` continues\n"
+    assert not list((stage.parent / "data").iterdir())
+
+
 @pytest.mark.parametrize("name", ["collect", "tokenize", "split", "train", "evaluate"])
 def test_a_stage_imports_nothing_slow_before_it_asks_to_end_with_its_parent(name: str) -> None:
     code = f"import sys; before = set(sys.modules); import stages.{name}; print(*sorted(set(sys.modules) - before))"
