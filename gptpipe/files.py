@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 _DONE = ".done"  # ends the name of a note that files are finished
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class FileEntry(BaseModel):
@@ -63,6 +65,31 @@ class Manifest(BaseModel):
 def to_json(value: Any) -> bytes:
     """The one JSON form used on disk: sorted keys, two spaces, no NaN, a line feed at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file whose size is limited. Raises OSError, and ValueError for any other file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"{status.st_size:,} bytes, the limit is {max_bytes:,}")
+    return path.read_bytes()
+
+
+def read_json(path: Path, kind: type[Model], max_bytes: int) -> Model:
+    """A JSON file as an object of `kind`, types taken strictly. Raises OSError, and ValueError of one short line."""
+    try:
+        return kind.model_validate_json(read_bytes(path, max_bytes), strict=True)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with the first wrong value, in one short line; its place may be a key from the file."""
+    fault = error.errors()[0]
+    place = ".".join(map(str, fault["loc"]))
+    return f"{place!r:.100}: {fault['msg']:.200}" if place else f"{fault['msg']:.200}"
 
 
 def sha256_of(path: Path) -> str:
