@@ -71,7 +71,7 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone. Raises InputError for a text with 100,000 white characters in a row."""
+        """Ids of the text alone. Raises InputError for over 100,000 white characters in a row."""
         if _TOO_MUCH_SPACE.search(text):
             raise InputError("a text with more than 100,000 white characters in a row cannot be encoded; shorten them")
         return self.encoding.encode_ordinary(text)

@@ -224,7 +224,7 @@ class _Content(BaseModel):
     best_step: _Step | None
     history: list[Validation]
     skipped: _Step
-    micro_batch_size: Annotated[int, Field(ge=1)]
+    micro_batch_size: Annotated[int, Field(ge=1, lt=2**40)]
     environment: dict[str, str | int | bool]
     inexact: list[str] = []  # an earlier version did not save it
     notes: dict[str, Any]
