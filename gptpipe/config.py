@@ -338,7 +338,7 @@ def load_params(path: Path = PARAMS) -> Params:
             for fault in error.errors()
             if fault["type"] != "too_short" or not fault["input"]  # else it is the items that are wrong, and told
         ]
-        raise ConfigError(f"{path}: " + f"\n{path}: ".join(faults)) from error
+        raise ConfigError(*(f"{path}: {fault}" for fault in faults)) from error
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not plain YAML: {first_line(error)}") from error
 
