@@ -20,7 +20,7 @@ from gptpipe.files import Manifest, verify, write_bytes, write_json
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.tokens.splits import Side
-from gptpipe.tokens.streams import Stream, open_stream
+from gptpipe.tokens.streams import Stream, open_stream, verify_split
 
 _HELD_OUT: tuple[Side, ...] = ("val", "test")
 
@@ -50,7 +50,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Score a model on what was held out, sample from it, and write the reports. Raises IntegrityError."""
     keep_freed_memory()
-    made, lineage = verify(model_folder), verify(split_folder)
+    made, lineage = verify(model_folder), verify_split(split_folder)
     if made.made_from.get("split") != lineage.digest:
         raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
     model, tokenizer = load_generator(model_folder)
