@@ -2,18 +2,21 @@
 
 from pathlib import Path
 
-from gptpipe.config import load_params
-from gptpipe.console import say
-from gptpipe.files import check_parent, read_manifest
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
+    from gptpipe.config import load_params
+    from gptpipe.console import say
+    from gptpipe.environment import project_root
+    from gptpipe.files import check_parent, read_manifest
+
     params = load_params()
-    from gptpipe.evaluation.evaluate import evaluate_model  # late: bad parameters are reported before the slow imports
+    from gptpipe.evaluation.evaluate import evaluate_model  # late: fail on bad parameters before the slow imports
     from gptpipe.evaluation.report import draw_figures, read_training_reports, write_page
     from gptpipe.tracking.registry import record_evaluation
     from gptpipe.tracking.store import read_run_id
+    from gptpipe.training.finished import discard_finished
 
     raw, split, model, reports = Path("data/raw"), Path("data/split"), Path("models/gpt"), Path("reports")
     run_id = read_run_id(reports / "mlflow_run.json")
@@ -23,6 +26,7 @@ def main() -> None:
     figures = draw_figures(reports, trained)
     page = write_page(reports, trained, params, found.lineage, read_manifest(raw).counts, run_id, figures)
     champion = record_evaluation(params, found, run_id, page, figures, model)
+    discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)  # DVC has recorded the training
     for side in ("val", "test"):
         if side in found.results:
             result, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
@@ -32,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage("evaluate", main, __doc__)
