@@ -1,7 +1,6 @@
 """The command `gptpipe`: what people do before and after the pipeline."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -104,10 +103,10 @@ def _data(options: argparse.Namespace) -> None:
     page, run = view_data(Path(), options.seed), Path("reports/mlflow_run.json")
     Console().print(Markdown(printable(page)))
     if run.exists():
-        from gptpipe.tracking.store import RunWriter, connect, find_run, store_errors  # late: they take seconds
+        from gptpipe.tracking.store import RunWriter, connect, find_run, read_run_id, store_errors  # late: slow imports
 
         with store_errors():
-            if run_id := find_run(connect(), json.loads(run.read_bytes())["run_id"]):  # a fresh clone's store has none
+            if run_id := find_run(connect(), read_run_id(run)):  # a fresh clone's store has none
                 RunWriter(run_id).write(("text", ["data.md", page]))
 
 

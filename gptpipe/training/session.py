@@ -29,7 +29,7 @@ from gptpipe.training.checkpoint import Checkpoints, run_key
 from gptpipe.training.finished import discard, finished_in, mark_finished
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
-from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_curves, write_model
+from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_model, write_reports
 from gptpipe.training.start import Start, start
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
@@ -117,8 +117,8 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             summary = summarise(params, state, n_steps, checkpoints.inexact)
             if place().rank == 0:
                 run_id = record.run_id  # once: the store may answer in between, and give the run its own id
-                write_model(target, params, begin, checkpoints, summary)
-                write_curves(reports, state, summary, checkpoints)
+                digests = write_reports(reports, state, summary, checkpoints)
+                write_model(target, params, begin, checkpoints, summary, digests)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
                 record.tags({"best_step": str(summary["best_step"])})
         if place().rank == 0:
