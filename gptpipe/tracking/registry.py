@@ -34,7 +34,7 @@ _KEPT = ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")  # what ne
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SERVED_MODEL = Path(__file__).parent / "served_model.py"
 _SERVING_REQUIREMENTS = (
-    *("filelock", "mlflow", "numpy", "pandas", "pyarrow", "pydantic"),
+    *("filelock", "mlflow", "numpy", "pandas", "psutil", "pyarrow", "pydantic"),
     *("rich", "ruamel.yaml", "safetensors", "tiktoken", "torch"),
 )
 
