@@ -134,7 +134,7 @@ def _generate(options: argparse.Namespace) -> None:
         pieces = continue_text(model, tokenizer, prompt, options.max_new_tokens, sampling)
         with memory_errors("out of memory; shorten the prompt, or lower --max-new-tokens"):
             for piece in chain([prompt], pieces):
-                print(piece, end="", flush=True)
+                print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         print()
 
     if not options.interactive:

@@ -52,7 +52,11 @@ def new_parquet(path: Path, schema: pa.Schema) -> Iterator[ParquetRows]:
 
 
 def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Record batches of some columns, none larger than a row group. Raises IntegrityError for a damaged file."""
+    """Record batches of some columns, none larger than a row group. Raises IntegrityError for a damaged file.
+
+    The file is trusted: it is one of this project's shards, compared with its digest before it is read. A hostile file
+    could crash native code, and with it this process; files from elsewhere are read by `gptpipe.corpus.tables`.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if missing := set(columns).difference(file.schema_arrow.names):

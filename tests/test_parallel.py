@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from sections import SHIPPED, tokenize_params
 
+from gptpipe import parallel
 from gptpipe.config import CollectParams
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
-from gptpipe.errors import ConfigError, IntegrityError, ResourceError
+from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.files import verify
-from gptpipe.parallel import map_in_order
+from gptpipe.parallel import in_child, map_in_order
 from gptpipe.tokens import encode
 from gptpipe.tokens.encode import tokenize
 
@@ -91,6 +92,66 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, monkeypatch: pytest.Mo
         time.sleep(0.1)
     assert len(workers) == 2
     assert not any(map(is_running, workers))
+
+
+COUNT = "range(100_000)"
+ME = "__import__('os').kill(__import__('os').getpid()"
+
+
+def test_a_generator_in_another_process_gives_the_same() -> None:
+    assert list(in_child("a", eval, COUNT)) == list(range(100_000))
+    assert list(in_child("a", eval, "(__import__('os').getppid() for _ in 'a')")) != [os.getpid()]
+
+
+def test_a_generator_in_another_process_ends_when_it_is_closed() -> None:
+    endless = in_child("a", eval, "__import__('itertools').repeat(__import__('os').getpid())")
+    child = next(endless)
+    assert is_running(child)
+    endless.close()
+    assert not is_running(child)
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "words"),
+    [
+        (f"iter({ME}, 6))", InputError, r"its reader crashed \(SIGABRT\)"),
+        (f"iter({ME}, 11))", InputError, r"its reader crashed \(SIGSEGV\)"),
+        (f"iter({ME}, 9))", ResourceError, "its reader was killed; if memory"),
+        ("iter(__import__('os')._exit(7))", InputError, r"its reader crashed \(exit code 7\)"),
+        ("iter(bytes(200 << 20))", InputError, "needs more than 100 MiB of memory to read"),
+        ("__import__('gptpipe.files').files.verify(__import__('pathlib').Path('/a'))", IntegrityError, "manifest"),
+        ("iter(1 / 0)", RuntimeError, "ZeroDivisionError"),
+        ("iter(__import__('time').sleep(60))", InputError, "its reader has given nothing for 1 s"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_the_other_process(
+    monkeypatch: pytest.MonkeyPatch, work: str, error: type[Exception], words: str
+) -> None:
+    """A native crash once ended the whole stage; it names the file now."""
+    if "sleep" in work:
+        monkeypatch.setattr(parallel, "_SILENCE", 1.0)
+    with pytest.raises(error, match=words):
+        list(in_child("a.parquet", eval, work, memory=100 << 20))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
+    """The generator's process, the server that it was forked from, and Python's tracker of resources."""
+    program = """
+from gptpipe.parallel import in_child
+for child in in_child("a", eval, "iter(lambda: __import__('time').sleep(0.1) or __import__('os').getpid(), 0)"):
+    print(child, __import__("multiprocessing.forkserver").forkserver._forkserver._forkserver_pid, flush=True)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert all(map(is_running, pids))
+    parent.kill()
+    parent.communicate()
+    until = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from gptpipe.files import disk_errors, new_file, sha256_of
 _TRIES = 5
 _PAUSE = 1.0  # seconds before the second try, doubled before each further one
 _TIMEOUT = 30.0  # seconds without a byte
+_SPARE_BYTES = 1 << 30  # of the disk, never used for downloads
 
 
 def download(url: str, sha256: str) -> Path:
@@ -45,6 +46,8 @@ def _download(url: str, sha256: str, target: Path) -> None:
         reason = "the answer is cut short"
         try:
             missing = _fetch(url, part) > 0
+        except (ValueError, http.client.InvalidURL) as error:
+            raise InputError(f"{url}: not an address: {first_line(error)}; fix it in collect.sources") from error
         except (OSError, http.client.HTTPException) as error:
             code = 500
             if isinstance(error, urllib.error.HTTPError):
@@ -73,9 +76,15 @@ def _fetch(url: str, part: Path) -> int:
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, part.open("ab") as file:
+        if not isinstance(answer, http.client.HTTPResponse):
+            raise InputError(f"{url}: redirects to {answer.url}, which is not HTTP; fix the address in collect.sources")
         if answer.status != 206:
             file.truncate(0)
         while data := answer.read(CHUNK):
+            disk = shutil.disk_usage(part.parent)
+            if disk.free < min(_SPARE_BYTES, disk.total // 20):  # the answer may have no end
+                reason = f"{file.tell():,} bytes so far in {part}, and the disk is nearly full"
+                raise ResourceError(f"{url}: {reason}; free space, or fix the address in collect.sources, then rerun")
             with disk_errors(part):
                 file.write(data)
                 file.flush()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptpipe.corpus.document import Rejected
-from gptpipe.errors import printable
+from gptpipe.errors import one_line, printable
 from gptpipe.files import write_bytes
 from gptpipe.markdown import render
 
@@ -44,7 +44,7 @@ class Tally(Counter[str]):
         if self.by_source[source][name] <= _EXAMPLES:
             start = text[: 4 * _CHARACTERS] if isinstance(text, str) else "(not a text)"
             shown = printable(" ".join(start.split()))[:_CHARACTERS]
-            why = printable(rejected.why)  # it holds names of files, which JSON can only hold so
+            why = one_line(rejected.why)  # it holds names of files, which JSON can only hold so
             self.examples.append({"source": source, "reason": rejected.reason, "why": why, "text": shown})
 
     def write(self, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from gptpipe.config import Params
+from gptpipe.errors import one_line
 from gptpipe.files import Manifest, new_folder, to_json, write_bytes
 from gptpipe.markdown import render
 from gptpipe.model.layout import save_model
@@ -46,7 +47,7 @@ def write_model(
 def _card(params: Params, summary: dict[str, Any], made: Manifest) -> str:
     """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
-    ancestors = sorted(made.lineage("split").items())
+    ancestors = [(one_line(name), digest) for name, digest in sorted(made.lineage("split").items())]
     values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
     return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 

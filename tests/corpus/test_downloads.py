@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import importlib
 import json
+import shutil
 import socket
 import struct
 import subprocess
@@ -13,8 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +59,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "file:///etc/hostname")
             self.end_headers()
+        elif script == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not self.server.released.is_set():
+                    self.wfile.write(bytes(1 << 18))
         elif script == "stalled":
             self.server.released.wait()
         else:
@@ -94,6 +103,22 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def address(server: Server) -> str:
     return f"http://127.0.0.1:{server.server_port}/a.txt"
+
+
+def test_an_answer_without_end_does_not_fill_the_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.script = ["endless"]
+    free = iter([1 << 40] * 3 + [1 << 20] * 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=next(free)))
+    with pytest.raises(ResourceError, match=r"a\.txt: 786,432 bytes so far in .*\.part, and the disk is nearly full"):
+        download(address(server), SHA256)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a b/c", "http://127.0.0.1:port/", "http://127.0.0.1/\u00e9",
+                                 "http://" + "a" * 99 + ".com/", "http://127.0.0.1/a\nb"])  # fmt: skip
+def test_what_is_no_address_is_an_input_error(server: Server, url: str) -> None:
+    with pytest.raises(InputError, match=r"not an address: .*collect\.sources") as caught:
+        download(url, SHA256)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

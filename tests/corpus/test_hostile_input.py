@@ -5,8 +5,8 @@ import gzip
 import hashlib
 import lzma
 import os
-import resource
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptpipe.config import CollectParams
-from gptpipe.corpus import opening
+from gptpipe.corpus import opening, sources
 from gptpipe.corpus.collect import collect
 from gptpipe.errors import InputError
 from gptpipe.files import verify
 
+FIXTURES = Path(__file__).parents[1] / "fixtures/hostile"
 GOOD = [f"good document number {i}" for i in range(99)]
 WORDS = " ".join(f"word{i}" for i in range(100))
 LONG = b"ab " * 1_000_000
@@ -192,14 +193,51 @@ def test_a_table_with_a_column_whose_name_is_not_utf8(collected, tmp_path: Path)
         collected(True, "parquet")
 
 
-def test_a_table_whose_rows_name_one_long_text_is_read_in_small_parts(tmp_path: Path, collected) -> None:
+def test_a_table_whose_rows_name_one_long_text_is_read_in_small_parts(
+    tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2 KB of file for 200 MB of text, under a limit of the address space; allowed to grow, it is one document."""
+    monkeypatch.setattr(sources, "_MEMORY", 160 << 20)
     pq.write_table(pa.table({"text": ["a" * 200_000] * 1000}), tmp_path / "hostile")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), limits[1]))
-    try:
-        counts = collected(True, "parquet", max_expansion=1_000_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+    counts = collected(True, "parquet", max_expansion=1_000_000)
     assert (counts["documents"], counts["rejected_duplicate"]) == (1, 999)
+
+
+def test_a_table_that_needs_too_much_memory(tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MEMORY", 80 << 20)
+    pq.write_table(pa.table({"text": ["a" * (60 << 20)]}), tmp_path / "hostile", compression="zstd")
+    with pytest.raises(InputError, match=r"hostile: needs more than \d+ MiB of memory to read: it is damaged"):
+        collected(True, "parquet", max_expansion=1_000_000)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_a_table_that_crashes_its_reader(
+    collected, tmp_path: Path, capfd: pytest.CaptureFixture[str], packed: Callable[[bytes], bytes], alone: bool
+) -> None:
+    """An exception in C++ that nobody catches once ended the process with SIGABRT."""
+    (tmp_path / "hostile").write_bytes(packed((FIXTURES / "native-crash.parquet").read_bytes()))
+    check(lambda: collected(alone, "parquet"), "hostile: its reader crashed (SIGABRT)", alone, tmp_path / "raw")
+    assert "terminate called" not in capfd.readouterr().err
+
+
+def test_names_of_files_cannot_break_a_message_or_the_report(
+    tmp_path: Path, collect_params: Callable[..., CollectParams]
+) -> None:
+    """Also among what is rejected: a name that is not UTF-8 once could not be written into the notes of a shard."""
+    (tmp_path / "good.txt").write_text("good")
+    folder = tmp_path / "new\nline"
+    folder.mkdir()
+    try:
+        (folder / os.fsdecode(b"\x1b[31m<b>caf\xe9")).write_bytes(b"\0binary")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    params = collect_params(*({"kind": "text", "paths": (f"{path}",)} for path in (f"{tmp_path}/*.txt", f"{folder}/*")))
+    collect(params, tmp_path / "raw", tmp_path / "report.md")
+    assert rf"{tmp_path}/new\nline/\x1b[31m<b>caf\xe9" in unescape((tmp_path / "report.md").read_text())
+    assert not {"<", "\x1b"} & set((tmp_path / "report.md").read_text())
+    params = collect_params({"kind": "parquet", "paths": (f"{folder}/*",)})
+    with pytest.raises(InputError) as caught:
+        collect(params, tmp_path / "raw")
+    assert str(caught.value).startswith(rf"{tmp_path}/new\nline/\x1b[31m<b>caf\xe9: not a readable Parquet file: ")
+    assert "\n" not in str(caught.value)

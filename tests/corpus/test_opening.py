@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from gptpipe.corpus.sources import fingerprint, read
 from gptpipe.errors import GptpipeError, InputError, ResourceError
 
 MakeParams = Callable[..., CollectParams]
+FIXTURES = Path(__file__).parents[1] / "fixtures/hostile"
 LINES = [f"line {i} of some text" for i in range(5000)]
 TEXT = "\n".join(LINES).encode()
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -51,9 +53,9 @@ def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
     return file.getvalue()
 
 
-def zip_(members: dict[str, bytes]) -> bytes:
+def zip_(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", method) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return file.getvalue()
@@ -158,6 +160,101 @@ def test_links_and_devices_in_an_archive_are_passed_over(tmp_path: Path, texts) 
             archive.addfile(info)
     (tmp_path / "file.tar").write_bytes(file.getvalue())
     assert texts(f"{tmp_path}/file.tar") == []
+
+
+def header(name: str, kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
+    """A header of a tar archive, padded content included; `size` may say something else."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(content) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def pax(record: bytes) -> bytes:
+    return header("pax", tarfile.XHDTYPE, b"%d %b\n" % (len(record) + 4, record))
+
+
+END = bytes(1024)
+ONE = header("one", tarfile.REGTYPE, b"one")
+WIDE_XZ = bytes.fromhex(
+    "fd377a585a000004e6d6b44602002101250000003b787b4101000568656c6c6f0a000000a56097f1"
+    "94f6fde000011e06c12fa41d1fb6f37d010000000004595a"
+)
+HOSTILE_ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "long pax header": (
+        lambda: gzip.compress(header("pax", tarfile.XHDTYPE, bytes(60 << 20)) + ONE + END, 1),
+        "file: a header of 62,914,560 bytes, above 1,048,576; pack the archive again",
+    ),
+    "long name": (
+        lambda: gzip.compress(header("name", tarfile.GNUTYPE_LONGNAME, bytes(60 << 20)) + ONE + END, 1),
+        "file: a header of 62,914,560 bytes",
+    ),
+    "negative header": (lambda: header("pax", tarfile.XHDTYPE, size=-512) + ONE + END, "file: a header of -512 bytes"),
+    "negative size": (lambda: header("a", tarfile.REGTYPE, size=-512) + ONE + END, "file: .*: a negative size"),
+    "pax record of a wrong length": (lambda: header("pax", tarfile.XHDTYPE, b"99 path=a\n") + END, "a wrong length"),
+    "pax size that is none": (lambda: pax(b"size=many") + ONE + END, "file: damaged, truncated or encrypted: invalid"),
+    "sparse": (lambda: header("a", tarfile.GNUTYPE_SPARSE) + END, "file: a: a sparse file; .*without --sparse"),
+    "sparse by pax": (lambda: pax(b"GNU.sparse.major=1") + ONE + END, "file: one: a sparse file; "),
+    "damaged second header": (lambda: ONE + ONE.replace(b"one", b"two", 1) + END, "file: damaged, .*: bad checksum"),
+    "cut between members": (lambda: ONE, "file: damaged, .*: empty header"),
+    "cut in a member": (lambda: header("a", tarfile.REGTYPE, b"one", size=2000), "file: a: damaged, .*ends too early"),
+    "zip without a name": (lambda: (FIXTURES / "nameless-member.zip").read_bytes(), "file: damaged, .*out of range"),
+    "zip with a name that is not UTF-8": (
+        lambda: zip_({"d/\u00fc.txt": b"one"}).replace(b"\xc3\xbc", b"\xff\xff"), "file: damaged, .*can't decode byte",
+    ),
+    "zip with a large directory": (
+        lambda: gzip.compress(zip_({"a": b""}) + bytes(30 << 20) + b"PK\5\6" + bytes(8) + b"\0\0\x90\1" + bytes(6), 1),
+        "file: a directory of 26,214,400 bytes, above 16,777,216; split the archive",
+    ),
+    "zip of lzma": (lambda: zip_({"a": b"one"}, zipfile.ZIP_LZMA), "file: a: packed with LZMA; .*deflate"),
+    "xz that needs 1.5 GiB": (lambda: WIDE_XZ, "file: needs more than 160 MiB of memory to unpack; pack it again"),
+    "xz in zip that needs 1.5 GiB": (lambda: zip_({"a": WIDE_XZ}), "file: a: needs more than 160 MiB of memory"),
+    "garbage after gzip": (lambda: gzip.compress(b"one") + b"garbage", "file: damaged, truncated or encrypted: "),
+    "damaged member": (lambda: zip_({"a": gzip.compress(TEXT)[:-9]}), "file: a: damaged, .*ends too early"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_ARCHIVES)
+def test_a_hostile_archive_is_one_line_and_takes_little_memory(tmp_path: Path, texts, name: str) -> None:
+    """A pax header of 700 MB in 7 MB once took 2.9 GB; tarfile also ended in silence at a damaged second header."""
+    make, words = HOSTILE_ARCHIVES[name]
+    (tmp_path / "file").write_bytes(make())
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=words) as caught:
+            texts(str(tmp_path / "file"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/file: ")
+    assert peak < 24 << 20
+
+
+def test_a_long_chain_of_headers_is_no_recursion(tmp_path: Path, texts) -> None:
+    chain_of_headers = pax(b"comment=a") * 2000 + header("", tarfile.XGLTYPE, b"11 path=no\n") * 2000
+    (tmp_path / "file").write_bytes(chain_of_headers + ONE + END)
+    assert texts(str(tmp_path / "file")) == ["one"]
+
+
+@pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_and_large_numbers_in_tar(tmp_path: Path, collect_params: MakeParams, format_: int) -> None:
+    """Members are named as tarfile names them, and a name may be anything."""
+    names = ["a/" * 100 + "b", "caf\u00e9", "caf\udce9", "new\nline", "c" * 3000]
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format_) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size, info.uid, info.mtime = 5, 1 << 40, 1.5
+            archive.addfile(info, io.BytesIO(b"\0text"))
+    (tmp_path / "file").write_bytes(file.getvalue())
+    params = collect_params({"kind": "text", "paths": (f"{tmp_path}/file",)})
+    found = chain.from_iterable(read(params.sources[0], params, Counter(), {}))
+    assert [text.why for text in found if isinstance(text, Rejected)] == [f"{tmp_path}/file: {name}" for name in names]
+
+
+def test_zeros_after_gzip_are_padding(tmp_path: Path, texts) -> None:
+    (tmp_path / "file").write_bytes(gzip.compress(b"one\n") + bytes(700_000) + gzip.compress(b"two") + bytes(9))
+    assert texts(str(tmp_path / "file")) == ["one", "two"]
 
 
 def test_memory_does_not_grow_with_what_comes_out(tmp_path: Path) -> None:
