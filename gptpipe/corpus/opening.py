@@ -134,7 +134,7 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
     def count_out(data: bytes) -> None:
         nonlocal n_out
         n_out += len(data)
-        check_growth(address, n_in or Path(address).stat().st_size, n_out, max_expansion)
+        check_growth(address, n_out, growth_limit(n_in or Path(address).stat().st_size, max_expansion), max_expansion)
 
     with _open(address) as raw:
         if not is_remote(address):
@@ -148,9 +148,14 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
             digests[address] = sha256.hexdigest()
 
 
-def check_growth(name: str, n_in: int, n_out: int, max_expansion: int) -> None:
-    """Raise InputError where more bytes come out than `max_expansion` times those that went in."""
-    if n_out > max(_FREE_BYTES, max_expansion * n_in):
+def growth_limit(n_in: int, max_expansion: int) -> int:
+    """Bytes that may come out of `n_in` bytes."""
+    return max(_FREE_BYTES, max_expansion * n_in)
+
+
+def check_growth(name: str, n_out: int, limit: int, max_expansion: int) -> None:
+    """Raise InputError if more bytes come out than `growth_limit` allows."""
+    if n_out > limit:
         raise InputError(f"{name}: grows to more than {max_expansion} times its size; remove it, or raise "
                          "collect.max_expansion")  # fmt: skip
 
@@ -339,13 +344,11 @@ def _damage(name: str) -> Iterator[None]:
     """Turn what unpacking can raise into one line. The libraries do not document all of it."""
     try:
         yield
-    except GptpipeError:
+    except (GptpipeError, MemoryError):
         raise
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise InputError(f"{name}: cannot read: {reason}; mend the file, or collect.sources") from error
-    except MemoryError as error:
-        raise ResourceError(f"{name}: not enough memory to unpack it; free memory, then rerun") from error
     except Exception as error:
         if isinstance(error, lzma.LZMAError) and "limit" in str(error):
             needed = f"more than {_DICTIONARY_BYTES >> 20} MiB of memory to unpack"

@@ -15,7 +15,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,13 +27,26 @@ from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, Python, S
 from gptpipe.corpus.cleaning import cut, plain_line_ends
 from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.downloads import download
-from gptpipe.corpus.opening import CHUNK, check_growth, is_remote, open_files, read_errors, remote_addresses, seekable
+from gptpipe.corpus.opening import (
+    CHUNK,
+    check_growth,
+    growth_limit,
+    is_remote,
+    open_files,
+    read_errors,
+    remote_addresses,
+    seekable,
+)
 from gptpipe.corpus.python_docs import module_files, python_code, python_docs
 from gptpipe.environment import optional_module, project_root
-from gptpipe.errors import InputError, first_line
+from gptpipe.errors import GptpipeError, InputError, first_line
 from gptpipe.files import sha256_of
+from gptpipe.parallel import OpenFile, in_child
 
 _BATCH_BYTES = 1 << 20  # of rows of Parquet in memory, about
+_MEMORY, _MEMORY_PER_BYTE = 1 << 30, 16  # bytes to read a Parquet file: these, and this many per byte of the file
+_ROWS = 64  # of a dataset, passed on together
+_NAMES = 20  # of columns, in a message
 _SNIFFED = 8192  # bytes that decide whether a file is text
 _JSON = json.JSONDecoder()
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -71,7 +84,7 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
         yield from ([text] for text in texts)
         return
     if isinstance(source, HuggingFace):
-        yield from _huggingface(source)
+        yield from in_child(_hub_address(source), _huggingface_rows, source)
         return
     for address in _addresses(source):
         with read_errors(address):
@@ -251,26 +264,36 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
+    with seekable(opened) as whole:
+        n_in = whole.seek(0, os.SEEK_END)
+        limit = growth_limit(n_in, params.max_expansion)
+        memory = _MEMORY + _MEMORY_PER_BYTE * n_in
+        yield from in_child(name, _parquet_rows, name, OpenFile(whole), column, params, limit, memory=memory)
+
+
+def _parquet_rows(name: str, whole: BinaryIO, column: str, params: CollectParams, limit: int) -> Texts:
+    """Runs in a process of its own. `limit`: bytes that may come out."""
     row = 0  # the first is 1
     # Without these a row group, which may be the whole file, would be in memory at once.
     options: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
     try:
-        with seekable(opened) as whole, pq.ParquetFile(whole, **options) as file:
+        with pq.ParquetFile(whole, **options) as file:
             if column not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
+                names = _some_of(file.schema_arrow.names)
                 raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
             kind = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise InputError(f"{name}: column `{column}` holds {kind}, not text; set text_column of the source")
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            n_in, n_out = whole.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
-            check_growth(name, n_in, n_out, params.max_expansion)
+            n_out = sum(group.total_byte_size for group in groups)
+            check_growth(name, n_out, limit, params.max_expansion)
             widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
             widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups, options)), 0
             n_rows = max(1, min(1024, _BATCH_BYTES // (widest + 1)))
             for batch in file.iter_batches(n_rows, columns=[column]):
                 contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8
-                check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
+                n_out += contents.nbytes
+                check_growth(name, n_out, limit, params.max_expansion)
                 texts: list[str | Rejected] = []
                 try:
                     for content in contents.to_numpy(zero_copy_only=False):
@@ -281,9 +304,14 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
                     yield texts
                     raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
                 yield texts
+    except (GptpipeError, MemoryError):
+        raise
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{name}, the name of a column", error.start) from error
-    except pa.ArrowException as error:
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(f"{name}: cannot read: {reason}; mend the file, or collect.sources") from error
+    except Exception as error:  # pyarrow has others than its own
         raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
 
 
@@ -300,15 +328,36 @@ def _hub_address(source: HuggingFace) -> str:
     return f"huggingface://{source.dataset}/{source.name or 'default'}/{source.split}"
 
 
-def _huggingface(source: HuggingFace) -> Texts:
+def _some_of(names: Iterable[str]) -> str:
+    """The first names of columns, for a message."""
+    first = list(islice(names, _NAMES + 1))
+    return ", ".join(first[:_NAMES]) + (", ..." if len(first) > _NAMES else "")
+
+
+def _huggingface_rows(source: HuggingFace) -> Texts:
+    """Runs in a process of its own: `datasets` parses Parquet and Arrow files too."""
+    address = _hub_address(source)
     datasets = optional_module("datasets", "huggingface")
-    with read_errors(_hub_address(source)):
-        rows = datasets.load_dataset(
-            source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
-        )
-        for row in rows:
-            if source.text_column not in row:
-                names = ", ".join(row)
-                raise InputError(f"{source.dataset}: no column `{source.text_column}` among {names}; set text_column")
-            text = row[source.text_column]
-            yield [text if isinstance(text, str) else Rejected("no_text")]
+    texts: list[str | Rejected] = []
+    size = 0
+    try:
+        with read_errors(address):
+            rows = datasets.load_dataset(
+                source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
+            )
+            for row in rows:
+                if source.text_column not in row:
+                    names = _some_of(row)
+                    raise InputError(
+                        f"{source.dataset}: no column `{source.text_column}` among {names}; set text_column"
+                    )
+                text = row[source.text_column]
+                texts.append(text if isinstance(text, str) else Rejected("no_text"))
+                size += len(text) if isinstance(text, str) else 0
+                if len(texts) == _ROWS or size > CHUNK:
+                    yield texts
+                    texts, size = [], 0
+    except GptpipeError:
+        yield texts  # a limit may lie before the error
+        raise
+    yield texts
