@@ -52,7 +52,7 @@ SOURCES = tuple(
         ("huggingface", {"dataset": "a/b", "revision": "0" * 40, "name": None}),
     )
 )
-KEYS = tuple(
+KEYS = sorted(
     {
         *SHIPPED,
         *FilterParams.model_fields,
@@ -98,7 +98,7 @@ def check(content: bytes) -> None:
             lines = str(error).split("\n")
             assert len(set(lines)) == len(lines)
             for line in lines:
-                assert line.startswith(f"{path}: ") or line.startswith(f"{path}, line "), line
+                assert line.startswith((f"{path}: ", f"{path}, line ")), line
                 assert line.partition(": ")[2].strip()
                 assert not any(unicodedata.category(character) == "Cc" for character in line), line
 
