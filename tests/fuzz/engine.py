@@ -28,7 +28,7 @@ from .mutations import LONGEST, Mutation, mutate
 
 CHUNK = 1000  # executions of one worker
 HANG_SECONDS = 5  # of processor time
-_WAIT_SECONDS = 15  # without an end of an execution, however little the processor works: it waits for something
+_WAIT_SECONDS = 60  # without an end of an execution, however little the processor works: it waits for something
 _MOST_SEEDS = 400  # of a chunk
 _LONGEST_KEPT = 5000  # bytes of a finding in the project
 _SHRINK_SECONDS = 5  # for one finding
@@ -86,7 +86,7 @@ def examine(target: Target, content: bytes, execute: Callable[[bytes], object] |
         if memory is not None:
             return Outcome(f"memory {place}", f"asks for more memory than is there: {str(memory)[:200]}")
         return Outcome(place)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         return Outcome(_place(error), _described(error))
     return Outcome("")
 

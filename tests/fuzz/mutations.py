@@ -12,6 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from gptpipe.files import seal
+
 Mutation = Callable[[bytes, Random], bytes]
 
 LONGEST = 1 << 17  # bytes of an input: longer ones find little more and take longer
@@ -138,6 +140,16 @@ def json_tree(content: bytes, random: Random) -> bytes:
     return content
 
 
+def sealed(content: bytes, random: Random) -> bytes:
+    """A change of a sealed JSON document, whose seal is set to fit."""
+    try:
+        tree = json.loads(content)
+        tree.pop("sha256", None)
+        return seal(_changed(tree, random))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return content
+
+
 def _around(lines: list[bytes], at: int) -> tuple[bytes, bytes]:
     before, after = b"".join(line + b"\n" for line in lines[:at]), b"".join(b"\n" + line for line in lines[at + 1 :])
     return before, after
@@ -228,9 +240,9 @@ def tar_checksum(content: bytes, random: Random) -> bytes:
     if random.random() < 0.5:
         header[156:157] = random.choice((b"0", b"1", b"2", b"5", b"6", b"g", b"x", b"X", b"L", b"K", b"S", b"7", b"\0"))
     if random.random() < 0.3:  # the size
-        header[124:136] = random.choice((b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000000000\0", b"-1"))[
-            :12
-        ].ljust(12, b"\0")
+        header[124:136] = random.choice(
+            (b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000000000\0", b"-1")
+        )[:12].ljust(12, b"\0")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return content[:start] + bytes(header) + content[start + 512 :]

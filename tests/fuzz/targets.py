@@ -12,7 +12,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,18 @@ from gptpipe.config import CollectParams, load_params
 from gptpipe.corpus.cleaning import clean
 from gptpipe.corpus.sources import _parquet_rows, read
 from gptpipe.errors import ConfigError, InputError, IntegrityError
-from gptpipe.files import MANIFEST, FileEntry, finished, new_folder, read_manifest, sha256_of, verify
+from gptpipe.files import (
+    MANIFEST,
+    SCHEMA,
+    FileEntry,
+    Manifest,
+    finished,
+    new_folder,
+    read_manifest,
+    seal,
+    sha256_of,
+    verify,
+)
 from gptpipe.model.layout import CONFIG, WEIGHTS, load_model, save_model
 from gptpipe.tokens.huggingface import to_tokenizer_json
 from gptpipe.tokens.streams import open_stream
@@ -78,9 +88,10 @@ def _manifest_seeds(folder: Path) -> list[bytes]:
     small = folder / "small"
     small.mkdir()
     (small / "a").write_bytes(b"a")
-    entry = {"sha256": sha256_of(small / "a"), "n_bytes": 1}
-    manifest = {"schema_version": 1, "made_from": {"raw": "0" * 64}, "counts": {"documents": 1}, "files": {"a": entry}}
-    seeds = [(made / MANIFEST).read_bytes(), json.dumps(manifest).encode()]
+    entry = FileEntry(sha256=sha256_of(small / "a"), n_bytes=1)
+    counts = {"documents": 1}
+    manifest = Manifest(schema_version=SCHEMA, made_from={"raw": "0" * 64}, counts=counts, files={"a": entry})
+    seeds = [(made / MANIFEST).read_bytes(), manifest.to_bytes()]
     shutil.rmtree(made)
     return seeds
 
@@ -92,7 +103,7 @@ def _manifest(content: bytes) -> None:
 
 
 def _done_seeds(_: Path) -> list[bytes]:
-    return [json.dumps({"sha256": ["0" * 64], "result": {"counts": {"documents": 1}}}).encode(), b"[]", b"{}"]
+    return [seal({"files": ["0" * 64], "result": {"counts": {"documents": 1}}}), b"[]", b"{}"]
 
 
 def _done(content: bytes) -> None:
@@ -195,7 +206,12 @@ def _archive_seeds(_: Path) -> list[bytes]:
     tars = [_tar(members, format=kind) for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
             if kind != tarfile.USTAR_FORMAT or members.pop("d" * 120)]  # fmt: skip
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-    packed = [gzip.compress(text, mtime=0), bz2.compress(text), lzma.compress(text), bytes(pa.compress(text, "zstd", asbytes=True))]
+    packed = [
+        gzip.compress(text, mtime=0),
+        bz2.compress(text),
+        lzma.compress(text),
+        bytes(pa.compress(text, "zstd", asbytes=True)),
+    ]
     return [
         *tars,
         *(_zip(members, method) for method in methods),
@@ -340,10 +356,11 @@ def _stream(content: bytes) -> None:
 
 
 JSON = (mutations.json_tree,)
+SEALED = (mutations.sealed, mutations.sealed, mutations.json_tree)
 TARGETS = [
     Target("params", 8, _params_seeds, _params, (ConfigError,), (mutations.yaml_lines, mutations.json_tree)),
-    Target("manifest", 180, _manifest_seeds, _manifest, (IntegrityError,), JSON),
-    Target("done-note", 60, _done_seeds, _done, (), JSON),
+    Target("manifest", 180, _manifest_seeds, _manifest, (IntegrityError,), SEALED),
+    Target("done-note", 60, _done_seeds, _done, (), SEALED),
     Target("text", 100, _text_seeds, lambda c: _read(c, kind="text"), (InputError,)),
     Target("jsonl", 120, _jsonl_seeds, lambda c: _read(c, kind="jsonl"), (InputError,), JSON),
     Target("archive", 130, _archive_seeds, lambda c: _read(c, kind="text"), (InputError,),
