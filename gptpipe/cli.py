@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptpipe import __version__
-from gptpipe.console import complain
+from gptpipe.console import complain, printable
 from gptpipe.stage import run
 
 
@@ -86,7 +86,7 @@ def _plan(_: argparse.Namespace) -> None:
 
     found = forecast(params, Path("data/split"))
     for name, text in found.lines.items():
-        print(f"{name + ':':<22}{text}")
+        print(printable(f"{name + ':':<22}{text}"))
     for warning in found.warnings:
         complain(f"warning: {warning}")
 
@@ -99,7 +99,7 @@ def _data(options: argparse.Namespace) -> None:
     from gptpipe.evaluation.data_view import view_data
 
     page, run = view_data(Path(), options.seed), Path("reports/mlflow_run.json")
-    Console().print(Markdown(page))
+    Console().print(Markdown(printable(page)))
     if run.exists():
         from gptpipe.tracking.store import RunWriter, connect, find_run, store_errors  # late: they take seconds
 
@@ -148,7 +148,7 @@ def _compare(options: argparse.Namespace) -> None:
     """Table of runs: mean, standard error and significance over seeds."""
     from gptpipe.tracking.compare import compare
 
-    print(compare(options.names, options.metric, options.curves))
+    print(printable(compare(options.names, options.metric, options.curves)))
 
 
 def _restore(options: argparse.Namespace) -> None:

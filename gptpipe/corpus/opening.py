@@ -8,7 +8,6 @@ import bz2
 import hashlib
 import io
 import lzma
-import re
 import stat
 import tarfile
 import tempfile
@@ -22,16 +21,15 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from gptpipe.corpus.tables import CHUNK, check_growth, is_remote, read_errors
 from gptpipe.environment import optional_module
-from gptpipe.errors import GptpipeError, InputError, ResourceError, first_line
+from gptpipe.errors import GptpipeError, InputError, first_line
 from gptpipe.files import disk_errors
 
-CHUNK = 1 << 18  # bytes read at once
 _FREE_BYTES = 64 << 20  # so much may come out of any file, however small it is
 _HEADER_BYTES = 1 << 20  # of an extended header in a tar archive
 _DIRECTORY_BYTES = 16 << 20  # of a zip archive; its entries take about 15 times as much memory
 _DICTIONARY_BYTES = 160 << 20  # of memory to unpack xz; `xz -9` needs 65 MiB
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 Note = Callable[[bytes], None]
 
@@ -114,10 +112,6 @@ class _Stream(io.RawIOBase):
         return n
 
 
-def is_remote(address: str) -> bool:
-    return _SCHEME.match(address) is not None
-
-
 def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Iterator[tuple[str, io.BufferedReader]]:
     """Name and content of a file, or of each file in an archive (tar or zip, its files compressed or not), in order.
 
@@ -151,13 +145,6 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
 def growth_limit(n_in: int, max_expansion: int) -> int:
     """Bytes that may come out of `n_in` bytes."""
     return max(_FREE_BYTES, max_expansion * n_in)
-
-
-def check_growth(name: str, n_out: int, limit: int, max_expansion: int) -> None:
-    """Raise InputError if more bytes come out than `growth_limit` allows."""
-    if n_out > limit:
-        raise InputError(f"{name}: grows to more than {max_expansion} times its size; remove it, or raise "
-                         "collect.max_expansion")  # fmt: skip
 
 
 def _unpacked(name: str, file: io.BufferedReader, note: Note) -> Iterator[tuple[str, io.BufferedReader]]:
@@ -355,25 +342,3 @@ def _damage(name: str) -> Iterator[None]:
             raise InputError(f"{name}: needs {needed}; pack it again with `xz -9`") from error
         reason = first_line(error)
         raise InputError(f"{name}: damaged, truncated or encrypted: {reason}; replace the file") from error
-
-
-@contextmanager
-def read_errors(name: str) -> Iterator[None]:
-    """Turn what reading can raise into one line."""
-    try:
-        yield
-    except GptpipeError:
-        raise
-    except MemoryError as error:
-        raise ResourceError(f"{name}: not enough memory to read it; free memory, then rerun") from error
-    except Exception as error:  # every file system behind fsspec has errors of its own
-        if not isinstance(error, OSError) and not is_remote(name):
-            raise
-        # fsspec says of a host that cannot be reached, and of a server that fails, too, that the file is not there.
-        cause: Any = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-        is_lost = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError)
-        is_lost = is_lost or getattr(cause, "status", 0) in (408, 429, *range(500, 600))
-        if is_remote(name) and (is_lost or not isinstance(error, OSError)):
-            raise ResourceError(f"{name}: cannot read: {first_line(cause)}; rerun when it can be reached") from error
-        reason = (cause.strerror if isinstance(cause, OSError) else None) or first_line(cause)
-        raise InputError(f"{name}: cannot read: {reason}; mend the file, or collect.sources") from error

@@ -1,6 +1,7 @@
 """What evaluation writes for people, from `templates/`: samples, model card, and report.html, which fetches nothing."""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def write_page(reports: Path, params: Params, lineage: Manifest, collected: dict
         samples=samples["data"],
         sides=[side for side in ("test", "val") if side in results],
         figures=figures,
-        after=(reports / "samples.md").read_text(encoding="utf-8"),
+        after=unescape((reports / "samples.md").read_text(encoding="utf-8")),
         params=params.model_dump(mode="json"),
         collected=collected,
         split=lineage.counts,

@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 
 from gptpipe import __version__
 from gptpipe.config import load_params
+from gptpipe.console import printable
 from gptpipe.environment import experiment_name, project_root, tracking_uri
 from gptpipe.errors import GptpipeError, IntegrityError, ResourceError, first_line
 from gptpipe.files import read_manifest, verify
@@ -46,7 +47,7 @@ def doctor(*, fix: bool) -> int:
         except GptpipeError as error:
             codes.add(error.exit_code)
             mark, text = "error", first_line(error)
-        print(f"{mark:<8} {name:<12} {text}", flush=True)
+        print(printable(f"{mark:<8} {name:<12} {text}"), flush=True)
     return min(codes - {0}, default=0)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import StrictUndefined, Template
 
 from gptpipe.config import Params
 from gptpipe.files import Manifest, new_folder, to_json, write_bytes, write_json
+from gptpipe.markdown import render
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
 from gptpipe.training.checkpoint import Checkpoints
@@ -33,11 +33,10 @@ def write_model(target: Path, params: Params, begin: Start, checkpoints: Checkpo
 
 def _card(params: Params, summary: dict[str, Any], made: Manifest) -> str:
     """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
-    text = Path(__file__).with_name("card.jinja").read_text(encoding="utf-8")
-    template = Template(text, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    origin = "from scratch" if params.train.init_from is None else f"from the weights in `{params.train.init_from}`"
+    origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
     ancestors = sorted(made.lineage("split").items())
-    return str(template.render(**dict(params), val=summary["val"], summary=summary, origin=origin, ancestors=ancestors))
+    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
+    return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
 def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:

@@ -23,7 +23,8 @@ from gptpipe.config import CollectParams
 from gptpipe.corpus import downloads
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.downloads import download
-from gptpipe.corpus.sources import _huggingface_rows, fingerprint, read
+from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.corpus.tables import dataset_rows
 from gptpipe.errors import GptpipeError, InputError, IntegrityError, ResourceError
 
 MakeParams = Callable[..., CollectParams]
@@ -244,7 +245,7 @@ def test_source_huggingface(
     datasets: Any = importlib.import_module("datasets")
     asked, really = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
-    assert list(chain.from_iterable(_huggingface_rows(params.sources[0]))) == stories
+    assert list(chain.from_iterable(dataset_rows("a", dataset["dataset"], None, "train", "a" * 40, "text"))) == stories
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]
     assert fingerprint(params.sources) == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
     params = collect_params({**dataset, "text_column": "none"})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 from browser import browser  # noqa: F401  (a fixture)
+from markdown_it import MarkdownIt
 from toy_project import Project
 
 from gptpipe.evaluation import charts
@@ -25,7 +26,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
         root = tmp_path_factory.mktemp("project")
         patch.setenv("DVC_ROOT", str(root))
         project = Project(root, toy_split)
-        params = tiny.params(train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None)
+        hostile = ("<script>hostile()</script>\n```\n# the\n[a](javascript:b) \x1b[31m",)
+        params = tiny.params(train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None,
+                             evaluate__prompts=hostile)  # fmt: skip
         project.train(params)
         folder = root / "reports"
         found = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)
@@ -44,9 +47,21 @@ def test_the_page_is_whole_and_made_the_same_way_twice(reports: Path) -> None:
     assert "lower train.lr" in page  # the red flag's words
     assert "&lt;b&gt;the&lt;/b&gt;" in page  # model text is never markup
     assert "<b>the</b>" not in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;hostile()" in page  # shown as it is, not as the entities of samples.md
     assert "gptpipe restore run-1" in page
     assert read_manifest(reports.parent / "models/gpt").made_from["split"] in page
     assert draw_figures(reports) == draw_figures(reports)
+
+
+def test_samples_cannot_be_markup(reports: Path) -> None:
+    """samples.md once held generated text, and documents, as raw HTML."""
+    page = (reports / "samples.md").read_text()
+    assert not {"script", "```", "\x1b", "<b>"} & set(page.split())
+    assert "<" not in page
+    kinds = {token.type for block in MarkdownIt().parse(page) for token in [block, *(block.children or ())]}
+    assert not {"html_block", "html_inline", "fence", "code_block", "link_open", "image"} & kinds
+    assert [line for line in page.splitlines() if line.startswith("#")] == ["# Samples", "# Held-out documents"]
 
 
 def test_a_long_curve_is_thinned_to_means_of_neighbours() -> None:

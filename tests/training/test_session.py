@@ -20,6 +20,7 @@ from toy_project import Project, start, wait_for_the_lock
 from gptpipe.config import Params
 from gptpipe.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.files import verify
+from gptpipe.markdown import as_text
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import load_model
 from gptpipe.tokens.batches import Batches
@@ -356,7 +357,7 @@ def test_it_can_start_from_a_model(project: Project) -> None:
     project.train(tiny.params(train__init_from=folder, train__max_steps=4))
     validations = pd.read_csv(project.root / "reports/train.validations.csv")
     assert validations["val_loss"][0] == pytest.approx(before, rel=1e-5)
-    assert f"trained from the weights in `{folder}`" in (project.root / "models/gpt/README.md").read_text()
+    assert f"trained from the weights in {as_text(folder)}" in (project.root / "models/gpt/README.md").read_text()
 
 
 def test_it_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_path: Path) -> None:
