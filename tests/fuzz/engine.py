@@ -151,6 +151,8 @@ def _in_scratch(target: Target, folder: Path, work: Callable[[], None]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
         os.chdir(scratch)
+        os.environ.update(GPTPIPE_VERBOSITY="quiet", GPTPIPE_WORKERS="1")
+        os.environ.pop("DVC_ROOT", None)
         _limits(target)
         work()
         os.chdir(folder)
@@ -187,6 +189,15 @@ def _examine_one(target: Target, content: bytes, execute: Any, shared: _Shared, 
     shared.note(0, content)
     _allow_seconds()
     results.send((examine(target, content, execute), 1))
+
+
+def _replay(target: Target, contents: Sequence[bytes], shared: _Shared, results: Any) -> None:
+    outcomes = []
+    for number, content in enumerate(contents):
+        shared.note(number, content)
+        _allow_seconds()
+        outcomes.append(examine(target, content))
+    results.send(outcomes)
 
 
 def _shrink(target: Target, place: str, content: bytes, shared: _Shared, results: Any) -> None:
@@ -342,14 +353,19 @@ class Fuzzer:
             tally.findings.setdefault(fault, (fault, content))
         return numbers[n:]
 
-    def examine(self, target: Target, content: bytes, execute: Callable[[bytes], object] | None = None) -> Outcome:
-        """Execute one input in a worker of its own."""
-        worker = _fork(target, self._folder(target), _examine_one, content, execute, numbers=range(1))
-        while worker.process.is_alive() and not worker.results.poll(0.05):
+    def _finished(self, worker: _Worker) -> Any:
+        """What a worker sends, once it has ended; None if it died."""
+        while worker.process.is_alive() and not worker.results.poll(0.02):
             if worker.is_stuck():
                 worker.process.kill()
         result = _result(worker)
         worker.process.join()
+        return result
+
+    def examine(self, target: Target, content: bytes, execute: Callable[[bytes], object] | None = None) -> Outcome:
+        """Execute one input in a worker of its own."""
+        worker = _fork(target, self._folder(target), _examine_one, content, execute, numbers=range(1))
+        result = self._finished(worker)
         if result is not None:
             outcome: Outcome = result[0]
             return outcome
@@ -358,15 +374,19 @@ class Fuzzer:
             return self.examine(target, content, target.guarded)
         return Outcome(fault, fault)
 
+    def replay(self, target: Target, contents: Sequence[bytes]) -> list[Outcome]:
+        """Execute inputs in one worker, or each in its own if one of them ends it."""
+        if not contents:
+            return []
+        worker = _fork(target, self._folder(target), _replay, contents, numbers=range(len(contents)))
+        outcomes: list[Outcome] | None = self._finished(worker)
+        return outcomes or [self.examine(target, content) for content in contents]
+
     def shrunk(self, target: Target, place: str, content: bytes) -> bytes:
         """A shorter input with the same finding; as it is where that ends the worker."""
         worker = _fork(target, self._folder(target), _shrink, place, content, numbers=range(1))
-        while worker.process.is_alive() and not worker.results.poll(0.05):
-            if worker.is_stuck():
-                worker.process.kill()
-        result = _result(worker)
-        worker.process.join()
-        return content if result is None else bytes(result)
+        shorter: bytes | None = self._finished(worker)
+        return content if shorter is None else shorter
 
     def save(self, folder: Path) -> list[str]:
         """Write the findings, shrunk, into `folder`, a folder for each target; returns a line for each."""
@@ -383,8 +403,9 @@ class Fuzzer:
 
     def table(self) -> str:
         """The figures as Markdown."""
-        rows = ["| target | executions | rejected | findings | crashes contained | peak memory (limit), MiB | slowest, s "
-                "| executions/s |", "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+        heads = ("target", "executions", "rejected", "findings", "crashes contained", "peak memory (limit), MiB")
+        heads += ("slowest, s", "executions/s")
+        rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
         for target in self.targets:
             t = self.tallies[target.name]
             memory = f"{t.peak >> 20} ({target.memory >> 20})"

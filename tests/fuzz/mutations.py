@@ -30,7 +30,7 @@ _VALUES: tuple[Any, ...] = (None, True, False, -1, -0.0, 0.5, 1e308, 1e-320, flo
 
 
 def mutate(content: bytes, corpus: Sequence[bytes], special: Sequence[Mutation], random: Random) -> bytes:
-    """One to eight changes of `content`; half of them by what knows its format. May splice in a part of another seed."""
+    """One to eight changes of `content`; half of them by what knows its format."""
     for _ in range(1 << random.randrange(4)):
         if special and random.random() < 0.5:
             content = random.choice(special)(content, random)
@@ -117,8 +117,21 @@ def _set_number(content: bytes, random: Random) -> bytes:
     return content[:start] + str(random.choice(_NUMBERS) * random.choice((1, 1, 1, -1))).encode() + content[end:]
 
 
-_GENERIC: tuple[Mutation, ...] = (_flip_bit, _flip_bit, _set_byte, _insert, _replace, _delete, _truncate, _repeat, _move,
-                                  _set_integer, _set_number)  # fmt: skip
+_GENERIC: tuple[Mutation, ...] = (
+    *(
+        _flip_bit,
+        _flip_bit,
+        _set_byte,
+        _insert,
+        _replace,
+        _delete,
+        _truncate,
+        _repeat,
+        _move,
+        _set_integer,
+        _set_number,
+    ),
+)
 
 
 def json_tree(content: bytes, random: Random) -> bytes:
@@ -240,32 +253,11 @@ def tar_checksum(content: bytes, random: Random) -> bytes:
     if random.random() < 0.5:
         header[156:157] = random.choice((b"0", b"1", b"2", b"5", b"6", b"g", b"x", b"X", b"L", b"K", b"S", b"7", b"\0"))
     if random.random() < 0.3:  # the size
-        header[124:136] = random.choice(
-            (b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000000000\0", b"-1")
-        )[:12].ljust(12, b"\0")
+        sizes = (b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000000000\0", b"-1")
+        header[124:136] = random.choice(sizes).ljust(12, b"\0")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return content[:start] + bytes(header) + content[start + 512 :]
-
-
-def inside_compression(content: bytes, random: Random) -> bytes:
-    """A change of what is compressed, compressed again; of what is not, compressed now and then."""
-    packers: dict[bytes, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
-        b"\x1f\x8b": (_gunzip, lambda data: gzip.compress(data, 1, mtime=0)),
-        b"BZh": (lambda data: bz2.BZ2Decompressor().decompress(data, LONGEST), lambda data: bz2.compress(data, 1)),
-        b"\xfd7zXZ": (lambda data: lzma.LZMADecompressor().decompress(data, LONGEST), lambda data: lzma.compress(data, preset=0)),
-        b"\x28\xb5\x2f\xfd": (lambda data: pa.CompressedInputStream(io.BytesIO(data), "zstd").read(LONGEST), _zstd),
-    }  # fmt: skip
-    for magic, (unpack, pack) in packers.items():
-        if content.startswith(magic):
-            try:
-                inside = unpack(content)
-            except Exception:
-                return content
-            change = random.choice((tar_checksum, random.choice(_GENERIC)))
-            return pack(change(inside, random)[:LONGEST])
-    pack = random.choice(list(packers.values()))[1]
-    return pack(content) if random.random() < 0.2 else content
 
 
 def _gunzip(data: bytes) -> bytes:
@@ -273,8 +265,33 @@ def _gunzip(data: bytes) -> bytes:
         return file.read(LONGEST)
 
 
-def _zstd(data: bytes) -> bytes:
-    return bytes(pa.compress(data, "zstd", asbytes=True))
+def _unzstd(data: bytes) -> bytes:
+    return bytes(pa.CompressedInputStream(io.BytesIO(data), "zstd").read(LONGEST))
+
+
+_PACKERS: dict[bytes, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    b"\x1f\x8b": (_gunzip, lambda data: gzip.compress(data, 1, mtime=0)),
+    b"BZh": (lambda data: bz2.BZ2Decompressor().decompress(data, LONGEST), lambda data: bz2.compress(data, 1)),
+    b"\xfd7zXZ": (
+        lambda data: lzma.LZMADecompressor().decompress(data, LONGEST),
+        lambda data: lzma.compress(data, preset=0),
+    ),
+    b"\x28\xb5\x2f\xfd": (_unzstd, lambda data: bytes(pa.compress(data, "zstd", asbytes=True))),
+}
+
+
+def inside_compression(content: bytes, random: Random) -> bytes:
+    """A change of what is compressed, compressed again; of what is not, compressed now and then."""
+    for magic, (unpack, pack) in _PACKERS.items():
+        if content.startswith(magic):
+            try:
+                inside = unpack(content)
+            except Exception:
+                return content
+            change = random.choice((tar_checksum, random.choice(_GENERIC)))
+            return pack(change(inside, random)[:LONGEST])
+    pack = random.choice(list(_PACKERS.values()))[1]
+    return pack(content) if random.random() < 0.2 else content
 
 
 def footer(content: bytes, random: Random) -> bytes:

@@ -23,7 +23,8 @@ from sections import SHIPPED, filters
 
 from gptpipe.config import CollectParams, load_params
 from gptpipe.corpus.cleaning import clean
-from gptpipe.corpus.sources import _parquet_rows, read
+from gptpipe.corpus.sources import read
+from gptpipe.corpus.tables import parquet_rows
 from gptpipe.errors import ConfigError, InputError, IntegrityError
 from gptpipe.files import (
     MANIFEST,
@@ -35,6 +36,7 @@ from gptpipe.files import (
     read_manifest,
     seal,
     sha256_of,
+    to_json,
     verify,
 )
 from gptpipe.model.layout import CONFIG, WEIGHTS, load_model, save_model
@@ -42,6 +44,7 @@ from gptpipe.tokens.huggingface import to_tokenizer_json
 from gptpipe.tokens.streams import open_stream
 from gptpipe.tokens.tokenizer import ENCODING, RANKS, Tokenizer, train_tokenizer
 from gptpipe.training.checkpoint import Checkpoints
+from gptpipe.training.results import note_samples
 from gptpipe.training.session import _check_tokenizer
 
 from . import mutations
@@ -164,17 +167,16 @@ def _parquet_seeds(_: Path) -> list[bytes]:
         _parquet_bytes([*SENTENCES, None], compression="none", use_dictionary=False),
         _parquet_bytes(SENTENCES * 20, compression="snappy"),
         _parquet_bytes(SENTENCES, compression="zstd", data_page_version="2.0", row_group_size=1),
-        _parquet_bytes(SENTENCES, compression="gzip", write_page_checksum=True, column_encoding={"text": "DELTA_BYTE_ARRAY"},
-                       use_dictionary=False),
+        _parquet_bytes(SENTENCES, compression="gzip", write_page_checksum=True, use_dictionary=False,
+                       column_encoding={"text": "DELTA_BYTE_ARRAY"}),
         _parquet_bytes(SENTENCES, compression="lz4", type=pa.large_string(), version="1.0"),
     ]  # fmt: skip
 
 
 def _parquet(content: bytes) -> None:
     """What the pipeline runs in a process of its own."""
-    params, limit = _collect_params(), 64 << 20
-    for texts in _parquet_rows("input", io.BytesIO(content), "text", params, limit):
-        clean(texts, params)
+    for texts in parquet_rows("input", io.BytesIO(content), "text", "strict", 64 << 20, 200):
+        clean(texts, _collect_params())
 
 
 def _tar(members: dict[str, bytes], **options: Any) -> bytes:
@@ -355,6 +357,78 @@ def _stream(content: bytes) -> None:
     np.asarray(stream.tokens).astype(np.int64).sum()
 
 
+# What a training leaves outside of its folders
+
+
+def _outbox_seeds(_: Path) -> list[bytes]:
+    description = {
+        "name": None,
+        "tags": {"changed": "train.lr=1e-4"},
+        "params": {"train.lr": "0.1"},
+        "datasets": [{"name": "split/val", "digest": "0" * 36, "source_type": "local", "source": "a", "profile": "{}"}],
+        "texts": {"lineage.json": "{}"},
+    }
+    operations = [
+        ("create", description),
+        ("metrics", [("train/loss", 3.5, 1_700_000_000_000, 1), ("train/lr", 0.1, 1_700_000_000_000, 1)]),
+        ("text", ["samples.json", "{}"]),
+        ("tags", {"best_step": "1"}),
+        ("end", "FINISHED"),
+    ]
+    lines = [json.dumps(operation).encode() + b"\n" for operation in operations]
+    return [b"".join(lines), *lines]
+
+
+class _Writer:
+    """Takes what MLflow's entities take, without a store: that costs a second for each run."""
+
+    run_id = "0" * 32
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, operation: Any) -> None:
+        from mlflow.entities import Dataset, Metric, Param, RunTag
+
+        kind, content = operation
+        match kind:
+            case "create":
+                made = [Param(key, value) for key, value in content["params"].items()]
+                made += [RunTag(key, value) for key, value in content["tags"].items()]
+                made += [Dataset(**data) for data in content["datasets"]]
+                made += [text.encode() for text in content["texts"].values()]
+            case "metrics":
+                made = [Metric(*row) for row in content]
+            case "text":
+                name, text = content
+                made = [Path(name).parts, text.encode()]
+            case "tags":
+                made = [RunTag(key, value[:5000]) for key, value in content.items()]
+            case "end":
+                made = [{"FINISHED": 1, "FAILED": 2, "KILLED": 3}[content]]
+        for each in made:
+            str(each)
+
+
+def _outbox(content: bytes) -> None:
+    from gptpipe.tracking import record
+
+    record.RunWriter = _Writer  # type: ignore[assignment,misc]
+    folder = Path(".gptpipe", "outbox")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{'0' * 32}.jsonl").write_bytes(content)
+    record.send_outbox()
+
+
+def _samples_seeds(_: Path) -> list[bytes]:
+    return [to_json({"columns": ["step", "prompt", "continuation"], "data": [[0, "the ", "cat"], [4, "the ", "dog"]]})]
+
+
+def _samples(content: bytes) -> None:
+    Path("samples.json").write_bytes(content)
+    note_samples(Path(), 4, {"the ": "owl"})
+
+
 JSON = (mutations.json_tree,)
 SEALED = (mutations.sealed, mutations.sealed, mutations.json_tree)
 TARGETS = [
@@ -382,5 +456,7 @@ TARGETS = [
            (IntegrityError,), JSON),
     Target("checkpoint-tensors", 12, _checkpoint_seeds("state.safetensors"), _checkpoint("state.safetensors"),
            (IntegrityError,), (mutations.safetensors_header,)),
+    Target("outbox", 12, _outbox_seeds, _outbox, (), JSON),
+    Target("samples", 12, _samples_seeds, _samples, (), JSON),
     Target("token-stream", 40, _stream_seeds, _stream, (IntegrityError,), (mutations.npy_header,)),
 ]  # fmt: skip
