@@ -11,7 +11,7 @@ import pandas as pd
 from gptpipe.config import EvaluateParams
 from gptpipe.console import Progress
 from gptpipe.errors import IntegrityError
-from gptpipe.evaluation.continuations import continue_documents, continue_text, overlap_scores
+from gptpipe.evaluation.continuations import continue_documents, continue_text, load_generator, overlap_scores
 from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source
 from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_per_byte
 from gptpipe.evaluation.scoring import score
@@ -19,10 +19,8 @@ from gptpipe.files import Manifest, verify, write_bytes, write_json
 from gptpipe.markdown import render
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
-from gptpipe.model.layout import load_model
 from gptpipe.tokens.splits import Side
 from gptpipe.tokens.streams import Stream, open_stream, verify_split
-from gptpipe.tokens.tokenizer import Tokenizer
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _HELD_OUT: tuple[Side, ...] = ("val", "test")
@@ -56,8 +54,9 @@ def evaluate_model(
     made, lineage = verify(model_folder), verify_split(split_folder)
     if made.made_from.get("split") != lineage.digest:
         raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
-    model, tokenizer = load_model(model_folder).to(best_device()), Tokenizer.load(model_folder)
-    streams = {side: open_stream(split_folder, side) for side in ("train", *_HELD_OUT)}
+    model, tokenizer = load_generator(model_folder)
+    model.to(best_device())
+    streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in ("train", *_HELD_OUT)}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
     results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
     xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
