@@ -414,6 +414,13 @@ def test_leftovers_of_a_killed_build_are_no_content(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_notes_of_finished_files_are_no_content(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "raw", {}, "key") as folder:
+        once([folder.path / "a"], lambda: write_bytes(folder.path / "a", b"text"))
+    assert sorted(verify(tmp_path / "raw").files) == ["a"]
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["a", "manifest.json"]
+
+
 def test_a_damaged_note_of_finished_files_counts_as_none(tmp_path: Path) -> None:
     path, note = tmp_path / "shard", tmp_path / ".shard.done"
 
