@@ -19,6 +19,7 @@ import pytest
 
 from gptpipe.errors import IntegrityError, ResourceError
 from gptpipe.files import (
+    check_parent,
     finished,
     new_file,
     new_folder,
@@ -100,6 +101,37 @@ def test_a_file_holds_what_was_written_and_its_folder_nothing_else(tmp_path: Pat
     write_json(tmp_path / "new" / "a.json", {"b": [1, "ü"], "a": None})
     assert (tmp_path / "new" / "a.json").read_bytes() == '{\n  "a": null,\n  "b": [\n    1,\n    "ü"\n  ]\n}\n'.encode()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may drop what was not synced: the content comes first, then the name, then the folder's list."""
+    steps: list[tuple[str, str]] = []
+    really_sync, really_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        steps.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        really_sync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        steps.append(("rename", Path(target).name))
+        really_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_bytes(tmp_path / "a.txt", b"text")
+    assert steps == [("sync", ".a.txt.partial"), ("rename", "a.txt"), ("sync", tmp_path.name)]
+
+
+def test_a_folder_made_from_another_parent_is_refused(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "raw", {}) as raw:
+        write_bytes(raw.path / "a", b"old")
+    with new_folder(tmp_path / "tokens", read_manifest(tmp_path / "raw").lineage("raw")) as tokens:
+        write_bytes(tokens.path / "b", b"made from old")
+    check_parent(tmp_path / "tokens", tmp_path / "raw")
+    with new_folder(tmp_path / "raw", {}) as raw:
+        write_bytes(raw.path / "a", b"new")
+    with pytest.raises(IntegrityError, match="made from another"):
+        check_parent(tmp_path / "tokens", tmp_path / "raw")
 
 
 def test_a_file_given_up_leaves_the_old_one(tmp_path: Path) -> None:
@@ -380,6 +412,13 @@ def test_leftovers_of_a_killed_build_are_no_content(tmp_path: Path) -> None:
         pass
     assert list(verify(tmp_path / "raw").files) == ["one.txt"]
     assert leftovers(tmp_path) == []
+
+
+def test_notes_of_finished_files_are_no_content(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "raw", {}, "key") as folder:
+        once([folder.path / "a"], lambda: write_bytes(folder.path / "a", b"text"))
+    assert sorted(verify(tmp_path / "raw").files) == ["a"]
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["a", "manifest.json"]
 
 
 def test_a_damaged_note_of_finished_files_counts_as_none(tmp_path: Path) -> None:

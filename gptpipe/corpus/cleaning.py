@@ -55,21 +55,26 @@ def _plain(texts: list[str]) -> list[str]:
 
 
 def _finished(text: str, min_bytes: int, filters: FilterParams | None) -> str | Rejected:
-    text = text.strip("\n")
+    text = text.lstrip("\n\ufeff").rstrip("\n")
     if not text.isascii():
-        if len(text) > 1000 and _TEN_MARKS.search(text[::100]):  # every hundredth: a thousand of them show as ten
-            text = _LONG_MARKS.sub(r"\1", text)
-        text = unicodedata.normalize("NFC", text)
+        text = _without_long_marks(unicodedata.normalize("NFC", _without_long_marks(text)))  # NFC can double them
     if filters:
         text = without_boilerplate(text, filters)
     if len(text) > 1000 and _TEN_SPACES.search(text[::100]):
-        text = _LONG_SPACE.sub(r"\1", text)
+        text = _LONG_SPACE.sub(r"\1", text).rstrip("\n\t ")  # the end may be another now
     if not text or text.isspace():
         return Rejected("empty")
     if len(text) < min_bytes and len(text.encode()) < min_bytes:
         return Rejected("too_short", f"{len(text.encode())} bytes, allowed is at least {min_bytes}")
     if filters and (failed := fault(text, filters)):
         return Rejected(*failed)
+    return text
+
+
+def _without_long_marks(text: str) -> str:
+    """The text with at most 1,000 combining marks in a row."""
+    if len(text) > 1000 and _TEN_MARKS.search(text[::100]):  # of 1,000 in a row, every hundredth character is one
+        return _LONG_MARKS.sub(r"\1", text)
     return text
 
 

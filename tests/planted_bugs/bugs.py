@@ -1,0 +1,393 @@
+"""The planted bugs. `old` occurs exactly once in `file`; `tests` fail once `new` stands in its place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FILES, LOOP, CHECKPOINT = "gptpipe/files.py", "gptpipe/training/loop.py", "gptpipe/training/checkpoint.py"
+SESSION, BATCHES, GPT = "gptpipe/training/session.py", "gptpipe/tokens/batches.py", "gptpipe/model/gpt.py"
+BUGS = (
+    # Files
+    Bug(
+        "a file is renamed before it is on disk",
+        FILES,
+        "                file.flush()\n                os.fsync(file.fileno())\n",
+        "                file.flush()\n",
+        ("tests/test_files.py::test_a_file_is_on_disk_before_it_has_its_name",),
+    ),
+    Bug(
+        "the name of a file is not made durable",
+        FILES,
+        "            partial.replace(path)\n            _sync_folder(path.parent)\n",
+        "            partial.replace(path)\n",
+        ("tests/test_files.py::test_a_file_is_on_disk_before_it_has_its_name",),
+    ),
+    Bug(
+        "a file is written under its final name",
+        FILES,
+        '            with partial.open("wb") as file:\n                yield file\n',
+        '            with path.open("wb") as file:\n                yield file\n                partial.touch()\n',
+        ("tests/test_files.py::test_a_file_given_up_leaves_the_old_one",),
+    ),
+    Bug(
+        "the digest of a file is not compared",
+        FILES,
+        "path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256",
+        "path.stat().st_size != entry.n_bytes",
+        ("tests/test_files.py::test_every_flipped_bit_is_found",),
+    ),
+    Bug(
+        "files that the manifest does not name are not seen",
+        FILES,
+        "present.symmetric_difference(manifest.files)",
+        "set(manifest.files) - present",
+        ("tests/test_files.py::test_truncated_missing_and_added_files_are_found",),
+    ),
+    Bug(
+        "the seal of a manifest is not checked",
+        FILES,
+        "    if not is_unchanged:\n",
+        "    if False:\n",
+        ("tests/test_files.py::test_every_change_of_a_manifest_is_found",),
+    ),
+    Bug(
+        "two processes may write one folder",
+        FILES,
+        "            lock.acquire(timeout=_LOCK_SECONDS)\n",
+        "            pass\n",
+        ("tests/test_files.py::test_a_second_writer_is_refused_in_seconds_and_names_the_first",),
+    ),
+    Bug(
+        "leftovers of a kill are hashed as content",
+        FILES,
+        "                _remove(leftover)\n",
+        "                pass\n",
+        ("tests/test_files.py::test_leftovers_of_a_killed_build_are_no_content",),
+    ),
+    Bug(
+        "the old folder is removed before the new one is complete",
+        FILES,
+        "                _finish_folder(folder, made_from)\n",
+        "                _remove(target)\n                _finish_folder(folder, made_from)\n",
+        ("tests/test_files.py::test_kill_at_every_operation",),
+    ),
+    Bug(
+        "notes of finished files stay in the folder",
+        FILES,
+        "        note.unlink()\n",
+        "        pass\n",
+        ("tests/test_files.py::test_notes_of_finished_files_are_no_content",),
+    ),
+    Bug(
+        "finished files count although they changed",
+        FILES,
+        'if done["files"] == [sha256_of(path) for path in files]:',
+        "if done:",
+        (
+            "tests/corpus/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",
+            "tests/tokens/test_encode.py::test_after_a_kill_finished_shards_are_not_made_again",
+        ),
+    ),
+    Bug(
+        "a stale parent is not noticed",
+        FILES,
+        "if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:",
+        "if read_manifest(folder).made_from.get(parent.name) is None:",
+        ("tests/test_files.py::test_a_folder_made_from_another_parent_is_refused",),
+    ),
+    Bug(
+        "rows are not compared with the counts",
+        "gptpipe/parquet.py",
+        "if n_rows != manifest.counts.get(name):",
+        "if n_rows < 0:",
+        ("tests/test_parquet.py::test_rows_that_the_manifest_does_not_count_are_found",),
+    ),
+    Bug(
+        "Parquet pages are read without their checksums",
+        "gptpipe/parquet.py",
+        "with pq.ParquetFile(path, page_checksum_verification=True) as file:",
+        "with pq.ParquetFile(path) as file:",
+        ("tests/test_parquet.py",),
+    ),
+    # Collect
+    Bug(
+        "the journal of the tally is not replayed after a kill",
+        "gptpipe/corpus/collect.py",
+        '        tally.restore(done["result"])\n',
+        "",
+        ("tests/corpus/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",),
+    ),
+    Bug(
+        "dedup forgets the documents before a kill",
+        "gptpipe/corpus/collect.py",
+        '            seen.add(strings(batch, "id"))\n            progress',
+        "            progress",
+        ("tests/corpus/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",),
+    ),
+    Bug(
+        "dedup forgets its recent documents when it merges them",
+        "gptpipe/corpus/dedup.py",
+        "self._others, self._recent = _merged(self._others, self._recent), self._recent[:0]",
+        "self._recent = self._recent[:0]",
+        ("tests/corpus/test_dedup.py::test_ids_are_remembered_sorted_or_not",),
+    ),
+    Bug(
+        "a rejected document is not counted",
+        "gptpipe/corpus/tally.py",
+        '        self.add(source, name := f"rejected_{rejected.reason}", 1)\n',
+        '        self.by_source[source][name := f"rejected_{rejected.reason}"] += 1\n',
+        ("tests/corpus/test_collect.py::test_documents_in_are_kept_plus_rejected_by_reason",),
+    ),
+    Bug(
+        "cleaning keeps a second byte order mark",
+        "gptpipe/corpus/cleaning.py",
+        'text = text.lstrip("\\n\\ufeff").rstrip("\\n")',
+        'text = text.strip("\\n")',
+        ("tests/properties/test_text.py",),
+    ),
+    Bug(
+        "a piece of a long document may be one character too long",
+        "gptpipe/corpus/cleaning.py",
+        "        end = min(max_bytes, len(encoded))\n",
+        "        end = min(max_bytes + 1, len(encoded))\n",
+        ("tests/properties/test_text.py::test_cut_loses_nothing_and_keeps_to_the_limit",),
+    ),
+    # Tokens
+    Bug(
+        "sides depend on the neighbours of a document",
+        "gptpipe/tokens/splits.py",
+        "    position = (x ^ x >> np.uint64(31)) / 2.0**64  # in [0, 1]\n",
+        "    position = ((x ^ x >> np.uint64(31)) + np.arange(len(x), dtype=np.uint64)) / 2.0**64\n"
+        "    position = (position + np.arange(len(x)) * 0.01) % 1\n",
+        ("tests/properties/test_documents.py::test_a_side_depends_on_the_document_and_the_seed_alone",),
+    ),
+    Bug(
+        "more validation takes documents from test",
+        "gptpipe/tokens/splits.py",
+        "position > 1 - params.val_fraction",
+        "position < params.val_fraction + params.test_fraction",
+        ("tests/tokens/test_splits.py::test_more_test_takes_from_train_alone",),
+    ),
+    Bug(
+        "the tokenizer is trained on all documents",
+        "gptpipe/tokens/encode.py",
+        'pa.array(is_drawn & (sides_of(ids, split, seed) == SIDES.index("train")))',
+        "pa.array(is_drawn)",
+        ("tests/tokens/test_encode.py::test_words_of_val_and_test_alone_do_not_shape_the_vocabulary",),
+    ),
+    Bug(
+        "windows end one token early",
+        BATCHES,
+        "self._last_start = len(tokens) - context_length - 1",
+        "self._last_start = len(tokens) - context_length - 2",
+        ("tests/tokens/test_batches.py", "tests/properties/test_order.py"),
+    ),
+    Bug(
+        "the last window is not moved back",
+        BATCHES,
+        "        return np.minimum(starts, self._last_start)\n",
+        "        return np.where(starts > self._last_start, 0, starts)\n",
+        ("tests/properties/test_order.py::test_windows_cover_the_stream_once_per_epoch",),
+    ),
+    Bug(
+        "targets are the tokens themselves",
+        BATCHES,
+        "window_tensor[:, 1:].contiguous()",
+        "window_tensor[:, :-1].contiguous()",
+        ("tests/tokens/test_batches.py::test_targets_are_the_tokens_one_on",),
+    ),
+    Bug(
+        "each epoch has the same order",
+        BATCHES,
+        'f"{self.seed}:{epoch}"',
+        'f"{self.seed}"',
+        ("tests/tokens/test_batches.py::test_every_window_once_per_epoch_and_batches_cross_epochs",),
+    ),
+    Bug(
+        "a token stream's offsets ignore the batches before",
+        "gptpipe/tokens/streams.py",
+        'offset = self.counts["tokens"] + n_tokens.cumsum() - n_tokens',
+        "offset = n_tokens.cumsum() - n_tokens",
+        ("tests/tokens/test_streams.py",),
+    ),
+    Bug(
+        "ranks train on the same part of the batch",
+        "gptpipe/training/distributed.py",
+        "return slice(here.rank * n, (here.rank + 1) * n)",
+        "return slice(0, n)",
+        ("tests/properties/test_order.py::test_ranks_split_each_batch_among_them",),
+    ),
+    # Model and metrics
+    Bug(
+        "a document sees the documents before it",
+        GPT,
+        "    return same.tril()\n",
+        "    return same | same.tril().logical_not().tril()\n",
+        ("tests/model/test_gpt.py::test_with_document_masking_each_document_is_scored_as_if_alone",),
+    ),
+    Bug(
+        "the causal mask is missing where documents are masked",
+        GPT,
+        "    return same.tril()\n",
+        "    return same\n",
+        ("tests/model/test_gpt.py::test_with_document_masking_each_document_is_scored_as_if_alone",),
+    ),
+    Bug(
+        "the metric leaves out a token between windows",
+        "gptpipe/evaluation/scoring.py",
+        "    n_targets = max(0, len(stream.tokens) - 1)\n",
+        "    n_targets = max(0, len(stream.tokens) - 2)\n",
+        ("tests/evaluation/test_scoring.py::test_against_a_loop",),
+    ),
+    Bug(
+        "a token is scored for the document before its own",
+        "gptpipe/evaluation/scoring.py",
+        'np.searchsorted(ends, np.arange(start + 1, end + 1), side="right")',
+        'np.searchsorted(ends, np.arange(start, end), side="right")',
+        ("tests/evaluation/test_scoring.py::test_against_a_loop",),
+    ),
+    # Training
+    Bug(
+        "the generator is not restored",
+        CHECKPOINT,
+        '    torch.set_rng_state(tensors["generator.cpu"])\n',
+        "",
+        ("tests/training/test_checkpoint.py",),
+    ),
+    Bug(
+        "the optimizer's state is not restored",
+        CHECKPOINT,
+        "        updates[parameter].state[parameter] = {key",
+        "        _ = {key",
+        ("tests/training/test_checkpoint.py::test_restored_training_goes_on_bit_for_bit",),
+    ),
+    Bug(
+        "a checkpoint is used without a check",
+        CHECKPOINT,
+        "        verify(folder)\n        path = folder / _STATE\n",
+        "        path = folder / _STATE\n",
+        ("tests/training/test_checkpoint.py::test_damage_is_found_and_the_checkpoint_before_is_used",),
+    ),
+    Bug(
+        "a resumed training repeats its last step",
+        CHECKPOINT,
+        "state.step, state.skipped = self.content.step, ",
+        "state.step, state.skipped = self.content.step - 1, ",
+        ("tests/training/test_checkpoint.py::test_restored_training_goes_on_bit_for_bit",),
+    ),
+    Bug(
+        "another environment resumes without a word",
+        CHECKPOINT,
+        "if different and not allow_inexact:",
+        "if False:",
+        ("tests/training/test_checkpoint.py::test_another_environment_refuses_unless_allowed",),
+    ),
+    Bug(
+        "the best weights of a kept checkpoint are removed",
+        CHECKPOINT,
+        "for content in kept if content.best_step is not None}",
+        "for content in kept[-1:] if content.best_step is not None}",
+        ("tests/training/test_checkpoint.py::test_two_steps_are_kept_and_the_best_of_each",),
+    ),
+    Bug(
+        "the best model is the one with the highest loss",
+        LOOP,
+        "return min(self.history, key=lambda v: v.val_loss, default=None)",
+        "return max(self.history, key=lambda v: v.val_loss, default=None)",
+        ("tests/training/test_loop.py", "tests/training/test_checkpoint.py"),
+    ),
+    Bug(
+        "the learning rate is one step late",
+        "gptpipe/training/schedule.py",
+        "return params.lr * (step + 1) / params.warmup_steps",
+        "return params.lr * step / params.warmup_steps",
+        ("tests/training/test_schedule.py",),
+    ),
+    Bug(
+        "gradients are summed over micro-batches",
+        LOOP,
+        "loss = plan.loss(x, y) / n_micro_batches",
+        "loss = plan.loss(x, y)",
+        ("tests/training/test_loop.py::test_micro_batches_change_nothing_but_rounding",),
+    ),
+    Bug(
+        "the seed of dropout ignores the step",
+        LOOP,
+        "torch.manual_seed(_seed(plan.seed, state.step, ",
+        "torch.manual_seed(_seed(plan.seed, 0, ",
+        ("tests/training/test_loop.py::test_each_micro_batch_and_each_step_has_dropout_of_its_own",),
+    ),
+    Bug(
+        "a gradient that is not finite is applied",
+        LOOP,
+        "    if not (math.isfinite(loss) and math.isfinite(norm)):\n",
+        "    if not math.isfinite(loss):\n",
+        ("tests/training/test_loop.py::test_what_is_not_finite_stops_before_the_update",),
+    ),
+    Bug(
+        "gradients are clipped after the update",
+        LOOP,
+        "    if params.grad_clip is not None and norm > params.grad_clip:\n",
+        "    if params.grad_clip is not None and norm < params.grad_clip:\n",
+        ("tests/training/test_loop.py",),
+    ),
+    Bug(
+        "a finished training is repeated",
+        SESSION,
+        "            mark_finished(folder, run_id, where.describe())\n",
+        "            pass\n",
+        ("tests/training/test_session.py::test_a_finished_training_is_not_repeated",),
+    ),
+    Bug(
+        "the model that is kept is the last, not the best",
+        "gptpipe/training/results.py",
+        'weights = checkpoints.load_best(summary["best_step"])',
+        'weights = checkpoints.load_best(max(int(p.name[5:]) for p in checkpoints.folder.glob("best-*")))',
+        ("tests/training/test_session.py::test_the_model_it_leaves_is_the_best_not_the_last",),
+    ),
+    # The record
+    Bug(
+        "a resumed run logs its steps twice",
+        "gptpipe/tracking/store.py",
+        "new = [row for row in content if row[3] not in self._known.get(row[0], ())]",
+        "new = list(content)",
+        ("tests/tracking/test_record.py::test_a_resumed_run_gets_each_step_once",),
+    ),
+    Bug(
+        "the champion moves to a worse model",
+        "gptpipe/tracking/registry.py",
+        "    if bits_per_byte >= best:\n",
+        "    if bits_per_byte <= best:\n",
+        ("tests/tracking/test_registry.py::test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents",),
+    ),
+    # The process
+    Bug(
+        "a stage outlives dvc",
+        "gptpipe/stage.py",
+        "    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)\n",
+        "",
+        ("tests/test_stage.py::test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made",),
+    ),
+    Bug(
+        "a stage does not look whether dvc ended before it asked",
+        "gptpipe/stage.py",
+        "    elif _is_orphan(os.getpid()):\n        sys.exit(128 + signal.SIGTERM)\n",
+        "",
+        ("tests/test_stage.py::test_a_stage_whose_parent_ended_before_it_could_ask_does_nothing",),
+    ),
+    Bug(
+        "two processes may run one stage",
+        "gptpipe/stage.py",
+        '    with one_writer(Path(".gptpipe") / name):\n        main()\n',
+        "    main()\n",
+        ("tests/test_stage.py::test_a_second_process_of_a_stage_is_refused_and_names_the_first",),
+    ),
+)

@@ -1,0 +1,90 @@
+"""Sides of the split and duplicates: what happens to a document does not depend on the rest of the corpus."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sections import split_params
+
+from gptpipe.corpus.collect import collect
+from gptpipe.corpus.dedup import Seen
+from gptpipe.corpus.shards import shard_paths
+from gptpipe.tokens.splits import SIDES, sides_of
+
+IDS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(300)]
+some_ids = st.lists(st.sampled_from(IDS), min_size=1, max_size=60)
+shares = st.floats(0, 0.49)
+seeds = st.integers(0, 2**63 - 1)
+# Sentences of few words: many are equal, and many nearly so.
+sentences = st.lists(
+    st.sampled_from(["the old cat", "the red dog", "sees", "a tree", "and runs"]), min_size=1, max_size=9
+)
+
+
+@given(some_ids, st.randoms(use_true_random=False), shares, shares, seeds)
+def test_a_side_depends_on_the_document_and_the_seed_alone(
+    documents: list[str], random: Random, val: float, test: float, seed: int
+) -> None:
+    params = split_params(val_fraction=val, test_fraction=test)
+    alone = {document: sides_of([document], params, seed)[0] for document in documents}
+    order = [*documents, *IDS[: random.randrange(len(IDS))]]
+    random.shuffle(order)
+    together = dict(zip(order, sides_of(order, params, seed), strict=True))
+    assert {document: together[document] for document in documents} == alone
+
+
+@given(some_ids, st.tuples(shares, shares).map(sorted), shares, seeds)
+def test_a_larger_share_takes_from_train_alone(
+    documents: list[str], grows: list[float], other: float, seed: int
+) -> None:
+    for side, name, fixed in (("val", "val_fraction", "test_fraction"), ("test", "test_fraction", "val_fraction")):
+        before, after = (sides_of(documents, split_params(**{name: share, fixed: other}), seed) for share in grows)
+        moves = {(SIDES[one], SIDES[two]) for one, two in zip(before, after, strict=True) if one != two}
+        assert moves <= {("train", side)}
+
+
+@given(st.lists(st.lists(st.sampled_from(IDS[:20]), max_size=8), max_size=12), st.integers(0, 11))
+def test_seen_knows_exactly_what_came_before(batches: list[list[str]], forgets_at: int) -> None:
+    seen, known = Seen(), set[str]()
+    for i, batch in enumerate(batches):
+        expected = []
+        for document in batch:
+            expected.append(document in known)
+            known.add(document)
+        assert seen.add(batch).tolist() == expected
+        if i == forgets_at and batch and not expected[-1]:
+            seen.forget(batch[-1:])
+            known.discard(batch[-1])
+
+
+def collected(texts: list[str], dedup: str) -> list[str]:
+    """The texts that stage collect keeps, in its order."""
+    with tempfile.TemporaryDirectory() as name:
+        source, raw = Path(name, "texts.txt"), Path(name, "raw")
+        source.write_text("\n".join(texts))
+        collect(tiny.params((str(source),), collect__dedup=dedup).collect, raw)
+        return [text for shard in shard_paths(raw) for text in pq.read_table(shard)["text"].to_pylist()]
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+@given(texts=st.lists(sentences.map(" ".join), min_size=1, max_size=40))
+@settings(max_examples=12)
+def test_the_corpus_without_duplicates_has_no_more_of_them(dedup: str, texts: list[str]) -> None:
+    kept = collected(texts, dedup)
+    assert len(set(kept)) == len(kept)
+    assert set(kept) == set(texts) if dedup == "exact" else set(kept) <= set(texts)
+    assert collected(kept, dedup) == kept
+
+
+@given(texts=st.lists(sentences.map(" ".join), min_size=1, max_size=20), random=st.randoms(use_true_random=False))
+@settings(max_examples=8)
+def test_the_corpus_is_the_same_set_in_any_order_of_documents(texts: list[str], random: Random) -> None:
+    kept = collected(texts, "exact")
+    random.shuffle(texts)
+    assert sorted(collected(texts, "exact")) == sorted(kept)

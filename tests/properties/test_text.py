@@ -1,0 +1,131 @@
+"""Any Unicode text survives clean, encode and decode."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from sections import SHIPPED, filters
+
+from gptpipe.config import CollectParams
+from gptpipe.corpus.cleaning import clean, cut
+from gptpipe.corpus.document import Rejected
+from gptpipe.tokens.tokenizer import END_OF_TEXT, Tokenizer, named_tokenizer, train_tokenizer
+
+PARAMS = CollectParams.model_validate({**dict(SHIPPED.collect), "filters": filters(), "min_document_bytes": 1})
+# Pieces that cleaning, NFC or a tokenizer's pattern treats in a way of its own.
+PIECES = (
+    *(
+        "\n",
+        "\r\n",
+        "\r",
+        "\t",
+        " ",
+        "  \n",
+        "\n\n\n",
+        "\0",
+        "\x01",
+        "\x7f",
+        "\x85",
+        "\x9f",
+        "\ufeff",
+        "\u2028",
+        "\xa0",
+    ),
+    *("e\u0301", "\u00e9", "\u212b", "\u0344", "\u1100\u1161\u11a8", "\uac01", "\u0f73", "\U0001f468\u200d\U0001f469"),
+    *(
+        END_OF_TEXT,
+        "<|endof",
+        "a",
+        "1234567",
+        "don't",
+        "\u0e01\u0e33",
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\ud800",
+        "\udfff",
+    ),
+)
+pieces = st.sampled_from(PIECES)
+repeated = st.tuples(pieces, st.sampled_from([9, 999, 1000, 1001, 1100])).map(lambda pair: pair[0] * pair[1])
+texts = st.lists(st.one_of(st.text(st.characters(), max_size=20), pieces, pieces, repeated), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> list[Tokenizer]:
+    trained = train_tokenizer(["the cat sat on the mat, the dog sat on the log, naïve café"] * 3, 280)
+    return [trained, named_tokenizer("gpt2")]
+
+
+def has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def visible(text: str) -> str:
+    """What cleaning must keep: the decomposed text without white space and control characters.
+
+    Byte order marks and combining marks are left out too: cleaning removes byte order marks at the start, and combining
+    marks after 1,000 in a row.
+    """
+    return "".join(
+        c
+        for c in unicodedata.normalize("NFD", text)
+        if not (c.isspace() or c == "\ufeff" or unicodedata.category(c) == "Cc" or unicodedata.combining(c))
+    )
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+@example(["\ufeff\ufeffa", "\x01\ufeffa", "\n\ufeffa"])
+@example(["\u0344" * 1001 + "a", "a" + "\xa0" * 999 + " " + "\xa0" * 5, "a" + "\xa0" * 999 + "\n" + "\xa0" * 5])
+def test_clean_changes_what_it_says_and_nothing_else(batch: list[str]) -> None:
+    cleaned = clean(batch, PARAMS)
+    assert len(cleaned) == len(batch)
+    for text, found in zip(batch, cleaned, strict=True):
+        if isinstance(found, Rejected):
+            assert found.reason == ("lone_surrogates" if has_surrogate(text) else "empty")
+            assert has_surrogate(text) or not visible(text).strip("\ufeff")
+            continue
+        assert visible(found) == visible(text)
+        assert unicodedata.is_normalized("NFC", found)
+        assert not found.startswith(("\ufeff", "\n"))
+        assert not found.endswith(("\n", " ", "\t"))
+        assert not any(line.endswith((" ", "\t")) for line in found.split("\n"))
+        assert all(c in "\t\n" or unicodedata.category(c) != "Cc" for c in found)
+        assert clean([found], PARAMS) == [found]  # a second cleaning changes nothing
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+def test_a_text_is_cleaned_as_if_it_were_alone(batch: list[str]) -> None:
+    for text, found in zip(batch, clean(batch, PARAMS), strict=True):
+        (alone,) = clean([text], PARAMS)
+        assert (alone == found) or (isinstance(alone, Rejected) and isinstance(found, Rejected))
+
+
+@given(st.lists(texts, min_size=1, max_size=4))
+def test_decode_returns_what_encode_was_given(tokenizers: list[Tokenizer], batch: list[str]) -> None:
+    kept = [text for text in clean(batch, PARAMS) if isinstance(text, str)]
+    for tokenizer in tokenizers:
+        for text in kept:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.end_of_text not in ids  # text that spells it stays text
+        together = tokenizer.encode_documents(kept)
+        ends = np.flatnonzero(together == tokenizer.end_of_text)
+        assert len(ends) == len(kept)
+        documents = np.split(together, ends[:-1] + 1) if kept else []
+        assert [tokenizer.decode(ids[:-1].tolist()) for ids in documents] == kept
+
+
+@given(st.lists(st.integers(0, 299), max_size=30))
+def test_any_token_ids_decode(tokenizers: list[Tokenizer], ids: list[int]) -> None:
+    """Ids in an order that no text has may split characters; decoding still gives text."""
+    for tokenizer in tokenizers:
+        tokenizer.decode(ids).encode()
+
+
+@given(texts, st.integers(4, 300))
+def test_cut_loses_nothing_and_keeps_to_the_limit(text: str, max_bytes: int) -> None:
+    parts = cut(text, max_bytes)
+    assert "".join(parts) == text
+    for part in parts:
+        assert 0 < len(part.encode(errors="surrogatepass")) <= max_bytes
