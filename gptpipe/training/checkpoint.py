@@ -45,13 +45,14 @@ from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import WEIGHTS, read_header
 from gptpipe.model.optim import Muon
-from gptpipe.training.loop import Entry, TrainState
+from gptpipe.training.loop import VALIDATION_FIGURES, Entry, Sample, TrainState
 from gptpipe.training.red_flags import Validation
 
 _KEPT = 2
 _STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"
 _MAX_STATE_BYTES = 1 << 28  # the history has 150 bytes for each validation
 _OF_A_STEP = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that are read again
+_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_FIGURES}
 _OPTIMIZER_TENSORS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     Muon: ("momentum",),
@@ -94,6 +95,7 @@ class Checkpoints:
                 "step": state.step,
                 "best_step": state.best.step if state.best else None,
                 "history": [asdict(validation) for validation in state.history],
+                "samples": state.samples,
                 "skipped": state.skipped,
                 "micro_batch_size": state.micro_batch_size,
                 "environment": self.environment,
@@ -224,6 +226,7 @@ class _Content(BaseModel):
     skipped: _Step
     micro_batch_size: Annotated[int, Field(ge=1, lt=2**40)]
     environment: dict[str, str | int | bool]
+    samples: list[Sample] = []  # an earlier version did not save them
     inexact: list[str] = []  # an earlier version did not save it
     notes: dict[str, Any]
 
@@ -240,7 +243,7 @@ class _Saved:
         _load_tensors(state, self.tensors)
         state.step, state.skipped = self.content.step, self.content.skipped
         state.micro_batch_size = self.content.micro_batch_size
-        state.history = [*self.content.history]
+        state.history, state.samples = [*self.content.history], [*self.content.samples]
         state.journal = [*self.journal]
         state.steps = [(m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m]
 
@@ -268,6 +271,8 @@ def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
         raise ValueError(f"the best of its validations is not of step {content.best_step}")
     if losses != [(step, metrics["val/loss"]) for step, _, metrics in journal if "val/loss" in metrics]:
         raise ValueError(f"{_JOURNAL} has other validations")
+    if any(not metrics.keys() >= _OF_A_VALIDATION for _, _, metrics in journal if "val/loss" in metrics):
+        raise ValueError(f"{_JOURNAL} lacks metrics of a validation")
     if any(not metrics.keys() >= _OF_A_STEP for _, _, metrics in journal if "train/loss" in metrics):
         raise ValueError(f"{_JOURNAL} lacks metrics of a step")
     if any(not 0 <= step <= content.step for step, _, _ in journal):

@@ -24,6 +24,8 @@ from gptpipe.training.schedule import learning_rate
 
 Metrics = dict[str, float]
 Entry = tuple[int, int, Metrics]  # step, milliseconds since 1970, what was logged
+VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # those that a training keeps
+Sample = tuple[int, str, str]  # step, prompt, continuation
 
 _REMEDY = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
 # A spike is told against so many steps before it, once there are enough; less spread than this is taken for this.
@@ -43,6 +45,7 @@ class TrainState:
     history: list[Validation] = field(default_factory=list)
     steps: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm) of each step
     journal: list[Entry] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def best(self) -> Validation | None:

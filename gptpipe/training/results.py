@@ -1,7 +1,6 @@
 """What a finished training leaves: the model folder with its card, the curves and a summary."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from gptpipe.markdown import render
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
 from gptpipe.training.checkpoint import Checkpoints
-from gptpipe.training.loop import TrainState
+from gptpipe.training.loop import VALIDATION_FIGURES, Sample, TrainState
 from gptpipe.training.red_flags import red_flags
 from gptpipe.training.start import Start
-
-VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # that training keeps
 
 
 def write_model(
@@ -52,29 +49,16 @@ def _card(params: Params, summary: dict[str, Any], made: Manifest) -> str:
     return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
-def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:
-    """Add a step's samples, prompt -> continuation, to the table in `folder`; returns it as the JSON that MLflow shows.
-
-    A resumed training comes by a step again: its rows replace those that are there.
-    """
-    path = folder / "samples.json"
-    try:
-        rows = json.loads(path.read_bytes())["data"]
-    except (OSError, ValueError):  # the first, or damaged: no figure hangs on it
-        rows = []
-    rows = [row for row in rows if row[0] < step] + [[step, *pair] for pair in samples.items()]
-    table = to_json({"columns": ["step", "prompt", "continuation"], "data": rows})
-    write_bytes(path, table)
-    return table.decode()
+def samples_table(samples: list[Sample]) -> bytes:
+    """The samples of a training as the JSON that MLflow shows as a table."""
+    return to_json({"columns": ["step", "prompt", "continuation"], "data": samples})
 
 
-def write_reports(
-    reports: Path, state: TrainState, summary: dict[str, Any], checkpoints: Checkpoints
-) -> dict[str, str]:
+def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> dict[str, str]:
     """Write the summary, the samples, and the curves of steps and validations; returns their names and SHA-256."""
     contents = {
         "train.json": to_json(summary),
-        "train.samples.json": note_samples(checkpoints.folder, state.step + 1, {}).encode(),
+        "train.samples.json": samples_table(state.samples),
         "train.steps.csv": _steps(state).to_csv(index=False).encode(),
         "train.validations.csv": _validations(state).to_csv(index=False).encode(),
     }

@@ -27,9 +27,9 @@ from gptpipe.tokens.tokenizer import Tokenizer, byte_letters
 from gptpipe.training import distributed, runtime
 from gptpipe.training.checkpoint import Checkpoints, run_key
 from gptpipe.training.finished import discard, finished_in, mark_finished
-from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
+from gptpipe.training.loop import VALIDATION_FIGURES, Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
-from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_model, write_reports
+from gptpipe.training.results import samples_table, summarise, write_model, write_reports
 from gptpipe.training.start import Start, start
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
@@ -117,7 +117,7 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             summary = summarise(params, state, n_steps, checkpoints.inexact)
             if place().rank == 0:
                 run_id = record.run_id  # once: the store may answer in between, and give the run its own id
-                digests = write_reports(reports, state, summary, checkpoints)
+                digests = write_reports(reports, state, summary)
                 write_model(target, params, begin, checkpoints, summary, digests)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
                 record.tags({"best_step": str(summary["best_step"])})
@@ -241,14 +241,14 @@ class _Training:
             complain(f"red flag: {flags[name]}")
         self._flags_said |= flags.keys()
         self.record.tags({f"red_flag.{name}": words for name, words in flags.items()})
-        section, samples = self.params.train, dict[str, str]()
+        section, step = self.params.train, self.state.step
         sampling = Sampling(temperature=0.8, top_k=50, seed=self.params.seed)  # each time, so that they compare
         for prompt in section.sample_prompts:
-            pieces = continue_text(model, self.begin.tokenizer, prompt, section.sample_tokens, sampling)
-            samples[prompt] = continuation = "".join(pieces)
+            continuation = "".join(continue_text(model, self.begin.tokenizer, prompt, section.sample_tokens, sampling))
+            self.state.samples.append((step, prompt, continuation))
             self.progress.sample = "".join(filter(str.isprintable, " ".join(f"{prompt}{continuation}".split())))
-            say(f"train: step {validation.step:,}: {prompt!r} goes on {continuation!r}", "verbose")
-        self.record.text("samples.json", note_samples(self.checkpoints.folder, self.state.step, samples))
+            say(f"train: step {step:,}: {prompt!r} goes on {continuation!r}", "verbose")
+        self.record.text("samples.json", samples_table(self.state.samples).decode())
         if section.on_spike == "stop":  # else only what is never taken back: what is saved
             self._send()
 

@@ -36,7 +36,6 @@ from gptpipe.files import (
     read_manifest,
     seal,
     sha256_of,
-    to_json,
     verify,
 )
 from gptpipe.model.layout import CONFIG, WEIGHTS, load_model, save_model
@@ -44,7 +43,7 @@ from gptpipe.tokens.huggingface import to_tokenizer_json
 from gptpipe.tokens.streams import open_stream
 from gptpipe.tokens.tokenizer import ENCODING, RANKS, Tokenizer, train_tokenizer
 from gptpipe.training.checkpoint import Checkpoints
-from gptpipe.training.results import note_samples
+from gptpipe.training.loop import VALIDATION_FIGURES
 from gptpipe.training.session import _check_tokenizer
 
 from . import mutations
@@ -315,7 +314,7 @@ def _checkpoint_seeds(name: str) -> Callable[[Path], list[bytes]]:
         checkpoints = Checkpoints(folder / "checkpoints", {"threads": 1})
         state.note_validation(3.5, 1.0)
         state.journal.append((1, 1_700_000_000_000, {"train/loss": 3.0, "train/grad_norm": 1.0, "train/lr": 0.1}))
-        state.journal.append((1, 1_700_000_000_000, {"val/loss": 3.5}))
+        state.journal.append((1, 1_700_000_000_000, {f"val/{name}": 3.5 for name in VALIDATION_FIGURES}))
         checkpoints.save_best(state.model, 1)
         checkpoints.save(state, {"run_id": "abc"})
         return [(folder / _STEP / name).read_bytes()]
@@ -420,15 +419,6 @@ def _outbox(content: bytes) -> None:
     record.send_outbox()
 
 
-def _samples_seeds(_: Path) -> list[bytes]:
-    return [to_json({"columns": ["step", "prompt", "continuation"], "data": [[0, "the ", "cat"], [4, "the ", "dog"]]})]
-
-
-def _samples(content: bytes) -> None:
-    Path("samples.json").write_bytes(content)
-    note_samples(Path(), 4, {"the ": "owl"})
-
-
 JSON = (mutations.json_tree,)
 SEALED = (mutations.sealed, mutations.sealed, mutations.json_tree)
 TARGETS = [
@@ -456,7 +446,6 @@ TARGETS = [
            (IntegrityError,), JSON),
     Target("checkpoint-tensors", 12, _checkpoint_seeds("state.safetensors"), _checkpoint("state.safetensors"),
            (IntegrityError,), (mutations.safetensors_header,)),
-    Target("outbox", 12, _outbox_seeds, _outbox, (), JSON),
-    Target("samples", 12, _samples_seeds, _samples, (), JSON),
+    Target("outbox", 24, _outbox_seeds, _outbox, (), JSON),
     Target("token-stream", 40, _stream_seeds, _stream, (IntegrityError,), (mutations.npy_header,)),
 ]  # fmt: skip

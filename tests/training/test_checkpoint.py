@@ -22,16 +22,17 @@ from gptpipe.files import new_folder
 from gptpipe.training import checkpoint
 from gptpipe.training.checkpoint import Checkpoints, run_key
 from gptpipe.training.finished import discard, discard_finished, finished_in, mark_finished
-from gptpipe.training.loop import TrainState, optimizer_step
+from gptpipe.training.loop import VALIDATION_FIGURES, TrainState, optimizer_step
 
 SMALL = {"model__n_embd": 8, "model__n_inner": 8, "model__n_layer": 1, "model__dropout": 0.1}
+VALIDATION = [f"val/{name}" for name in VALIDATION_FIGURES]
 ENVIRONMENT = {"threads": 1, "torch": "9.9"}
 
 
 def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> None:
     """What the session does after a validation."""
     state.note_validation(val_loss, 1.0)
-    state.journal.append((state.step, 1_700_000_000_000, {"val/loss": val_loss}))
+    state.journal.append((state.step, 1_700_000_000_000, dict.fromkeys(VALIDATION, val_loss)))
     if state.best_is_now:
         checkpoints.save_best(state.model, state.step)
 
@@ -248,7 +249,8 @@ FORGERIES: dict[str, Callable[[Path], object]] = {
     "a metric that is infinite": journal('[6, 1700000000000, {"a": Infinity}]'),
     "a metric of 10^400": journal(f'[6, 1700000000000, {{"a": {10**400}.0}}]'),
     "a step without its metrics": journal('[6, 1700000000000, {"train/loss": 1.0}]'),
-    "a validation too many": journal('[6, 1700000000000, {"val/loss": 1.0}]'),
+    "a validation too many": journal(f"[6, 1700000000000, {json.dumps(dict.fromkeys(VALIDATION, 1.0))}]"),
+    "a validation without its accuracy": journal('[6, 1700000000000, {"val/loss": 1.0}]'),
     "a deep entry": journal(DEEP),
     "an empty line": journal(""),
     "no journal": content("journal.jsonl", ""),
