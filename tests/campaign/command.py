@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign.plan import plan
-from campaign.processes import REAL_KINDS, real_trials, try_out_for_real
+from campaign.processes import REAL_KINDS, real_trials, remove_projects, try_out_for_real
 
 ROOT = Path(__file__).parents[2]
 _SHARED_MEMORY = Path("/dev/shm")
@@ -89,6 +90,7 @@ def main() -> None:
         _run(options)
         results = _read(options.log)
         print(summary(results))
+    remove_projects()
     sys.exit(any(result["differences"] for result in results))
 
 
@@ -209,5 +211,8 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def _kind_of(difference: str) -> str:
-    """A difference without its numbers and ids, so that those of one kind are counted together."""
-    return "".join("#" if letter.isdigit() else letter for letter in difference)[:110].replace("|", "/")
+    """A difference without its numbers, ids and paths, so that those of one kind are counted together."""
+    promise, _, text = " ".join(difference.split()).partition(": ")
+    text = re.sub(r"/[^ ]*/project/", "", text)
+    text = re.sub(r"\b(?=\w*\d)[0-9a-f]{8,}\b|\d[\d.,e-]*", "#", text)
+    return f"{promise}: {text.split(';')[0][:120]}".replace("|", "/")

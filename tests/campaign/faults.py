@@ -113,8 +113,7 @@ class _Watcher:
             return
         content = None
         if kind == "fsync" and not os.path.isdir(path):  # noqa: PTH112
-            with builtins.open(path, "rb") as file:
-                content = file.read()
+            content = Path(path).read_bytes()
         os.write(self.trace, pickle.dumps((kind, path, other, content)))
 
 
@@ -133,8 +132,10 @@ def install(fault: Fault, root: Path, counters: Counters, trace: Path | None = N
     _watch_audit_events(watcher)
     _watch_writes(watcher)
     _watch_fsync(watcher)
-    _watch_commits(watcher)
-    _count_optimizer_steps(counters)
+    if "sqlalchemy" in sys.modules:  # imported before the fork, or not used
+        _watch_commits(watcher)
+    if "torch" in sys.modules:
+        _count_optimizer_steps(counters)
 
 
 def _raise(name: str, kind: str, path: str) -> None:

@@ -25,8 +25,7 @@ def plan(hello: dict[str, Any], counts: dict[str, int], only: set[str], seed: in
     hello = {**hello, "operations": {stage: hello["operations"][stage] for stage in stages},
              "reads": {stage: files for stage, files in hello["reads"].items() if stage in stages}}  # fmt: skip
     trials = [list(islice(makers[kind](hello, chance), counts.get(kind, 0))) for kind in kinds]
-    mixed = [trial for several in zip_longest(*trials) for trial in several if trial is not None]
-    return mixed
+    return [trial for several in zip_longest(*trials) for trial in several if trial is not None]
 
 
 def _kills(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:

@@ -254,7 +254,7 @@ def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
 
 
 def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
-    """The record of a training waits in the outbox, and is damaged. The next command that logs names it, and goes on."""
+    """The record of a training waits in the outbox, and is damaged. The next command that logs says which file."""
     lab.begin({"stage": "evaluate", "state": "waiting record"})
     (path,) = (lab.project.path / ".gptpipe/outbox").glob("*.jsonl")
     if not damage(path, trial["way"], chance):
