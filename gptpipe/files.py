@@ -2,7 +2,8 @@
 
 A file appears under its final name only when it is complete and on disk (temporary name in the same folder, flush,
 fsync, rename, fsync of the folder). A folder appears the same way, with `manifest.json` as its last file: schema
-version, the SHA-256 and size of every file, counts, and the digests of all that it was made from.
+version, the SHA-256 and size of every file, counts, the digests of everything it was made from, and the SHA-256 of
+all this. Only one process at a time may build a folder.
 """
 
 import errno
@@ -11,20 +12,24 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
 
 from gptpipe.errors import IntegrityError, ResourceError
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
-_DONE = ".done"  # ends the name of a note that files are finished
+SCHEMA = 2
+_DONE = ".done"  # suffix of a note that files are finished
+_LOCK_SECONDS = 3.0  # to wait for another writer, which may be about to end
 Result = TypeVar("Result")
 
 
@@ -38,7 +43,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a folder holds and what it was made from. Holds no time, so equal content gives equal bytes."""
+    """What a folder contains and what it was made from. It contains no time, so equal content gives equal bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +53,7 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
 
     def to_bytes(self) -> bytes:
-        return to_json(self.model_dump())
+        return seal(self.model_dump())
 
     @property
     def digest(self) -> str:
@@ -65,6 +70,24 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def seal(content: dict[str, Any]) -> bytes:
+    """JSON of `content` that also contains its own SHA-256, so `unseal` notices any change, such as a flipped bit."""
+    return to_json({**content, "sha256": hashlib.sha256(to_json(content)).hexdigest()})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The content of what `seal` returned. Raises ValueError if any byte is different."""
+    try:
+        content: dict[str, Any] = json.loads(data)
+        del content["sha256"]
+        is_unchanged = seal(content) == data
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError("not a sealed JSON object") from error
+    if not is_unchanged:
+        raise ValueError("changed after it was written")
+    return content
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -72,19 +95,48 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a ResourceError that names the path."""
+    """Turn an error of the disk into a ResourceError that names the path."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ResourceError(
-            f"{path}: cannot write: {reason}; free space or mend the permissions, then rerun"
-        ) from error
+        raise ResourceError(f"{path}: cannot write: {reason}; free space or fix the permissions, then rerun") from error
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears whole under `path`, or not at all. Raises ResourceError."""
+def one_writer(target: Path) -> Iterator[None]:
+    """Be the only process that writes `target`, as long as all others ask too.
+
+    The lock is the file `.NAME.lock` beside it, which names its holder. The system frees the lock when the process
+    ends, however it ends. Raises ResourceError if another process still holds it after three seconds.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path)
+    with disk_errors(target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=_LOCK_SECONDS)
+        except Timeout as error:
+            holder = path.read_text(errors="replace").strip() if path.exists() else ""
+            raise ResourceError(
+                f"{target}: {holder or 'another process'} is writing it; wait until it ends, or stop it, then rerun"
+            ) from error
+    try:
+        with disk_errors(target):
+            path.write_text(f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).stem})\n")
+        yield
+    finally:
+        with suppress(OSError):  # a free lock's file does no harm
+            path.unlink()  # before the release: a process that waits sees this and opens the name again
+        lock.release()
+
+
+@contextmanager
+def new_file(path: Path, n_bytes: int = 0) -> Iterator[BinaryIO]:
+    """Write a file that appears whole under `path`, or not at all; `n_bytes` is its size if known.
+
+    Raises ResourceError.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,13 +150,15 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 written = partial.stat().st_size if partial.exists() else 0
-                error.strerror = f"{error.strerror} (it needs more than {written:,} bytes)"
+                if n_bytes or written:
+                    needed = f"{n_bytes:,}" if n_bytes else f"more than {written:,}"
+                    error.strerror = f"{error.strerror} (it needs {needed} bytes)"
             partial.unlink(missing_ok=True)
             raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    with new_file(path) as file:
+    with new_file(path, len(content)) as file:
         file.write(content)
 
 
@@ -113,7 +167,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class NewFolder:
-    """A folder under construction: write files into `path`, note `counts`."""
+    """A folder under construction: write files into `path`, and set `counts`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,39 +176,49 @@ class NewFolder:
 
 @contextmanager
 def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterator[NewFolder]:
-    """Build a folder that appears whole under `target`, manifest included, in place of what was there.
+    """Build a folder that appears whole under `target`, manifest included, and replaces what was there.
 
-    What was there comes back if anything fails. `made_from` maps the name of each ancestor to its digest. With a `key`,
-    which names all that determines the content, a build that is killed or stopped goes on where it was: `path` holds
-    what it left, for `once`. Raises ResourceError.
+    If anything fails, the previous folder stays. `made_from` maps the name of each ancestor to its digest. `key` names
+    everything that determines the content: with it, a killed or stopped build continues from the files that it left
+    in `path`, see `once`. Raises ResourceError, also if another process builds the folder.
     """
-    partial, old = (target.with_name(f".{target.name}{suffix}.partial") for suffix in (f".{key}" * bool(key), ".old"))
-    keep = partial if key else None
-    with disk_errors(target):
-        _clear_up(target, old, keep)
-        partial.mkdir(parents=True, exist_ok=True)
-    try:
-        folder = NewFolder(partial)
-        yield folder
-        with disk_errors(target):
-            for note in sorted(partial.rglob(f".*{_DONE}")):
-                note.unlink()
-            files = {name: FileEntry(sha256=sha256_of(partial / name), n_bytes=(partial / name).stat().st_size)
-                     for name in _files_below(partial)}  # fmt: skip
-            manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
-            write_bytes(partial / MANIFEST, manifest.to_bytes())
-            for below in sorted(p for p in partial.rglob("*") if p.is_dir()):
-                _sync_folder(below)
-            if target.exists():
-                target.replace(old)
-            partial.replace(target)
-            _sync_folder(target.parent)
-    except Exception:
-        keep = None
-        raise
-    finally:
+    with one_writer(target):
+        partial, old = (target.with_name(f".{target.name}{s}.partial") for s in (f".{key}" if key else "", ".old"))
+        keep = partial if key else None
         with disk_errors(target):
             _clear_up(target, old, keep)
+            partial.mkdir(parents=True, exist_ok=True)
+            for leftover in sorted(partial.rglob(".*.partial")):  # of a killed build
+                _remove(leftover)
+        try:
+            folder = NewFolder(partial)
+            yield folder
+            with disk_errors(target):
+                _finish_folder(folder, made_from)
+                if target.exists():
+                    target.replace(old)
+                partial.replace(target)
+                _sync_folder(target.parent)
+        except Exception:
+            keep = None
+            raise
+        finally:
+            with disk_errors(target):
+                _clear_up(target, old, keep)
+
+
+def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
+    """Remove the notes of `finish`, write the manifest, and make all names durable."""
+    for note in sorted(folder.path.rglob(f".*{_DONE}")):
+        note.unlink()
+    files: dict[str, FileEntry] = {}
+    for name in _files_below(folder.path):
+        path = folder.path / name
+        files[name] = FileEntry(sha256=sha256_of(path), n_bytes=path.stat().st_size)
+    manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
+    write_bytes(folder.path / MANIFEST, manifest.to_bytes())
+    for below in sorted(path for path in folder.path.rglob("*") if path.is_dir()):
+        _sync_folder(below)
 
 
 def key_of(determinants: list[Any], *libraries: str) -> str:
@@ -165,51 +229,55 @@ def key_of(determinants: list[Any], *libraries: str) -> str:
 
 
 def once(files: list[Path], make: Callable[[], Result]) -> Result:
-    """What `make`, which writes these files, returned: now, or before a kill where all are still as they were then."""
+    """Run `make`, which writes `files`, unless an interrupted run already produced them; returns its result."""
     if done := finished(files):
-        found: Result = done["result"]
-        return found
+        result: Result = done["result"]
+        return result
     finish(files, result := make())
     return result
 
 
 def finish(files: list[Path], result: Any) -> None:
-    """Note that the files are made, for `finished`; goes with the end of the `new_folder` around. Plain JSON."""
-    note = {"sha256": [sha256_of(path) for path in files], "result": result}
-    write_json(files[0].with_name(f".{files[0].name}{_DONE}"), note)
+    """Record for `finished` that the files are complete. `result` is plain JSON.
+
+    The note is deleted when the enclosing `new_folder` finishes.
+    """
+    note = {"files": [sha256_of(path) for path in files], "result": result}
+    write_bytes(files[0].with_name(f".{files[0].name}{_DONE}"), seal(note))
 
 
 def finished(files: list[Path]) -> dict[str, Any]:
-    """What `finish` noted, where all of these files are still as they were then; else nothing."""
-    with suppress(OSError, ValueError, TypeError, KeyError):  # never made, or damaged
-        done: dict[str, Any] = json.loads(files[0].with_name(f".{files[0].name}{_DONE}").read_bytes())
-        if done["sha256"] == [sha256_of(path) for path in files]:
+    """What `finish` recorded, if all of these files are unchanged since then; else an empty dict."""
+    with suppress(OSError, ValueError, KeyError):  # never made, or damaged
+        done = unseal(files[0].with_name(f".{files[0].name}{_DONE}").read_bytes())
+        if done["files"] == [sha256_of(path) for path in files]:
             return done
     return {}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, its files not looked at. Raises IntegrityError."""
+    """The manifest of a folder, without looking at its files. Raises IntegrityError."""
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes(), strict=True)
+        data = path.read_bytes()
+        version = re.search(rb'"schema_version": (\d+)', data)
+        if version and int(version[1]) != SCHEMA:
+            raise IntegrityError(f"{path}: schema {int(version[1])}, this version reads {SCHEMA}; run `dvc repro`")
+        return Manifest.model_validate(unseal(data), strict=True)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}; make the folder again with `dvc repro`") from error
-    except ValidationError as error:
-        raise IntegrityError(f"{path}: not a manifest; make the folder again with `dvc repro -f`") from error
-    if manifest.schema_version != SCHEMA:
-        raise IntegrityError(f"{path}: schema {manifest.schema_version}, this version reads {SCHEMA}; run `dvc repro`")
-    return manifest
+    except ValueError as error:  # pydantic's too
+        raise IntegrityError(f"{path}: damaged; make the folder again with `dvc repro -f`") from error
 
 
 def check_parent(folder: Path, parent: Path) -> None:
-    """Raises IntegrityError where `folder` was not made from what `parent` holds now."""
+    """Raise IntegrityError unless `folder` was made from the present content of `parent`."""
     if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:
-        raise IntegrityError(f"{folder}: not made from what {parent} holds now; make it again with `dvc repro`")
+        raise IntegrityError(f"{folder}: made from another {parent} than the present one; run `dvc repro`")
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a folder, every file checked against it (one full read). Raises IntegrityError."""
+    """The manifest of a folder, after checking every file against it (one full read). Raises IntegrityError."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for name in sorted(present.symmetric_difference(manifest.files)):
@@ -220,7 +288,7 @@ def verify(folder: Path) -> Manifest:
         try:
             differs = path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256
         except OSError as error:
-            raise IntegrityError(f"{path}: {error.strerror}; mend the disk or the permissions") from error
+            raise IntegrityError(f"{path}: {error.strerror}; check the disk and the permissions") from error
         if differs:
             raise IntegrityError(f"{path}: differs from its manifest; make the folder again with `dvc repro -f`")
     return manifest
@@ -233,17 +301,24 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def _clear_up(target: Path, old: Path, keep: Path | None) -> None:
-    """Remove what builds leave behind, this one or those that were killed, but for `keep`; put back `old` where no
-    successor stands."""
+    """Remove what this build and killed builds left behind, except `keep`; restore `old` if it was not replaced."""
     for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*partial")):
         if left not in (old, keep):
-            shutil.rmtree(left)
+            _remove(left)
     if old.exists() and not target.exists():
         old.replace(target)
     elif old.exists():
         aside = target.with_name(f".{target.name}.partial")
         old.replace(aside)  # renamed first: a half-removed folder never comes back
-        shutil.rmtree(aside)
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all its content."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptpipe.errors import IntegrityError, first_line
-from gptpipe.files import new_file
+from gptpipe.files import Manifest, new_file, verify
 
 _READ_ROWS = 8192  # per record batch
 GROUP_ROWS = 65536  # per row group: what a writer holds in memory, at most ...
@@ -63,6 +63,26 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise IntegrityError(
             f"{path}: damaged: {first_line(error)}; make the folder again with `dvc repro -f`"
         ) from error
+
+
+def verify_rows(folder: Path, counts: dict[str, str]) -> Manifest:
+    """The manifest of a folder, after checking its files, and the rows of its Parquet files against its counts.
+
+    `counts` maps a glob pattern to the name of the count of all rows in the files that match. Raises IntegrityError.
+    """
+    manifest = verify(folder)
+    for pattern, name in counts.items():
+        paths = sorted(folder.glob(pattern))
+        try:
+            n_rows = sum(pq.read_metadata(path).num_rows for path in paths)
+        except (pa.ArrowException, OSError) as error:
+            raise IntegrityError(f"{folder / pattern}: damaged: {first_line(error)}; run `dvc repro -f`") from error
+        if n_rows != manifest.counts.get(name):
+            raise IntegrityError(
+                f"{folder / pattern}: {n_rows:,} rows, the manifest counts {manifest.counts.get(name)} {name}; "
+                "make the folder again with `dvc repro -f`"
+            )
+    return manifest
 
 
 def strings(batch: pa.RecordBatch, column: str) -> list[str]:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from gptpipe.config import load_params
-from gptpipe.console import say
-from gptpipe.corpus.collect import collect
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
+    from gptpipe.config import load_params
+    from gptpipe.console import say
+    from gptpipe.corpus.collect import collect
+
     params = load_params()
     counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))
     rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
@@ -16,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage("collect", main, __doc__)

@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
-from gptpipe.config import load_params
-from gptpipe.console import say
-from gptpipe.files import read_manifest
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
+    from gptpipe.config import load_params
+    from gptpipe.console import say
+    from gptpipe.environment import project_root
+    from gptpipe.files import read_manifest
+
     params = load_params()
-    from gptpipe.evaluation.evaluate import evaluate_model  # late: bad parameters are told before the slow imports
+    from gptpipe.evaluation.evaluate import evaluate_model  # late: fail on bad parameters before the slow imports
     from gptpipe.evaluation.report import draw_figures, write_page
     from gptpipe.tracking.registry import record_evaluation
+    from gptpipe.training.finished import discard_finished
 
     model, reports = Path("models/gpt"), Path("reports")
     run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
@@ -21,6 +24,7 @@ def main() -> None:
     figures = draw_figures(reports)
     page = write_page(reports, params, found.lineage, read_manifest(Path("data/raw")).counts, run_id, figures)
     champion = record_evaluation(params, found, run_id, page, figures, model)
+    discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)  # DVC has recorded the training
     for side in ("val", "test"):
         if side in found.results:
             result, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
@@ -30,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage("evaluate", main, __doc__)

@@ -2,23 +2,26 @@
 
 from pathlib import Path
 
-from gptpipe.config import load_params
-from gptpipe.console import say
-from gptpipe.files import check_parent
 from gptpipe.stage import run_stage
-from gptpipe.tokens.contamination import report_contamination
-from gptpipe.tokens.streams import split
 
 
 def main() -> None:
+    from gptpipe.config import load_params
+    from gptpipe.console import say
+    from gptpipe.files import check_parent
+    from gptpipe.tokens.contamination import report_contamination
+    from gptpipe.tokens.streams import split
+
     params = load_params()
     check_parent(Path("data/tokens"), Path("data/raw"))
     report_contamination(Path("data/raw"), Path("reports/split.json"), params.split, params.collect, params.seed)
     counts = split(Path("data/tokens"), Path("data/split"), params.split, params.seed)
-    sides = (f"{side} {counts[f'{side}_documents']:,} documents, {counts[f'{side}_tokens']:,} tokens"
-             for side in ("train", "val", "test"))  # fmt: skip
+    sides = [
+        f"{side} {counts[f'{side}_documents']:,} documents, {counts[f'{side}_tokens']:,} tokens"
+        for side in ("train", "val", "test")
+    ]
     say(f"split: {'; '.join(sides)}", "quiet")
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage("split", main, __doc__)

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from gptpipe.config import load_params
-from gptpipe.console import say
 from gptpipe.stage import run_stage
-from gptpipe.tokens.encode import tokenize
 
 
 def main() -> None:
+    from gptpipe.config import load_params
+    from gptpipe.console import say
+    from gptpipe.tokens.encode import tokenize
+
     params = load_params()
     counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split, params.seed)
     say(
@@ -19,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage("tokenize", main, __doc__)

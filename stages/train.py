@@ -3,16 +3,17 @@
 from functools import partial
 from pathlib import Path
 
-from gptpipe.config import load_params
-from gptpipe.console import console, say
-from gptpipe.environment import place
 from gptpipe.stage import run_stage
 
 
 def main() -> None:
+    from gptpipe.config import load_params
+    from gptpipe.console import console, say
+    from gptpipe.environment import place
+
     console.quiet = place().rank > 0  # the others see and say the same
     params = load_params()
-    from gptpipe.tracking.record import training_run  # late: bad parameters are told before the slow imports
+    from gptpipe.tracking.record import training_run  # late: fail on bad parameters before the slow imports
     from gptpipe.training.session import train_model
 
     open_record = partial(training_run, params)
@@ -21,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage("train", main, __doc__)

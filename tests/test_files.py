@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,20 @@ import pyarrow as pa
 import pytest
 
 from gptpipe.errors import IntegrityError, ResourceError
-from gptpipe.files import new_file, new_folder, read_manifest, sha256_of, to_json, verify, write_bytes, write_json
+from gptpipe.files import (
+    finished,
+    new_file,
+    new_folder,
+    once,
+    read_manifest,
+    seal,
+    sha256_of,
+    to_json,
+    unseal,
+    verify,
+    write_bytes,
+    write_json,
+)
 from gptpipe.parquet import new_parquet
 
 
@@ -171,11 +185,14 @@ def test_swapped_files_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a manifest"),
-        (b"{}", "not a manifest"),
-        (b"\xff", "not a manifest"),
-        (b'{"schema_version": "1", "made_from": {}, "counts": {}, "files": {}}', "not a manifest"),
-        (b'{"schema_version": 2, "made_from": {}, "counts": {}, "files": {}}', "schema 2, this version reads 1"),
+        (b"", "damaged"),
+        (b"{}", "damaged"),
+        (b"[]", "damaged"),
+        (b"\xff", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b'{"schema_version": 2, "made_from": {}, "counts": {}, "files": {}}', "damaged"),  # no digest of its own
+        (seal({"schema_version": "2", "made_from": {}, "counts": {}, "files": {}}), "damaged"),
+        (b'{"schema_version": 1, "made_from": {}, "counts": {}, "files": {}}', "schema 1, this version reads 2"),
         (None, "No such file"),
     ],
 )
@@ -310,17 +327,130 @@ except ResourceError as error:
     path = tmp_path / "large"
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (5, "")
-    assert done.stdout.startswith(f"{path}: cannot write: File too large (it needs more than 1,000 bytes); free space")
+    assert done.stdout.startswith(f"{path}: cannot write: File too large (it needs 5,000 bytes); free space")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_where_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"")
-    with pytest.raises(ResourceError, match="data/raw: cannot write: Not a directory"):
+    with pytest.raises(ResourceError, match="data/raw: cannot write: File exists"):
         build(tmp_path / "data" / "raw", b"text")
 
 
 def test_manifests_are_plain_json(tmp_path: Path) -> None:
     build(tmp_path / "raw", b"text")
     content = json.loads((tmp_path / "raw" / "manifest.json").read_bytes())
-    assert sorted(content) == ["counts", "files", "made_from", "schema_version"]
+    assert sorted(content) == ["counts", "files", "made_from", "schema_version", "sha256"]
+
+
+def test_every_change_of_a_manifest_is_found(tmp_path: Path) -> None:
+    """Of its counts and ancestors too, which no file of the folder can confirm."""
+    target = tmp_path / "raw"
+    build(target, b"some text")
+    path = target / "manifest.json"
+    content = path.read_bytes()
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(IntegrityError, match=r"manifest\.json: (damaged|schema \d+)"):
+            verify(target)
+    path.write_bytes(content.replace(b'"documents": 2', b'"documents": 3'))
+    with pytest.raises(IntegrityError, match=r"manifest\.json: damaged"):
+        verify(target)
+    path.write_bytes(content + b" ")
+    with pytest.raises(IntegrityError, match=r"manifest\.json: damaged"):
+        verify(target)
+
+
+def test_a_seal_holds_for_equal_bytes_only() -> None:
+    content = {"b": [1, 2.5, "ü"], "a": {"x": None}}
+    assert unseal(seal(content)) == content
+    for damaged in (seal(content)[:-1], seal(content).replace(b"2.5", b"2.6"), b'{"sha256": "0"}', b"7", b"\xff", b""):
+        with pytest.raises(ValueError, match=r"."):
+            unseal(damaged)
+
+
+def test_leftovers_of_a_killed_build_are_no_content(tmp_path: Path) -> None:
+    """A kill while the manifest was written made every later `dvc repro` fail."""
+    left = tmp_path / ".raw.key.partial"
+    for name in (".manifest.json.partial", "sub/.two.txt.partial", "sub/.folder.partial/file"):
+        (left / name).parent.mkdir(parents=True, exist_ok=True)
+        (left / name).write_bytes(b"half")
+    (left / "one.txt").write_bytes(b"text")
+    with new_folder(tmp_path / "raw", {}, "key"):
+        pass
+    assert list(verify(tmp_path / "raw").files) == ["one.txt"]
+    assert leftovers(tmp_path) == []
+
+
+def test_a_damaged_note_of_finished_files_counts_as_none(tmp_path: Path) -> None:
+    path, note = tmp_path / "shard", tmp_path / ".shard.done"
+
+    def make() -> int:
+        path.write_bytes(b"rows")
+        return 12
+
+    assert once([path], make) == 12
+    assert finished([path])["result"] == 12
+    note.write_bytes(note.read_bytes().replace(b"12", b"13"))
+    assert finished([path]) == {}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from gptpipe.files import one_writer
+with one_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def held(target: Path, seconds: float) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds the lock of `target` for some seconds."""
+    command = [sys.executable, "-c", HOLDER, target, str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        yield holder
+        holder.kill()
+
+
+def test_a_second_writer_is_refused_in_seconds_and_names_the_first(tmp_path: Path) -> None:
+    target = tmp_path / "raw"
+    build(target, b"old")
+    with held(target, 60) as holder:
+        started = time.monotonic()
+        with pytest.raises(ResourceError, match=rf"raw: process {holder.pid} on .* is writing it; wait until it ends"):
+            build(target, b"new")
+        assert time.monotonic() - started < 5
+    assert (target / "one.txt").read_bytes() == b"old"
+    build(target, b"new")  # a killed holder holds nothing
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_second_writer_waits_for_one_that_is_about_to_end(tmp_path: Path) -> None:
+    with held(tmp_path / "raw", 0.5):
+        build(tmp_path / "raw", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_many_writers_write_one_after_the_other(tmp_path: Path) -> None:
+    """The lock file is removed at each release, which must not let two in at once."""
+    program = """
+import sys, time
+from pathlib import Path
+from gptpipe.files import one_writer
+counter = Path(sys.argv[1])
+for _ in range(40):
+    with one_writer(counter):
+        n = int(counter.read_text())
+        time.sleep(0.001)
+        counter.write_text(str(n + 1))
+"""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    command = [sys.executable, "-c", program, counter]
+    writers = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert counter.read_text() == "120"

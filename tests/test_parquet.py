@@ -10,7 +10,8 @@ import pytest
 
 from gptpipe import parquet
 from gptpipe.errors import IntegrityError
-from gptpipe.parquet import new_parquet, read_parquet
+from gptpipe.files import new_folder, verify
+from gptpipe.parquet import new_parquet, read_parquet, verify_rows
 
 SCHEMA = pa.schema([("id", pa.string()), ("tokens", pa.list_(pa.uint16()))])
 ROWS = [{"id": f"{i:x}", "tokens": [i * j % 999 for j in range(i % 9)]} for i in range(2000)]
@@ -85,3 +86,22 @@ def test_truncated_missing_and_lacking_a_column(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match=r"rows\.parquet: damaged"):
         read(path)
+
+
+@pytest.mark.parametrize("counted", [{"documents": 5}, {"documents": "2"}, {}])
+def test_rows_that_the_manifest_does_not_count_are_found(tmp_path: Path, counted: dict[str, object]) -> None:
+    """Two writers of one folder left one that verified, and had rows of one of them only."""
+
+    def build(counts: dict[str, object]) -> None:
+        with new_folder(tmp_path / "raw", {}) as folder:
+            for name in ("docs-0.parquet", "docs-1.parquet"):
+                with new_parquet(folder.path / name, SCHEMA) as file:
+                    file.extend(pa.RecordBatch.from_pylist(ROWS[:1], SCHEMA))
+            folder.counts = counts
+
+    build({"documents": 2})
+    assert verify_rows(tmp_path / "raw", {"docs-*.parquet": "documents"}).counts == {"documents": 2}
+    build(counted)
+    verify(tmp_path / "raw")
+    with pytest.raises(IntegrityError, match=r"raw/docs-\*\.parquet: 2 rows, the manifest counts"):
+        verify_rows(tmp_path / "raw", {"docs-*.parquet": "documents"})

@@ -22,7 +22,7 @@ def main():
         print("at work", flush=True)
         time.sleep(120)
 
-run_stage(main, "a stage")
+run_stage("toy", main, "a stage")
 """
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]])"
 
@@ -50,7 +50,7 @@ def test_a_signal_ends_it_with_one_line_and_nothing_half_made(stage: Path, signu
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
-    assert said == f"error: {signum.name}: stopped; rerun to start this stage anew\n"
+    assert said == f"error: {signum.name}: stopped; `dvc repro` continues\n"
     assert list((stage.parent / "data").iterdir()) == []
 
 
@@ -60,7 +60,7 @@ def test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made(stage: Path) 
     parent = start("-c", PARENT, stage)
     parent.kill()
     _, said = parent.communicate(timeout=60)  # which the child holds open as long as it lives
-    assert said == "error: SIGTERM: stopped; rerun to start this stage anew\n"
+    assert said == "error: SIGTERM: stopped; `dvc repro` continues\n"
     deadline = time.monotonic() + 60
     while list((stage.parent / "data").iterdir()):
         assert time.monotonic() < deadline
@@ -80,7 +80,7 @@ def main():
             print("at work", flush=True)
             hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # a quarter of an hour
 
-run_stage(main, "a stage")
+run_stage("toy", main, "a stage")
 """
 
 
@@ -92,4 +92,77 @@ def test_a_signal_ends_a_library_that_never_comes_back_to_python(stage: Path, si
     process.send_signal(signum)
     process.communicate(timeout=60)
     assert process.returncode == -signum
-    assert [path.name for path in (stage.parent / "data").iterdir()] == [".raw.key.partial"]
+    assert sorted(path.name for path in (stage.parent / "data").iterdir()) == [".raw.key.partial", ".raw.lock"]
+
+
+def test_a_second_process_of_a_stage_is_refused_and_names_the_first(stage: Path) -> None:
+    first = start(stage)
+    second = subprocess.run(
+        [sys.executable, stage], cwd=stage.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    first.kill()
+    first.communicate()
+    assert second.returncode == 5
+    assert second.stderr.startswith(f"error: .gptpipe/toy: process {first.pid} on ")
+    assert second.stderr.endswith("(stage) is writing it; wait until it ends, or stop it, then rerun\n")
+    assert second.stderr.count("\n") == 1
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+if len(sys.argv) == 2:  # the parent, in a process group of its own with its child, as `dvc` is
+    child = subprocess.Popen([sys.executable, sys.argv[0], sys.argv[1], str(os.getpid())])
+    time.sleep(1 if os.environ["PARENT"] == "ends" else 60)
+else:
+    while os.environ["PARENT"] == "ends" and os.getppid() == int(sys.argv[2]):
+        time.sleep(0.01)
+    sys.argv = sys.argv[1:2]
+    exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+@pytest.mark.parametrize("parent", ["ends", "lives"])
+def test_a_stage_whose_parent_ended_before_it_could_ask_does_nothing(stage: Path, parent: str) -> None:
+    """`dvc` was killed while Python started."""
+    (stage.parent / "orphan.py").write_text(ORPHAN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "toy", "PARENT": parent}
+    process = subprocess.Popen(
+        [sys.executable, "orphan.py", stage], cwd=stage.parent, env=environment, stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == ("" if parent == "ends" else "at work\n")  # "": all that held it have ended
+    assert (stage.parent / "data").exists() == (parent == "lives")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_rank_ends_when_dvc_ends_and_torchrun_lives_on(stage: Path) -> None:
+    dvc = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])"
+    torchrun = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]], start_new_session=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", dvc, torchrun, stage], cwd=stage.parent, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "toy", "TORCHELASTIC_RUN_ID": "toy",
+             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    time.sleep(1.5)  # it looked at least once, and stayed
+    assert list((stage.parent / "data").iterdir())
+    process.kill()
+    _, said = process.communicate(timeout=60)
+    assert said == "error: SIGTERM: stopped; `dvc repro` continues\n"
+    assert not list((stage.parent / "data").iterdir())
+
+
+@pytest.mark.parametrize("name", ["collect", "tokenize", "split", "train", "evaluate"])
+def test_a_stage_imports_nothing_slow_before_it_asks_to_end_with_its_parent(name: str) -> None:
+    code = f"import sys; before = set(sys.modules); import stages.{name}; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = {module for module in done.stdout.split() if module.startswith(("gptpipe", "stages"))}
+    assert ours == {"gptpipe", "gptpipe.stage", "stages", f"stages.{name}"}
+    assert not {"rich", "pydantic", "numpy", "torch"} & set(done.stdout.split())

@@ -174,7 +174,7 @@ def make_model(folder: Path) -> Path:
 
 # The manifest of a split, for tests that only write it down.
 LINEAGE = Manifest(
-    schema_version=1,
+    schema_version=2,
     made_from={"raw": "a" * 64, "tokens": "b" * 64},
     counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
     files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},

@@ -140,8 +140,8 @@ def start_ranks(
 def wait_for_the_lock(project: Project, process: multiprocessing.process.BaseProcess) -> bool:
     """Whether the process came to hold the checkpoint folder, from where on it trains, before it ended."""
     while process.exitcode is None:
-        owners = [path.read_text() for path in project.root.glob(".gptpipe/checkpoints/*/owner")]
-        if owners == [f"process {process.pid}"]:
+        holders = [path.read_text() for path in project.root.glob(".gptpipe/checkpoints/.*.lock")]
+        if any(holder.startswith(f"process {process.pid} ") for holder in holders):
             return True
         time.sleep(0.005)
     return False

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gptpipe.corpus.document import Rejected
-from gptpipe.parquet import GROUP_ROWS, new_parquet
+from gptpipe.files import Manifest
+from gptpipe.parquet import GROUP_ROWS, new_parquet, verify_rows
 
 SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
@@ -82,3 +83,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("docs-*.parquet"))
+
+
+def verify_corpus(folder: Path) -> Manifest:
+    """The manifest of a corpus, after checking its files and the number of its documents. Raises IntegrityError."""
+    return verify_rows(folder, {"docs-*.parquet": "documents"})

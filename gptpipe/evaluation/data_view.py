@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.corpus.shards import shard_paths
+from gptpipe.corpus.shards import shard_paths, verify_corpus
 from gptpipe.evaluation import charts
 from gptpipe.evaluation.report import TEMPLATES
-from gptpipe.files import MANIFEST, read_manifest, verify, write_bytes
+from gptpipe.files import MANIFEST, read_manifest, write_bytes
 
 _SHOWN, _CHARACTERS = 3, 300  # longest, shortest and random documents; of each
 
@@ -21,7 +21,7 @@ def view_data(root: Path, seed: int) -> str:
 
     In memory: 9 bytes per document, and a shard. Raises IntegrityError where nothing is collected, or it is damaged.
     """
-    raw = verify(root / "data/raw")
+    raw = verify_corpus(root / "data/raw")
     made = {"raw": raw.counts}
     for name in ("tokens", "split"):
         if (root / "data" / name / MANIFEST).exists():

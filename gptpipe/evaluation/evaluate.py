@@ -21,7 +21,7 @@ from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.layout import load_model
 from gptpipe.tokens.splits import Side
-from gptpipe.tokens.streams import Stream, open_stream
+from gptpipe.tokens.streams import Stream, open_stream, verify_split
 from gptpipe.tokens.tokenizer import Tokenizer
 
 _HELD_OUT: tuple[Side, ...] = ("val", "test")
@@ -52,7 +52,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Score a model on what was held out, sample from it, and write the reports. Raises IntegrityError."""
     keep_freed_memory()
-    made, lineage = verify(model_folder), verify(split_folder)
+    made, lineage = verify(model_folder), verify_split(split_folder)
     if made.made_from.get("split") != lineage.digest:
         raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
     model, tokenizer = load_model(model_folder).to(best_device()), Tokenizer.load(model_folder)

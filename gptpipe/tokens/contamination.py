@@ -16,10 +16,10 @@ import pyarrow as pa
 from gptpipe.config import CollectParams, SplitParams
 from gptpipe.corpus.dedup import CHARACTERS
 from gptpipe.corpus.document import Rejected
-from gptpipe.corpus.shards import shard_paths
+from gptpipe.corpus.shards import shard_paths, verify_corpus
 from gptpipe.corpus.sources import read
 from gptpipe.errors import InputError
-from gptpipe.files import verify, write_json
+from gptpipe.files import write_json
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import read_parquet, strings
 from gptpipe.tokens.splits import SIDES, sides_of
@@ -62,7 +62,7 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
     are estimates then, and memory is bounded. Reads `raw`, the corpus, three times. Raises InputError for a share above
     `split.max_contamination`.
     """
-    verify(raw)
+    verify_corpus(raw)
     shards = shard_paths(raw)
     names = [*SIDES, *(f"benchmark-{i}" for i in range(len(params.benchmarks)))]
 

@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from gptpipe.config import SplitParams, TokenizeParams
 from gptpipe.console import Progress
-from gptpipe.corpus.shards import shard_paths
+from gptpipe.corpus.shards import shard_paths, verify_corpus
 from gptpipe.errors import InputError
-from gptpipe.files import key_of, new_folder, once, verify
+from gptpipe.files import key_of, new_folder, once
 from gptpipe.parallel import map_in_order
 from gptpipe.parquet import new_parquet, read_parquet, strings
 from gptpipe.stage import ended_by_signals
@@ -27,7 +27,7 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, split: SplitPar
     A trained tokenizer is fitted on the documents that the split will put into train, so no byte of the others can
     shape the vocabulary. After a kill, shards that were finished are not made again. Raises InputError, IntegrityError.
     """
-    parent = verify(source)
+    parent = verify_corpus(source)
     shards = shard_paths(source)
     lineage = parent.lineage(source.name)
     key = key_of([lineage, params.model_dump(), split.model_dump(), seed], "pyarrow", "rustbpe", "tiktoken")

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from gptpipe.config import SplitParams
 from gptpipe.console import Progress
 from gptpipe.errors import InputError, IntegrityError
-from gptpipe.files import new_file, new_folder, verify
-from gptpipe.parquet import ParquetRows, new_parquet, read_parquet, strings
+from gptpipe.files import Manifest, new_file, new_folder
+from gptpipe.parquet import ParquetRows, new_parquet, read_parquet, strings, verify_rows
 from gptpipe.tokens.splits import SIDES, Side, sides_of
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 
@@ -46,7 +46,7 @@ def split(source: Path, target: Path, params: SplitParams, seed: int) -> dict[st
     Neighbours in the corpus stay neighbours, so that a window that spans documents has related text in it. One pass,
     one row group in memory. Raises InputError for a side that is asked for and stays empty.
     """
-    parent = verify(source)
+    parent = verify_rows(source, {"tokens-*.parquet": "documents"})
     tokenizer = Tokenizer.load(source / TOKENIZER)
     with new_folder(target, parent.lineage(source.name)) as folder:
         with ExitStack() as stack:
@@ -107,6 +107,11 @@ def _check_sides(counts: dict[str, int], params: SplitParams) -> None:
             found = ", ".join(f"{other} {counts[f'{other}_documents']}" for other in SIDES)
             raise InputError(f"split: no document fell to {side} (documents: {found}); add documents or raise {side}'s "
                              "share in section split of params.yaml")  # fmt: skip
+
+
+def verify_split(folder: Path) -> Manifest:
+    """The manifest of a split, after checking its files and the number of documents per side. Raises IntegrityError."""
+    return verify_rows(folder, {f"{side}/{DOCUMENTS}": f"{side}_documents" for side in SIDES})
 
 
 def open_stream(folder: Path, side: Side) -> Stream:

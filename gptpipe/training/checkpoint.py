@@ -1,26 +1,25 @@
 """Resumable training state on disk, in `.gptpipe/checkpoints/<key>/`, outside DVC.
 
-    lock, owner              held while a training runs; who holds it
+    run.json                 the name of the training's run in the tracking store, chosen before the first step
     best-00000400/           weights of the best model so far, by validation loss
     step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
                              with its step and time) and state.json (everything else)
+    finished.json            the training is finished; see finished.py
 
-Every folder has its manifest and is checked before use; nothing is pickled. Two steps are kept, and the older of them
-goes only when the newer has been read back. A folder appears and disappears under its name at one stroke.
+Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one is
+removed only after the newer one has been read back. A folder appears and disappears under its name in one operation.
 """
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -28,7 +27,7 @@ from torch import Tensor
 from gptpipe.console import complain
 from gptpipe.environment import place
 from gptpipe.errors import IntegrityError, ResourceError
-from gptpipe.files import disk_errors, new_folder, to_json, verify, write_bytes, write_json
+from gptpipe.files import disk_errors, new_folder, seal, to_json, unseal, verify, write_bytes, write_json
 from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import WEIGHTS
@@ -36,31 +35,12 @@ from gptpipe.training.loop import TrainState
 from gptpipe.training.red_flags import Validation
 
 _KEPT = 2
-_STATE, _TENSORS, _JOURNAL = "state.json", "state.safetensors", "journal.jsonl"
+_STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"
 
 
 def run_key(determinants: dict[str, Any]) -> str:
     """Name of the checkpoint folder: a digest of all that determines the run."""
     return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one training. The system frees the lock with the process. Raises ResourceError."""
-    lock = FileLock(folder / "lock")
-    owner = folder / "owner"
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            holder = owner.read_text() if owner.exists() else "another process"
-            raise ResourceError(f"{folder}: {holder} trains here already; wait for it, or stop it") from error
-    try:
-        write_bytes(owner, f"process {os.getpid()}".encode())
-        yield
-    finally:
-        lock.release()
 
 
 class Checkpoints:
@@ -69,6 +49,15 @@ class Checkpoints:
     def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
         self.folder, self.environment = folder, environment
         self.inexact: list[str] = []  # where the training went on in another environment, and what differed
+
+    def run_name(self) -> str:
+        """What this training calls its run: the same name after a kill, also before the first checkpoint."""
+        path = self.folder / _RUN
+        with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
+            return str(unseal(path.read_bytes())["name"])
+        name = uuid.uuid4().hex
+        write_bytes(path, seal({"name": name}))
+        return name
 
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
         """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
@@ -101,6 +90,9 @@ class Checkpoints:
         for left_by_a_kill in self.folder.glob(".*.partial/") if place().rank == 0 else ():
             with disk_errors(left_by_a_kill):
                 shutil.rmtree(left_by_a_kill)
+        for free_lock in self.folder.glob(".*.lock") if place().rank == 0 else ():  # this training holds the folder's
+            with disk_errors(free_lock):
+                free_lock.unlink()
         candidates = sorted(self.folder.glob("step-*"), reverse=True)
         for i, candidate in enumerate(candidates):
             try:
@@ -142,11 +134,6 @@ class Checkpoints:
         folder = self._best_folder(step)
         verify(folder)
         return load((folder / WEIGHTS).read_bytes())
-
-    def remove(self) -> None:
-        """The training is complete and its results are on disk: drop the state, keep the lock file."""
-        for path in (*sorted(self.folder.glob("step-*")), *sorted(self.folder.glob("best-*"))):
-            _discard(path)  # a step never outlives the best weights that it needs
 
     def _best_folder(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"

@@ -17,7 +17,7 @@ from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError, R
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
-from gptpipe.files import Manifest, sha256_of, write_json
+from gptpipe.files import Manifest, one_writer, sha256_of, write_json
 from gptpipe.model.device import is_out_of_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
@@ -25,7 +25,8 @@ from gptpipe.model.layout import initialise_from, weight_files
 from gptpipe.model.optim import build_optimizers
 from gptpipe.tokens.tokenizer import Tokenizer, byte_letters
 from gptpipe.training import distributed, runtime
-from gptpipe.training.checkpoint import Checkpoints, locked, run_key
+from gptpipe.training.checkpoint import Checkpoints, run_key
+from gptpipe.training.finished import discard, finished_in, mark_finished
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
 from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_curves, write_model
@@ -53,9 +54,9 @@ OpenRecord = Callable[[str | None, Manifest, dict[str, Any]], AbstractContextMan
 def train_model(params: Params, source: Path, target: Path, reports: Path, open_record: OpenRecord) -> Figures:
     """Train a model on the split in `source`; write it to `target`, its curves to `reports`.
 
-    Continues where a stopped training of the same parameters and data left off. Returns the best validation figures.
-    Under torchrun, every rank calls it and rank 0 writes. Raises Interrupted after a signal, the state saved; and
-    whatever the rooms below raise.
+    Continues a stopped training of the same parameters and data. Of a finished one it only writes the results again.
+    Returns the best validation figures. Under torchrun, every rank calls it and rank 0 writes. Raises Interrupted after
+    a signal, with the state saved, and what the called modules raise.
     """
     section, share = params.train, distributed.share(params.train)
     begin = start(params, source)
@@ -71,12 +72,17 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
     determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
     determinants |= {"split": begin.made_from.digest, "init_from": initial}
     folder = project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
-    with locked(folder) if place().rank == 0 else nullcontext():
+    if place().rank == 0 and finished_in(folder).get("environment", where.describe()) != where.describe():
+        discard(folder)  # finished elsewhere or by other code: it cannot say what this training would give
+    distributed.from_first(None)  # the other ranks look at the folder only now
+    with one_writer(folder) if place().rank == 0 else nullcontext():
         checkpoints = Checkpoints(folder, where.describe())
         notes = checkpoints.restore(state, allow_inexact=allow_inexact()) or {}
         if distributed.from_first((folder.name, state.step)) != (folder.name, state.step):
             raise ResourceError(f"{folder}: rank {place().rank} sees other content than rank 0; share the folder")
-        if notes:
+        if finished_in(folder):
+            say(f"train: finished before, after step {state.step:,}; writing its results again")
+        elif notes:
             say(f"train: resumed after step {state.step:,}")
         n_own = share.stop - share.start
         with _told_of_memory(state):
@@ -94,8 +100,9 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             distributed.settle(model, loss, where.precision, state.micro_batch_size)
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
-        run_id = notes.get("run_id")
-        opened: Any = open_record(run_id, begin.made_from, environment) if place().rank == 0 else nullcontext()
+        opened: Any = nullcontext()
+        if place().rank == 0:
+            opened = open_record(notes.get("run_id") or checkpoints.run_name(), begin.made_from, environment)
         with opened as record:
             if checkpoints.inexact and place().rank == 0:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
@@ -103,16 +110,18 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
                 runtime.noted_signals() as check_stop,
                 Progress("train", unit="steps", total=n_steps, done=state.step) as progress,
             ):
-                training = _Training(params, plan, state, begin, checkpoints, record, progress, check_stop)
+                saved_step = state.step if notes else None
+                training = _Training(params, plan, state, begin, checkpoints, record, progress, check_stop, saved_step)
                 training.run()
             summary = summarise(params, state, n_steps, checkpoints.inexact)
             if place().rank == 0:
+                run_id = record.run_id  # once: the store may answer in between, and give the run its own id
                 write_model(target, params, begin, checkpoints, summary)
                 write_curves(reports, state, summary, checkpoints)
-                write_json(reports / "mlflow_run.json", {"run_id": record.run_id})
+                write_json(reports / "mlflow_run.json", {"run_id": run_id})
                 record.tags({"best_step": str(summary["best_step"])})
         if place().rank == 0:
-            checkpoints.remove()
+            mark_finished(folder, run_id, where.describe())
     best: Figures = summary["val"]
     return best
 
@@ -176,6 +185,7 @@ class _Training:
     record: Record
     progress: Progress
     check_stop: Callable[[], None]
+    saved_step: int | None  # of the newest checkpoint
     _n_sent: int = 0  # entries of the journal that went to the record
     _flags_said: set[str] = field(default_factory=set)
     _rolled_back_to: list[int] = field(default_factory=list)
@@ -198,6 +208,8 @@ class _Training:
         except Interrupted:
             self.save()
             raise
+        if self.saved_step != self.state.step:  # patience ran out between two saves
+            self.save()
         self._send()
 
     def validate(self) -> float:
@@ -239,6 +251,7 @@ class _Training:
 
     def save(self) -> None:
         self.checkpoints.save(self.state, {"run_id": getattr(self.record, "run_id", None)})
+        self.saved_step = self.state.step
         self._send()
 
     def roll_back(self, error: NumericError) -> None:

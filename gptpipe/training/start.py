@@ -7,11 +7,11 @@ import torch
 
 from gptpipe.config import Params
 from gptpipe.errors import ConfigError, InputError
-from gptpipe.files import Manifest, verify
+from gptpipe.files import Manifest
 from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.streams import Stream, open_stream
+from gptpipe.tokens.streams import Stream, open_stream, verify_split
 from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.training import runtime
 
@@ -37,7 +37,7 @@ def start(params: Params, split: Path) -> Start:
     section = params.train
     runtime.be_deterministic()
     keep_freed_memory()
-    made_from = verify(split)
+    made_from = verify_split(split)
     tokenizer = Tokenizer.load(split / TOKENIZER)
     train, val = open_stream(split, "train"), open_stream(split, "val")
     if len(val.tokens) < 2:

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,8 @@ import tiny
 
 from gptpipe.errors import IntegrityError, ResourceError
 from gptpipe.training import checkpoint
-from gptpipe.training.checkpoint import Checkpoints, locked, run_key
+from gptpipe.training.checkpoint import Checkpoints, run_key
+from gptpipe.training.finished import discard, discard_finished, finished_in, mark_finished
 from gptpipe.training.loop import TrainState, optimizer_step
 
 SMALL = {"model__n_embd": 8, "model__n_inner": 8, "model__n_layer": 1, "model__dropout": 0.1}
@@ -90,8 +90,8 @@ def test_two_steps_are_kept_and_the_best_of_each(tmp_path: Path) -> None:
     assert again.history == state.history
     best = Checkpoints(tmp_path, ENVIRONMENT).load_best(8)
     assert set(best) == {name for name, _ in state.model.named_parameters()}
-    Checkpoints(tmp_path, ENVIRONMENT).remove()
-    assert names(tmp_path) == []
+    discard(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_without_a_checkpoint_nothing_is_restored(tmp_path: Path) -> None:
@@ -212,27 +212,28 @@ def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, m
         restored(tmp_path, {"threads": 2, "torch": "9.9"}, **SMALL)
 
 
-def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("in the way")
-    folder = tmp_path / "checkpoints" / "key"
-    with pytest.raises(ResourceError, match=r"checkpoints/key: cannot write: Not a directory"), locked(folder):
-        pass
+def test_a_run_keeps_its_name(tmp_path: Path) -> None:
+    name = Checkpoints(tmp_path, ENVIRONMENT).run_name()
+    assert len(name) == 32
+    assert Checkpoints(tmp_path, ENVIRONMENT).run_name() == name
+    (tmp_path / "run.json").write_bytes(b"{}")  # damaged: another name, not a traceback
+    other = Checkpoints(tmp_path, ENVIRONMENT).run_name()
+    assert name != other == Checkpoints(tmp_path, ENVIRONMENT).run_name()
 
 
-def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom filelock import FileLock\nfrom pathlib import Path\n"
-        "folder = Path(sys.argv[1])\nlock = FileLock(folder / 'lock')\nlock.acquire()\n"
-        "(folder / 'owner').write_text('process 4711')\nprint('held', flush=True)\ntime.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        with pytest.raises(ResourceError, match="process 4711 trains here already"), locked(tmp_path):
-            pass
-        holder.kill()
-    with locked(tmp_path):  # a killed holder holds nothing
-        assert (tmp_path / "owner").read_text() == f"process {os.getpid()}"
+def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:
+    for key, run_id in (("a", "one"), ("b", "two")):
+        (tmp_path / key).mkdir()
+        mark_finished(tmp_path / key, run_id, {"threads": 1})
+    (tmp_path / "c").mkdir()  # not finished
+    assert finished_in(tmp_path / "a") == {"run_id": "one", "environment": {"threads": 1}}
+    assert finished_in(tmp_path / "c") == {}
+    discard_finished(tmp_path, "two")
+    assert names(tmp_path) == ["a", "c"]
+    (tmp_path / "a" / "finished.json").write_bytes(b"[]")
+    assert finished_in(tmp_path / "a") == {}
+    discard_finished(tmp_path, "one")
+    assert names(tmp_path) == ["a", "c"]
 
 
 def at_change(n: int, work: Callable[[], object], code: int | None = None, for_ever: bool = False) -> int:
@@ -266,7 +267,7 @@ def at_change(n: int, work: Callable[[], object], code: int | None = None, for_e
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("work", ["save", "save_best again", "remove"])
+@pytest.mark.parametrize("work", ["save", "save_best again", "discard"])
 def test_a_kill_before_any_change_leaves_what_can_be_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str
 ) -> None:
@@ -284,7 +285,7 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         doing: dict[str, Callable[[], object]] = {
             "save": lambda c=checkpoints: c.save(state, {}),  # type: ignore[misc]
             "save_best again": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
-            "remove": checkpoints.remove,
+            "discard": lambda: discard(folder),  # noqa: B023
         }
         done = at_change(n, doing[work]) != 9
         again, notes = restored(folder, **SMALL)
@@ -293,10 +294,10 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         if again.history and notes is not None:
             assert again.best is not None
             checkpoints.load_best(again.best.step)
-        assert not [name for name in names(folder) if name.startswith(".")]
+        assert not folder.exists() or not [name for name in names(folder) if name.startswith(".")]
         n += 1
     assert n > 7
-    assert steps == {"save": {6, 9}, "save_best again": {6}, "remove": {6, None}}[work]
+    assert steps == {"save": {6, 9}, "save_best again": {6}, "discard": {6, None}}[work]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         ("save", errno.ENOSPC, False),
         ("save", errno.EIO, True),
         ("save_best", errno.ENOSPC, False),
-        ("remove", errno.EIO, True),
+        ("discard", errno.EIO, True),
     ],
 )
 def test_a_change_that_fails_is_a_resource_error_and_leaves_what_can_be_resumed(
@@ -323,11 +324,11 @@ def test_a_change_that_fails_is_a_resource_error_and_leaves_what_can_be_resumed(
         doing: dict[str, Callable[[], object]] = {
             "save": lambda c=checkpoints: c.save(state, {}),  # type: ignore[misc]
             "save_best": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
-            "remove": checkpoints.remove,
+            "discard": lambda: discard(folder),  # noqa: B023
         }
         ended.append(at_change(len(ended), doing[work], code, for_ever))
         again, notes = restored(folder, **SMALL)
         assert "warning" not in capsys.readouterr().err, f"change {len(ended)}"
-        assert again.step in (6, 9) or (work == "remove" and notes is None)
+        assert again.step in (6, 9) or (work == "discard" and notes is None)
     assert {5, 0} <= set(ended) <= {5, 7, 0}
     assert len(ended) > 7

@@ -68,11 +68,17 @@ def test_what_it_writes(project: Project) -> None:
     assert validations["train_loss"].isna().tolist() == [True, False, False, False]
     assert validations["train_loss"][1] == pytest.approx(steps["loss"][:4].mean())
     assert validations["val_loss"].min() == pytest.approx(best["loss"])
-    assert json.loads((project.root / "reports/mlflow_run.json").read_bytes()) == {"run_id": "run-1"}
+    (record,) = project.records
+    assert json.loads((project.root / "reports/mlflow_run.json").read_bytes()) == {"run_id": record.run_id}
     card = (project.root / "models/gpt/README.md").read_text()
     assert "trained from scratch" in card
     assert lineage.digest in card
-    assert project.checkpoints() == []  # the results are on disk
+    assert project.checkpoints() == [
+        "best-00000008",
+        "best-00000012",
+        "step-00000009",
+        "step-00000012",
+    ]  # until evaluate is done
 
 
 def test_what_it_records(project: Project) -> None:
@@ -151,7 +157,7 @@ def test_kill_9_at_random_moments_leaves_no_trace(
         assert process.exitcode == 0, f"seed {seed}, after {n_killed} kills"
         assert project.digests() == digests, f"seed {seed}, after {n_killed} kills"
         verify(project.root / "models/gpt")
-        assert project.checkpoints() == []
+        assert project.checkpoints()[-1] == "step-00000012"
         assert not list(project.root.rglob("*.partial"))
 
 
@@ -186,11 +192,53 @@ def test_a_second_training_of_the_same_run_is_refused(project: Project) -> None:
     process = start(params, project)
     assert wait_for_the_lock(project, process)
     try:
-        with pytest.raises(ResourceError, match=f"process {process.pid} trains here already"):
+        with pytest.raises(ResourceError, match=f"process {process.pid} on .* is writing it"):
             project.train(params)
     finally:
         process.kill()
         process.join()
+
+
+def test_a_finished_training_is_not_repeated(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """DVC is killed before it records the stage: it removes the outputs, and runs the stage again."""
+    project.train(tiny.params())
+    made, saved = project.digests(), project.checkpoints()
+    shutil.rmtree(project.root / "models")
+    shutil.rmtree(project.root / "reports")
+    capsys.readouterr()
+    project.train(tiny.params())
+    assert project.digests() == made
+    assert project.checkpoints() == saved
+    assert "finished before, after step 12; writing its results again" in capsys.readouterr().err
+    first, second = project.records
+    assert second.run_id == first.run_id
+    assert second.entries == first.entries  # with the same times: no step was done again
+
+
+def test_a_training_finished_by_other_code_is_done_anew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.train(tiny.params())
+    describe = Runtime.describe
+    monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "training_code": "other"})
+    project.train(tiny.params())
+    first, second = project.records
+    assert second.run_id != first.run_id
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_one_run(project: Project) -> None:
+    params = tiny.params(train__max_steps=100_000, train__save_every=100_000, train__eval_every=100_000)
+    process = start(params, project)
+    deadline = time.monotonic() + 60
+    while not (names := list(project.root.glob(".gptpipe/checkpoints/*/run.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    before = names[0].read_bytes()
+    process.kill()
+    process.join()
+    assert not [name for name in project.checkpoints() if name.startswith("step-")]
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=0)
+    assert names[0].read_bytes() == before
+    assert project.records[0].run_id == json.loads(before)["name"]
 
 
 def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +256,7 @@ def test_patience_ends_it_early(project: Project) -> None:
     )
     project.train(params)
     assert json.loads((project.root / "reports/train.json").read_bytes())["steps"] == 2
+    assert "step-00000002" in project.checkpoints()  # so that a rerun only writes the results again
 
 
 def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> None:
@@ -280,6 +329,7 @@ def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
     assert [step for step, _, m in record.entries if "train/loss" in m] == list(range(1, 13))
     assert [tag for tag in record.tagged if tag.startswith("rolled")] == ["rolled_back.00000005"]
     shutil.rmtree(project.root / "models")
+    shutil.rmtree(project.root / ".gptpipe")
     with pytest.raises(Interrupted):
         project.train(params, stop_at=7)
     project.train(params)
