@@ -38,15 +38,19 @@ def artefacts(project: Path) -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items() if name not in _VARYING}
 
 
-def broken_promises_of_files(project: Path, expected: dict[str, str]) -> list[str]:
-    """I2, I1 and I4 for files: what differs from an undisturbed run, and what was left behind."""
+def broken_promises_of_files(project: Path, expected: dict[str, str], left: frozenset[str] = frozenset()) -> list[str]:
+    """I2, I1 and I4 for files: what differs from an undisturbed run, which leaves `left`, and what was left behind."""
     found = artefacts(project)
     different = [
         f"I2: {name}: {'missing' if name not in found else 'unexpected' if name not in expected else 'other bytes'}"
         for name in sorted(found.keys() | expected.keys())
         if found.get(name) != expected.get(name)
     ]
-    return [*different[:5], *unsound(project), *leftovers(project)]
+    return [
+        *different[:5],
+        *unsound(project),
+        *(f"I4: left behind: {name}" for name in sorted(leftovers(project) - left)),
+    ]
 
 
 def unsound(project: Path) -> list[str]:
@@ -70,17 +74,16 @@ def unsound(project: Path) -> list[str]:
     return broken
 
 
-def leftovers(project: Path) -> list[str]:
-    """I4: files that only a stage at work may have."""
+def leftovers(project: Path) -> frozenset[str]:
+    """I4: names of files that only a stage at work may have, or one that is to be resumed."""
     folders = [project / name for name in ("data", "models", "reports", ".gptpipe")]
     paths = [path for folder in folders for path in folder.rglob("*")] + list(project.glob(".*.partial"))
-    names = sorted(path.relative_to(project).as_posix() for path in paths if _is_left_over(path))
-    return [f"I4: left behind: {name}" for name in names[:5]]
+    return frozenset(path.relative_to(project).as_posix() for path in paths if _is_left_over(path))
 
 
 def _is_left_over(path: Path) -> bool:
     is_state = path.is_dir() and re.fullmatch(r"(step|best)-\d+", path.name)
-    return bool(path.name.endswith((".partial", ".done")) or is_state or path.parent.name == "outbox")
+    return bool(path.name.endswith((".partial", ".done", ".lock")) or is_state or path.parent.name == "outbox")
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,10 @@ class Worker:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(60)
+        self._process.stdout.close()
 
 
 @contextmanager
@@ -150,8 +152,7 @@ def _run(options: argparse.Namespace) -> None:
             with options.log.open("a") as log:
                 log.write(json.dumps(result) + "\n")
             if result["differences"]:
-                print(f"differs: python -m tests.campaign --trial '{json.dumps(result['trial'])}'")
-                print("".join(f"    {line}\n" for line in result["differences"]), end="", flush=True)
+                print(shown(result), flush=True)
             elif n_done % 20 == 0:
                 print(f"{n_done} of {n_all} trials, {time.monotonic() - started:.0f} s", flush=True)
 
@@ -178,6 +179,12 @@ def _run(options: argparse.Namespace) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The command that repeats a trial, and its differences."""
+    again = f"differs: python -m tests.campaign --trial '{json.dumps(result['trial'])}'"
+    return "\n".join([again, *(f"    {' '.join(line.split())}" for line in result["differences"])])
 
 
 def _name(trial: dict[str, Any]) -> str:

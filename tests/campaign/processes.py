@@ -15,12 +15,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from toy_pipeline import commit, documents, environment, make_project, run
 
-from campaign.checks import Recorded, artefacts, broken_promises_of_files, broken_promises_of_the_record, unsound
+from campaign.checks import (
+    Recorded,
+    artefacts,
+    broken_promises_of_files,
+    broken_promises_of_the_record,
+    leftovers,
+    unsound,
+)
 from campaign.project import TINY, set_params
 
 Trial = dict[str, Any]
@@ -29,22 +36,36 @@ _ENOUGH = 120  # seconds for a process that must end
 _SECOND_WRITER = 8  # seconds, start of Python included, in which a second writer must say who is at work
 
 
+class State(NamedTuple):
+    """What a project holds after undisturbed runs."""
+
+    files: dict[str, str]
+    record: Recorded
+    left: frozenset[str]
+
+
+def _state(project: Path) -> State:
+    return State(artefacts(project), Recorded.read(project), leftovers(project))
+
+
 class RealProjects:
     """A project before its first run, and what an undisturbed run makes of it and of an experiment on it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reproduced: Path | None = None) -> None:
+        """`reproduced`: a project of `make_project` after `dvc repro`, if there is one already."""
         self.folder = folder
         (folder / "fresh").mkdir()
         self.fresh = make_project(folder / "fresh")
-        set_params(self.fresh, TINY)
-        commit(self.fresh)
-        undisturbed = self.copy()
-        started = time.monotonic()
-        run(undisturbed, "dvc", "repro")
-        self.seconds = time.monotonic() - started
-        self.expected = artefacts(undisturbed), Recorded.read(undisturbed)
-        self.reproduced = undisturbed
-        self._experiment: tuple[dict[str, str], Recorded] | None = None
+        self.seconds = 12.0  # that `dvc repro` takes
+        if reproduced is None:
+            set_params(self.fresh, TINY)
+            commit(self.fresh)
+            reproduced = self.copy()
+            started = time.monotonic()
+            run(reproduced, "dvc", "repro")
+            self.seconds = time.monotonic() - started
+        self.expected = _state(reproduced)
+        self._experiment: State | None = None
 
     def copy(self, of: Path | None = None) -> Path:
         target = Path(tempfile.mkdtemp(dir=self.folder)) / "project"
@@ -52,14 +73,14 @@ class RealProjects:
         return target
 
     @property
-    def experiment(self) -> tuple[dict[str, str], Recorded]:
+    def experiment(self) -> State:
         """After `dvc repro` and then an experiment, in place."""
         if self._experiment is None:
             project = self.copy()
             run(project, "dvc", "repro")
             commit(project)
             run(project, "dvc", "exp", "run", *_EXPERIMENT)
-            self._experiment = artefacts(project), Recorded.read(project)
+            self._experiment = _state(project)
         return self._experiment
 
 
@@ -100,7 +121,7 @@ def orphan(projects: RealProjects, trial: Trial) -> list[str]:
         expected = artefacts(alone)
         shutil.rmtree(alone.parent)
         wait_for_child = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-        parent = _start(project, sys.executable, "-c", wait_for_child, *collect)
+        parent = _start(project, sys.executable, "-c", wait_for_child, *collect, DVC_STAGE="collect")
         time.sleep(trial["at"])
         children = psutil.Process(parent.pid).children()
         parent.kill()
@@ -201,7 +222,7 @@ def side_by_side(projects: RealProjects, _: Trial) -> list[str]:
         record = Recorded.read(project)
         differences = [] if record.runs == ["FINISHED"] * 3 else [f"I7: runs in MLflow: {record.runs}, not 3 FINISHED"]
         run(project, "dvc", "exp", "apply", "known")
-        return differences + broken_promises_of_files(project, projects.experiment[0])
+        return differences + broken_promises_of_files(project, projects.experiment.files, projects.experiment.left)
 
 
 REAL_KINDS: dict[str, Callable[[RealProjects, Trial], list[str]]] = {
@@ -234,9 +255,9 @@ def real_trials(n: int, only: set[str], seed: int) -> list[Trial]:
     return [trial for trial in trials if not only & REAL_KINDS.keys() or trial["kind"] in only]
 
 
-def _start(project: Path, *command: str) -> subprocess.Popen[bytes]:
+def _start(project: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
     """A process in a group of its own, so that a signal to the group is not one to us."""
-    return subprocess.Popen(command, cwd=project, env=environment(), start_new_session=True,
+    return subprocess.Popen(command, cwd=project, env={**environment(), **variables}, start_new_session=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 
@@ -256,12 +277,12 @@ def _signal(started: subprocess.Popen[bytes], trial: Trial, seconds: float) -> N
     started.wait(_ENOUGH)
 
 
-def _compare(project: Path, expected: tuple[dict[str, str], Recorded]) -> list[str]:
+def _compare(project: Path, expected: State) -> list[str]:
     left = [process.info["pid"] for process in psutil.process_iter(["pid", "cwd"])
             if str(process.info["cwd"] or "").startswith(str(project))]  # fmt: skip
     differences = [f"I4: process {pid} is left in the project" for pid in left]
-    files, record = expected
-    return differences + broken_promises_of_files(project, files) + broken_promises_of_the_record(project, record)
+    differences += broken_promises_of_files(project, expected.files, expected.left)
+    return differences + broken_promises_of_the_record(project, expected.record)
 
 
 @contextmanager

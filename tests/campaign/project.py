@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ruamel.yaml import YAML
 from toy_pipeline import SECTIONS, documents, set_params
 
@@ -233,18 +232,25 @@ class Running:
 
 
 def _end_orphans() -> tuple[int, ...]:
-    """Processes that a stage left behind, after a moment in which they may end on their own."""
+    """Processes that a stage left behind, after a moment in which they may end on their own.
+
+    They are children of this process by then, which is a subreaper.
+    """
     deadline = time.monotonic() + 5
-    while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
-        for process in left:
+    while (left := _children()) and time.monotonic() < deadline:
+        for pid in left:
             with suppress(ChildProcessError):
-                os.waitpid(process.pid, os.WNOHANG)
-        time.sleep(0.01)
-    for process in left:
-        with suppress(psutil.NoSuchProcess, ChildProcessError):
-            process.kill()
-            os.waitpid(process.pid, 0)
-    return tuple(process.pid for process in left)
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.005)
+    for pid in left:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return left
+
+
+def _children() -> tuple[int, ...]:
+    return tuple(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
 
 def _run_to_the_end(act: Callable[[], object]) -> int:

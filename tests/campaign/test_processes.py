@@ -1,6 +1,6 @@
 """Real processes, a few of them: an orphaned stage, and a killed `dvc repro`. The long campaign has more."""
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +8,8 @@ from campaign.processes import RealProjects, try_out_for_real
 
 
 @pytest.fixture(scope="module")
-def projects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealProjects]:
-    return RealProjects(tmp_path_factory.mktemp("real"))
+def projects(tmp_path_factory: pytest.TempPathFactory, reproduced: Path) -> RealProjects:
+    return RealProjects(tmp_path_factory.mktemp("real"), reproduced)
 
 
 @pytest.mark.parametrize("at", [0.15, 0.6, 1.0])

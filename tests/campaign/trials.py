@@ -10,6 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ READS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What an undisturbed run of a stage leaves."""
+
+    files: dict[str, str]
+    record: Recorded
+    left: frozenset[str]  # temporary files and folders, such as the checkpoint of a finished training
+
+
 class Laboratory:
     """The tiny project before and after each stage, what an undisturbed run makes, and trials on it."""
 
@@ -57,7 +67,7 @@ class Laboratory:
         self.project = TinyProject(folder)
         self.operations: dict[str, int] = {}  # of each stage
         self.seconds: dict[str, float] = {}
-        self.expected: dict[str, tuple[dict[str, str], Recorded]] = {}  # after each stage
+        self.expected: dict[str, Expected] = {}  # after each stage
         self._build()
 
     def _build(self) -> None:
@@ -81,7 +91,9 @@ class Laboratory:
             _demand(ended)
             self.operations[stage], self.seconds[stage] = ended.operations, ended.seconds
             self.optimizer_steps = max(self.optimizer_steps, ended.optimizer_steps)
-            self.expected[stage] = artefacts(project.path), Recorded.read(project.path)
+            self.expected[stage] = Expected(
+                artefacts(project.path), Recorded.read(project.path), leftovers(project.path)
+            )
         project.save("done")
         self._build_rarer_states()
 
@@ -144,9 +156,9 @@ class Laboratory:
         return differences + self.compare(stage)
 
     def compare(self, stage: str) -> list[str]:
-        files, record = self.expected[stage]
-        found = broken_promises_of_files(self.project.path, files)
-        return found + broken_promises_of_the_record(self.project.path, record)
+        expected = self.expected[stage]
+        broken = broken_promises_of_files(self.project.path, expected.files, expected.left)
+        return broken + broken_promises_of_the_record(self.project.path, expected.record)
 
 
 def _demand(ended: Ended) -> None:
@@ -228,7 +240,8 @@ def damaged(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
         return [*differences, *(f"believed: {broken}" for broken in lab.compare(stage))]
     if chance.random() < 0.25:  # the file is as it was: only what the failed run left could differ
         return differences + lab.finish(stage)
-    return differences + leftovers(lab.project.path)
+    left = leftovers(lab.project.path) - leftovers(lab.project.states / stage)
+    return differences + [f"I4: left behind: {name}" for name in sorted(left)[:5]]
 
 
 def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
@@ -249,7 +262,9 @@ def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     if ended.code == 4:  # no checkpoint is sound: the message says to remove the folder, which makes another run
         shutil.rmtree(lab.project.path / ".gptpipe/checkpoints")
         differences += broken_promises_of_an_end(lab.rerun(stage), {0})
-        return differences + broken_promises_of_files(lab.project.path, lab.expected[stage][0])
+        return differences + broken_promises_of_files(
+            lab.project.path, lab.expected[stage].files, lab.expected[stage].left
+        )
     return differences + lab.compare(stage)
 
 
