@@ -27,6 +27,7 @@ from typing import Any
 
 from campaign.plan import plan
 from campaign.processes import REAL_KINDS, real_trials, remove_projects, try_out_for_real
+from campaign.project import STAGES
 
 ROOT = Path(__file__).parents[2]
 _SHARED_MEMORY = Path("/dev/shm")
@@ -36,14 +37,15 @@ _ENOUGH = 2 << 30  # bytes: a worker needs about 100 MB
 class Worker:
     """A process of `campaign.worker` in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, last_stage: str) -> None:
         paths = [str(ROOT), str(ROOT / "tests")]
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         outer = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))}
+        command = [sys.executable, "-m", "campaign.worker", str(folder), last_stage]
+        variables = {**outer, **one_thread, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "campaign.worker", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**outer, **one_thread, "PYTHONPATH": os.pathsep.join(paths)}, cwd=ROOT,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, cwd=ROOT
+        )
         self.hello = self._answer()
 
     def try_out(self, trial: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +71,11 @@ class Worker:
 
 
 @contextmanager
-def started_worker() -> Iterator[Worker]:
-    """A worker in a temporary folder, in shared memory if there is enough: fsync costs nothing there."""
+def started_worker(last_stage: str = STAGES[-1]) -> Iterator[Worker]:
+    """A worker for all stages up to one, in shared memory if there is enough: fsync costs nothing there."""
     is_roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _ENOUGH
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=_SHARED_MEMORY if is_roomy else None) as folder:
-        worker = Worker(Path(folder))
+        worker = Worker(Path(folder), last_stage)
         try:
             yield worker
         finally:
@@ -121,7 +123,7 @@ def _options() -> argparse.Namespace:
 def _one(trial: dict[str, Any]) -> dict[str, Any]:
     if trial["kind"] in REAL_KINDS:
         return try_out_for_real(trial)
-    with started_worker() as worker:
+    with started_worker(trial["stage"]) as worker:
         return worker.try_out(trial)
 
 
@@ -132,6 +134,7 @@ def _run(options: argparse.Namespace) -> None:
     lock, is_planned = threading.Lock(), threading.Event()
     started, n_done, n_all = time.monotonic(), 0, 0
     errors: list[BaseException] = []
+    last_stage = [stage for stage in STAGES if stage in options.only or not set(options.only) & set(STAGES)][-1]
 
     def fill(hello: dict[str, Any]) -> None:
         nonlocal n_all
@@ -158,7 +161,7 @@ def _run(options: argparse.Namespace) -> None:
 
     def work(number: int) -> None:
         try:
-            with started_worker() as worker:
+            with started_worker(last_stage) as worker:
                 if number == 0:
                     fill(worker.hello)
                 is_planned.wait()

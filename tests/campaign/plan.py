@@ -89,9 +89,8 @@ def _leftovers(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
 
 
 def _races(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
-    while True:
-        for stage in hello["operations"]:
-            yield {"kind": "race", "stage": stage, "after": round(chance.uniform(0, 0.7), 3)}
+    for stage, at in _everywhere(hello, chance):
+        yield {"kind": "race", "stage": stage, "at": at}
 
 
 def _everywhere(hello: dict[str, Any], chance: random.Random) -> Iterator[tuple[str, int]]:

@@ -45,12 +45,14 @@ def import_modules(names: Iterable[str]) -> None:
                 importlib.import_module(name)
 
 
-def import_pipeline() -> None:
+def import_pipeline(*, trains: bool) -> None:
     """Import what the stages import at their start, and cut the corpus into more shards than its size would give."""
-    import_modules(f"gptpipe.{path}" for path in ("tracking.record", "training.session", "tracking.registry",
-                                                  "evaluation.report", "corpus.collect", "corpus.shards",
-                                                  "tokens.contamination", "tokens.encode"))  # fmt: skip
-    sys.modules["gptpipe.corpus.shards"].SHARD_BYTES = SHARD_BYTES  # type: ignore[attr-defined]
+    names = ["corpus.collect", "corpus.shards", "tokens.contamination", "tokens.encode", "tokens.streams"]
+    if trains:
+        names += ["tracking.record", "training.session", "tracking.registry", "evaluation.report"]
+    import_modules(f"gptpipe.{name}" for name in names)
+    shards: Any = sys.modules["gptpipe.corpus.shards"]
+    shards.SHARD_BYTES = SHARD_BYTES
 
 
 def remember_packages() -> None:
@@ -201,14 +203,24 @@ class Running:
 
     def __init__(self, pid: int, said: Path, counters: Counters, started: float) -> None:
         self.pid, self._said, self.counters, self._started = pid, said, counters, started
+        self._status: int | None = None
+
+    def wait_until_stopped(self) -> bool:
+        """Wait until the process has stopped itself by SIGSTOP; returns False if it ended before."""
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            self._status = status
+        return os.WIFSTOPPED(status)
+
+    def go_on(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def wait(self, *, reap_all: bool = True) -> Ended:
         """Raises TimeoutError where it takes too long; it is killed then. `reap_all`: no other process is at work."""
-        code = None
-        while code is None:
+        while self._status is None:
             found, status = os.waitpid(self.pid, os.WNOHANG)
             if found:
-                code = os.waitstatus_to_exitcode(status)
+                self._status = status
             elif time.monotonic() - self._started > LIMIT:
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
@@ -216,7 +228,7 @@ class Running:
                 raise TimeoutError(f"a stage took more than {LIMIT} seconds")
             else:
                 time.sleep(0.002)
-        seconds = time.monotonic() - self._started
+        seconds, code = time.monotonic() - self._started, os.waitstatus_to_exitcode(self._status)
         said = self._said.read_text(errors="replace")
         self._said.unlink()
         orphans = _end_orphans() if reap_all else ()

@@ -1,6 +1,6 @@
 """A process that has imported everything once: reads a trial a line as JSON, and answers each with its result.
 
-    python -m campaign.worker FOLDER
+    python -m campaign.worker FOLDER LAST_STAGE
 
 It has one thread and forks for each run of a stage. Orphans of its children become its own children, so that it can
 find and end them.
@@ -22,9 +22,9 @@ def main() -> None:
 
     from campaign.trials import READS, Laboratory, files_read
 
-    lab = Laboratory(Path(sys.argv[1]))
+    lab = Laboratory(Path(sys.argv[1]), sys.argv[2])
     states = lab.project.states
-    reads = {stage: files_read(states / stage, stage) for stage in READS}
+    reads = {stage: files_read(states / stage, stage) for stage in READS if stage in lab.stages}
     hello = {"operations": lab.operations, "seconds": lab.seconds, "reads": reads}
     print(json.dumps(hello), file=answers, flush=True)
     for line in sys.stdin:
