@@ -169,7 +169,10 @@ def broken_promises_of_an_end(ended: Ended, codes: set[int]) -> list[str]:
     if ended.code not in codes:
         broken.append(f"I5: exit code {ended.code}, not {' or '.join(map(str, sorted(codes)))}: {last}")
     if "Traceback" in ended.said or "Exception ignored" in ended.said:
-        broken.append(f"I5: a traceback: {last}")
+        raised = re.findall(r"^[\w.]+(?:Error|Exception|Interrupt|Exit|Timeout|Stopped)\b.*", ended.said, re.MULTILINE)
+        where = re.findall(r'File "[^"]*?(?:/gptpipe/|/)([\w/]+\.py)", line (\d+)', ended.said)
+        places = ", ".join(f"{file}:{line}" for file, line in where[-2:])
+        broken.append(f"I5: a traceback: {(raised or [last])[-1][:200]} ({places})")
     errors = [line for line in ended.said.splitlines() if line.startswith("error:")]
     if 0 < ended.code < 128 and len(errors) != 1:
         broken.append(f"I5: {len(errors)} lines of error for exit code {ended.code}: {last}")
