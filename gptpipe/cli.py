@@ -1,14 +1,16 @@
 """The command `gptpipe`: what people do before and after the pipeline."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 
 from gptpipe import __version__
-from gptpipe.console import complain
+from gptpipe.console import complain, printable
+from gptpipe.errors import ConfigError, InputError
 from gptpipe.stage import run
 
 
@@ -86,7 +88,7 @@ def _plan(_: argparse.Namespace) -> None:
 
     found = forecast(params, Path("data/split"))
     for name, text in found.lines.items():
-        print(f"{name + ':':<22}{text}")
+        print(printable(f"{name + ':':<22}{text}"))
     for warning in found.warnings:
         complain(f"warning: {warning}")
 
@@ -99,34 +101,40 @@ def _data(options: argparse.Namespace) -> None:
     from gptpipe.evaluation.data_view import view_data
 
     page, run = view_data(Path(), options.seed), Path("reports/mlflow_run.json")
-    Console().print(Markdown(page))
+    Console().print(Markdown(printable(page)))
     if run.exists():
-        from gptpipe.tracking.store import RunWriter, connect, find_run, store_errors  # late: they take seconds
+        from gptpipe.tracking.store import RunWriter, connect, find_run, read_run_id, store_errors  # late: slow imports
 
         with store_errors():
-            if run_id := find_run(connect(), json.loads(run.read_bytes())["run_id"]):  # a fresh clone's store has none
+            if run_id := find_run(connect(), read_run_id(run)):  # a fresh clone's store has none
                 RunWriter(run_id).write(("text", ["data.md", page]))
 
 
 def _generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained model."""
-    from gptpipe.evaluation.continuations import continue_text  # late: --help must not wait for torch
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}; set it to 1 or more")
+    from gptpipe.evaluation.continuations import continue_text, load_generator  # late: --help must not wait for torch
     from gptpipe.files import verify
-    from gptpipe.model.device import best_device
+    from gptpipe.model.device import best_device, memory_errors
     from gptpipe.model.generate import Sampling
-    from gptpipe.model.layout import load_model
-    from gptpipe.tokens.tokenizer import Tokenizer
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows other characters as `?`
     sampling = Sampling(
         temperature=options.temperature, top_k=options.top_k or None, top_p=options.top_p, seed=options.seed
     )
     verify(options.model)
-    model, tokenizer = load_model(options.model).to(best_device()), Tokenizer.load(options.model)
+    model, tokenizer = load_generator(options.model)
+    model.to(best_device())
 
     def answer(prompt: str) -> None:
-        print(prompt, end="", flush=True)
-        for piece in continue_text(model, tokenizer, prompt, options.max_new_tokens, sampling):
-            print(piece, end="", flush=True)
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
+            raise InputError("the prompt is not valid UTF-8; convert it")
+        pieces = continue_text(model, tokenizer, prompt, options.max_new_tokens, sampling)
+        with memory_errors("out of memory; shorten the prompt, or lower --max-new-tokens"):
+            for piece in chain([prompt], pieces):
+                print(piece, end="", flush=True)
         print()
 
     if not options.interactive:
@@ -142,13 +150,15 @@ def _generate(options: argparse.Namespace) -> None:
                 answer(prompt)
             except KeyboardInterrupt:  # ends the text, not the program
                 print()
+            except UnicodeDecodeError as error:
+                raise InputError("the prompt is not valid UTF-8; convert it") from error
 
 
 def _compare(options: argparse.Namespace) -> None:
     """Table of runs: mean, standard error and significance over seeds."""
     from gptpipe.tracking.compare import compare
 
-    print(compare(options.names, options.metric, options.curves))
+    print(printable(compare(options.names, options.metric, options.curves)))
 
 
 def _restore(options: argparse.Namespace) -> None:

@@ -1,13 +1,15 @@
 """params.yaml as frozen objects: the one place that knows which values make sense.
 
 Values live in params.yaml alone; nothing here has a default, apart from the optional keys of sources.
-A check of several values hangs on the last of them, so that it is made whatever else is wrong.
+Cross-field checks are attached to the last field, so they run even if other fields are invalid.
 """
 
 import difflib
 import json
 import math
 import re
+import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,11 +24,15 @@ from pydantic import (
     field_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import CollectionNode, MappingNode
 
 from gptpipe.errors import ConfigError, first_line
 
 PARAMS = Path("params.yaml")
+_MOST_BYTES, _MOST_NODES = 1 << 18, 10_000  # of the file: its size, and its values with aliases expanded
+_MOST_FAULTS, _LONGEST_SHOWN = 100, 100  # of a message: lines, and characters of a value or a key
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
@@ -318,34 +324,93 @@ class Params(Section):
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check params.yaml. Raises ConfigError that lists every fault, one per line."""
+    text, model = _as_json(path)
     try:
-        # YAML 1.2: `1e-05`, which `dvc exp run -S` writes, is a number, and `yes` is text.
-        raw = YAML(typ="safe", pure=True).load(path.read_bytes())
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: holds no sections; start from the params.yaml of the project")
         # Strict JSON mode takes a list where a tuple is wanted, and nothing else that is not of the right type.
         # The context is for the one check that spans two sections.
-        model = raw.get("model")
-        return Params.model_validate_json(json.dumps(raw), context=model if isinstance(model, dict) else {})
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; run from the project's root") from error
-    except MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: {str(error.problem).splitlines()[0]}") from error
+        return Params.model_validate_json(text, context=model)
     except ValidationError as error:
         faults = [
-            _in_words(fault["loc"], fault["type"], fault["msg"], fault.get("input"))
+            fault
             for fault in error.errors()
-            if fault["type"] != "too_short" or not fault["input"]  # else it is the items that are wrong, and told
+            if fault["type"] != "too_short" or not fault["input"]  # else it is the items that are wrong, and reported
         ]
-        raise ConfigError(f"{path}: " + f"\n{path}: ".join(faults)) from error
-    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        lines = [
+            f"{path}: {_in_words(fault['loc'], fault['type'], fault['msg'], fault.get('input'))}"
+            for fault in faults[:_MOST_FAULTS]
+        ]
+        if len(faults) > _MOST_FAULTS:
+            lines.append(f"{path}: and {len(faults) - _MOST_FAULTS:,} more")
+        raise ConfigError(*lines) from error
+
+
+def _as_json(path: Path) -> tuple[str, dict[str, Any]]:
+    """All values as JSON, and section `model`. Raises ConfigError for what is not plain YAML, or is too large."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; run from the project's root") from error
+    try:
+        if len(content) > _MOST_BYTES:
+            raise _TooLarge(f"more than {_MOST_BYTES:,} bytes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ruamel.yaml has some, of several lines, for doubtful YAML
+            # YAML 1.2: `1e-05`, which `dvc exp run -S` writes, is a number, and `yes` is text.
+            yaml = YAML(typ="safe", pure=True)
+            yaml.Composer = _Composer
+            raw = yaml.load(content)
+        text = json.dumps(raw)
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {first_line(ValueError(error.problem or error.context))}") from error
+    except _TooLarge as error:
+        raise ConfigError(f"{path}: {error}; start from the params.yaml of the project") from error
+    except Exception as error:  # ruamel.yaml raises KeyError, AttributeError and more for a value that its tag forbids
         raise ConfigError(f"{path}: not plain YAML: {first_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds no sections; start from the params.yaml of the project")
+    model = raw.get("model")
+    return text, model if isinstance(model, dict) else {}
+
+
+class _TooLarge(Exception):
+    """params.yaml is above a limit."""
+
+
+class _Composer(Composer):
+    """Builds the graph of nodes, and counts them before aliases are expanded."""
+
+    n_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.n_nodes += 1
+        if self.n_nodes > _MOST_NODES:
+            raise _TooLarge(f"more than {_MOST_NODES:,} values")
+        return super().compose_node(parent, index)
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > _MOST_NODES:
+            raise _TooLarge(f"more than {_MOST_NODES:,} values, with each alias expanded")
+        return node
+
+
+def _expanded_size(node: Any, sizes: dict[int, int]) -> int:
+    """The number of nodes with each alias counted in full. `sizes` holds what is counted, and 0 for what is being."""
+    if sizes.get(id(node)) == 0:
+        raise ValueError("a value that contains itself")
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        children = node.value if isinstance(node, CollectionNode) else ()
+        nodes = chain.from_iterable(children) if isinstance(node, MappingNode) else children
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in nodes)
+    return sizes[id(node)]
 
 
 def _in_words(location: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
     """One fault as `key: what is wrong`, an unknown key with its nearest neighbour."""
-    name = ".".join(str(part) for part in location)
+    name = ".".join(_shortened(str(part)) for part in location)
     message = message.removeprefix("Value error, ")
     if kind == "missing":
         return f"{name}: missing"
@@ -355,7 +420,11 @@ def _in_words(location: tuple[int | str, ...], kind: str, message: str, value: A
     if not name:
         return message
     is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return f"{name}: {message}" + (f", got {value!r}" if is_plain else "")
+    return f"{name}: {message}" + (f", got {_shortened(repr(value))}" if is_plain else "")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

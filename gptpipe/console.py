@@ -12,6 +12,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from gptpipe.environment import VERBOSITIES, verbosity
+from gptpipe.errors import printable as printable
 
 T = TypeVar("T")
 _LIVE_EVERY = 0.1  # seconds between updates of the live line
@@ -21,14 +22,14 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, em
 
 
 def say(text: str, level: str = "normal") -> None:
-    """One line for the person at the terminal, above the live view if there is one, where it is as loud as `level`."""
+    """Print one line, above the live view if there is one, if verbosity is at least `level`."""
     if VERBOSITIES.index(verbosity()) >= VERBOSITIES.index(level):
-        console.print(text)
+        console.print(printable(text))
 
 
 def complain(text: str) -> None:
-    """An error or a warning."""
-    console.print(text, style="bold red" if sys.stderr.isatty() else None)
+    """Print an error or a warning, at any verbosity."""
+    console.print(printable(text), style="bold red" if sys.stderr.isatty() else None)
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -68,7 +69,7 @@ class Progress:
             if now - self._last_line > _LIVE_EVERY:
                 self._last_line = now
                 lines = (f"{self._note}  {sparkline(course)}".strip(), self.sample)
-                self._below.plain = "\n".join(line for line in lines if line)
+                self._below.plain = printable("\n".join(line for line in lines if line))
                 self._bar.update(self._task, completed=self._done)
         elif now - self._last_line > _PLAIN_EVERY:
             self._last_line = now

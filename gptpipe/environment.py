@@ -107,8 +107,8 @@ def provenance() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints; none where there is no git, it refuses, or prints what is not UTF-8."""
+    """Git's output; None if there is no git, it fails, does not answer in a minute, or prints what is not UTF-8."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True).stdout
-    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
+        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None

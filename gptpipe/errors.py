@@ -1,15 +1,23 @@
 """What can go wrong, each kind with the exit code that a stage ends with.
 
-A message is one line: what is wrong, where, and how to mend it.
+A message is one line: what is wrong, where, and how to fix it.
 """
 
+import re
 import signal
+
+# C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_REASON = 300  # characters of a library's message
 
 
 class GptpipeError(Exception):
-    """Anything that a user can mend; never raised itself."""
+    """Anything that a user can fix. Raise a subclass. Each argument is one line of the message."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(str(line)) for line in self.args)
 
 
 class ConfigError(GptpipeError):
@@ -31,7 +39,7 @@ class IntegrityError(GptpipeError):
 
 
 class ResourceError(GptpipeError):
-    """Disk, memory, a lock or another outside resource is not to be had."""
+    """Disk, memory, a lock or another external resource is unavailable."""
 
     exit_code = 5
 
@@ -58,5 +66,25 @@ class Interrupted(GptpipeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, fit for a message of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of a library's message, shortened; without a message, the name of the error's class."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_REASON]
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, bidirectional overrides and lone surrogates shown as escapes such as `\\x1b`.
+
+    Text from documents, models, files and servers could otherwise control the terminal. Tabs and newlines stay.
+    """
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """The same, with newlines and tabs shown as escapes too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escape(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    if 0xDC80 <= number <= 0xDCFF:  # stands for a byte of a file name that is not UTF-8
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

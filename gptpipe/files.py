@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gptpipe.errors import IntegrityError, ResourceError
 
@@ -31,6 +32,7 @@ SCHEMA = 2
 _DONE = ".done"  # suffix of a note that files are finished
 _LOCK_SECONDS = 3.0  # to wait for another writer, which may be about to end
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class FileEntry(BaseModel):
@@ -86,6 +88,31 @@ def unseal(data: bytes) -> dict[str, Any]:
     if not is_unchanged:
         raise ValueError("changed after it was written")
     return content
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file whose size is limited. Raises OSError, and ValueError for any other file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"{status.st_size:,} bytes, the limit is {max_bytes:,}")
+    return path.read_bytes()
+
+
+def read_json(path: Path, kind: type[Model], max_bytes: int) -> Model:
+    """A JSON file as an object of `kind`, types taken strictly. Raises OSError, and ValueError of one short line."""
+    try:
+        return kind.model_validate_json(read_bytes(path, max_bytes), strict=True)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with the first wrong value, in one short line; its place may be a key from the file."""
+    fault = error.errors()[0]
+    place = ".".join(map(str, fault["loc"]))
+    return f"{place!r:.100}: {fault['msg']:.200}" if place else f"{fault['msg']:.200}"
 
 
 def sha256_of(path: Path) -> str:

@@ -1,21 +1,27 @@
-"""One ordered map over shards, on all cores, or on all machines of a Ray cluster."""
+"""One ordered map over shards, on all cores or on all machines of a Ray cluster; and generators in another process."""
 
 import importlib
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, BinaryIO, TypeVar
 
 from gptpipe.environment import n_workers, uses_ray
-from gptpipe.errors import ResourceError, first_line
+from gptpipe.errors import GptpipeError, InputError, ResourceError, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -109,3 +115,136 @@ def _follow_parent() -> None:
 def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)
+
+
+_SILENCE = 300.0  # seconds without a result, then `in_child` gives up
+_POOL = "ARROW_DEFAULT_MEMORY_POOL"
+
+
+class OpenFile:
+    """An open file as an argument of `in_child`. The child gets a file of its own with the same content."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (reduction.DupFd(self._file.fileno()),)
+
+
+def _reopen(descriptor: Any) -> BinaryIO:
+    return open(descriptor.detach(), "rb")  # noqa: PTH123  a descriptor, not a path
+
+
+def in_child(
+    name: str, work: Callable[..., Iterator[Item]], *arguments: Any, memory: int | None = None
+) -> Iterator[Item]:
+    """Yield what the generator function `work` yields in another process: its native code may crash on hostile input.
+
+    An error of `work` is raised here. Raises InputError that names `name` if the process crashes, asks for more than
+    `memory` bytes, or yields nothing for five minutes. The process reads ahead by at most what a pipe holds. It ends
+    with this process, and when this generator is closed. `work` must be a function of a module.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    with receiver:
+        with sender, _undisturbed():
+            child_arguments = (sender, dict(os.environ), name, memory, work, arguments)
+            process = context.Process(target=_produce, args=child_arguments, daemon=True)
+            process.start()
+        try:
+            while receiver.poll(_SILENCE):
+                try:
+                    kind, value = receiver.recv()
+                except (EOFError, OSError):
+                    raise _crash(name, process) from None
+                if kind == "end":
+                    return
+                if kind == "error":
+                    raise value
+                yield value
+            raise InputError(f"{name}: its reader has given nothing for {_SILENCE:.0f} s; replace the file")
+        finally:
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _crash(name: str, process: Any) -> GptpipeError:
+    process.join()
+    code = process.exitcode
+    if code == -signal.SIGKILL:
+        return ResourceError(f"{name}: its reader was killed; if memory is short, free some, then rerun")
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return InputError(f"{name}: its reader crashed ({how}): the file is damaged; replace it")
+
+
+def _produce(
+    sender: Connection,
+    environment: dict[str, str],
+    name: str,
+    memory: int | None,
+    work: Callable[..., Iterator[Any]],
+    arguments: tuple[Any, ...],
+) -> None:
+    """In the child: send each result as ("item", result), then ("end", None) or ("error", an exception)."""
+    _follow_parent()
+    os.environ.clear()  # it is that of the time when the server of the children started
+    os.environ.update(environment)
+    _limit(memory)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crashing library writes there; the parent says it in one line
+    message: tuple[str, Any] = ("end", None)
+    try:
+        for item in work(*arguments):
+            sender.send(("item", item))
+    except BrokenPipeError:  # the parent wants no more
+        return
+    except GptpipeError as error:
+        message = "error", error
+    except MemoryError:
+        message = "error", _too_large(name, memory)
+    except Exception:
+        message = "error", RuntimeError(traceback.format_exc())  # a bug of ours
+    with suppress(BrokenPipeError):
+        sender.send(message)
+
+
+def _too_large(name: str, memory: int | None) -> GptpipeError:
+    if memory is None:
+        return ResourceError(f"{name}: not enough memory to read it; free memory, then rerun")
+    return InputError(f"{name}: needs more than {memory >> 20:,} MiB of memory to read: it is damaged; replace it")
+
+
+def _limit(memory: int | None) -> None:
+    """Let this process allocate only `memory` bytes more, and leave no core dump."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = used + memory
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Sets up the server that children are forked from, and each child.
+
+    They never see Ctrl-C, since this process ends them. They do not import the main module, which would run a script
+    again that has no `if __name__ == "__main__"`. Arrow's own allocator reserves 1 GiB of addresses, more than `_limit`
+    may allow, so it takes the system's.
+    """
+    main, pool = sys.modules["__main__"], os.environ.get(_POOL)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    sys.modules["__main__"], os.environ[_POOL] = ModuleType("__main__"), "system"
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        del os.environ[_POOL]
+        if pool is not None:
+            os.environ[_POOL] = pool
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

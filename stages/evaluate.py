@@ -1,6 +1,5 @@
 """evaluate: what the model is worth on the validation and test splits; registers it."""
 
-import json
 from pathlib import Path
 
 from gptpipe.stage import run_stage
@@ -10,19 +9,22 @@ def main() -> None:
     from gptpipe.config import load_params
     from gptpipe.console import say
     from gptpipe.environment import project_root
-    from gptpipe.files import read_manifest
+    from gptpipe.files import check_parent, read_manifest
 
     params = load_params()
     from gptpipe.evaluation.evaluate import evaluate_model  # late: fail on bad parameters before the slow imports
-    from gptpipe.evaluation.report import draw_figures, write_page
+    from gptpipe.evaluation.report import draw_figures, read_training_reports, write_page
     from gptpipe.tracking.registry import record_evaluation
+    from gptpipe.tracking.store import read_run_id
     from gptpipe.training.finished import discard_finished
 
-    model, reports = Path("models/gpt"), Path("reports")
-    run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
-    found = evaluate_model(model, Path("data/split"), reports, params.evaluate, params.seed)
-    figures = draw_figures(reports)
-    page = write_page(reports, params, found.lineage, read_manifest(Path("data/raw")).counts, run_id, figures)
+    raw, split, model, reports = Path("data/raw"), Path("data/split"), Path("models/gpt"), Path("reports")
+    run_id = read_run_id(reports / "mlflow_run.json")
+    trained = read_training_reports(reports, model)
+    check_parent(split, raw)
+    found = evaluate_model(model, split, reports, params.evaluate, params.seed)
+    figures = draw_figures(reports, trained)
+    page = write_page(reports, trained, params, found.lineage, read_manifest(raw).counts, run_id, figures)
     champion = record_evaluation(params, found, run_id, page, figures, model)
     discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)  # DVC has recorded the training
     for side in ("val", "test"):

@@ -15,7 +15,7 @@ STAGES = ("collect", "tokenize", "split", "train", "evaluate")
 FLOORS = [
     {"errors", "__init__"},
     {"environment"},
-    {"files", "config", "console"},
+    {"files", "config", "console", "markdown"},
     {"parquet", "parallel", "stage"},
     {"corpus", "model"},
     {"tokens"},

@@ -92,6 +92,21 @@ def test_generate_wants_one_of_prompt_and_interactive(arguments: list[str]) -> N
         _dispatch(arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["the", "--max-new-tokens", "0"], 2), (["the", "--max-new-tokens", "-5"], 2), (["the \udcff"], 3),
+     (["the", "--top-k", "-1"], 2), (["the", "--seed", str(2**70)], 2), (["the", "--temperature", "nan"], 2)],
+)  # fmt: skip
+def test_generate_rejects_what_it_cannot_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
+) -> None:
+    model = make_model(tmp_path / "gpt")
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: _dispatch(["generate", "--model", str(model), *arguments]))
+    found = capsys.readouterr()
+    assert (ended.value.code, found.out, len(found.err.splitlines())) == (code, "", 1)
+
+
 def test_plan_needs_a_split_and_says_how_to_get_one(tmp_path: Path) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     result = python("-c", "from gptpipe.cli import main; main()", "plan", folder=tmp_path)

@@ -21,6 +21,13 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", f"{text}\n{text}\n")
 
 
+def test_text_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say("\x1b]0;title\x07 \x9b2J \u202e ok\tok\nok")
+    complain("caf\udce9\r")
+    shown = "\\x1b]0;title\\x07 \\x9b2J \\u202e ok\tok\nok\ncaf\\xe9\\x0d\n"
+    assert capsys.readouterr().err.expandtabs() == shown.expandtabs()
+
+
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "_PLAIN_EVERY", -1.0)
     with Progress("train", unit="steps", total=2000, done=1000) as progress:

@@ -86,6 +86,39 @@ def test_the_page_of_plots_is_drawn_without_a_network(reproduced: Path, browser:
     }
 
 
+def test_evaluate_refuses_reports_that_stage_train_did_not_write(reproduced: Path, tmp_path: Path) -> None:
+    """One line and exit code 4; what it recommends helps, and trains nothing anew."""
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    made = digests(project)
+    for name, content in (("mlflow_run.json", b'{"run_id": "' + b"0" * 20), ("train.steps.csv", b"step,loss\n1,0.1\n")):
+        path = project / "reports" / name
+        path.unlink()  # a hard link into DVC's cache stays as it was
+        path.write_bytes(content)
+        result = run(project, sys.executable, "-m", "stages.evaluate", check=False)
+        assert (result.returncode, len(result.stderr.splitlines())) == (4, 1), result.stderr
+        assert f"reports/{name}: " in result.stderr
+        assert "`dvc repro` restores it" in result.stderr
+    output = run(project, "dvc", "repro").stdout
+    assert "Stage 'train' is cached - skipping run, checking out outputs" in output
+    assert digests(project) == made
+
+
+def test_the_doctor_helps_after_a_kill_while_dvc_writes_its_lock(reproduced: Path, tmp_path: Path) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(reproduced, project, symlinks=True)
+    made, lock = digests(project), (project / "dvc.lock").read_bytes()
+    (project / "dvc.lock").write_bytes(b"")
+    assert run(project, "dvc", "repro", check=False).returncode != 0
+    result = run(project, sys.executable, "-m", "gptpipe.cli", "doctor", check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (4, False)
+    assert "dvc.lock: damaged (it is empty)" in result.stdout
+    run(project, sys.executable, "-m", "gptpipe.cli", "doctor", "--fix")
+    assert "Running stage 'train'" not in run(project, "dvc", "repro").stdout
+    assert digests(project) == made
+    assert (project / "dvc.lock").read_bytes() == lock
+
+
 def test_what_is_pushed_to_a_remote_comes_back(reproduced: Path, tmp_path: Path) -> None:
     project = tmp_path / "copy"
     shutil.copytree(reproduced, project, symlinks=True)

@@ -22,9 +22,9 @@ from gptpipe.corpus.cleaning import clean
 from gptpipe.corpus.dedup import Seen, near_duplicates
 from gptpipe.corpus.document import Rejected, id_of
 from gptpipe.corpus.filters import are_on
-from gptpipe.corpus.opening import is_remote
 from gptpipe.corpus.shards import SCHEMA, Batch, rows_of_shards, shard_path, shard_paths, sizes, write_shard
 from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.corpus.tables import is_remote
 from gptpipe.corpus.tally import Tally
 from gptpipe.environment import optional_module
 from gptpipe.errors import GptpipeError, InputError

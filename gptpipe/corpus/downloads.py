@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from gptpipe.corpus.opening import CHUNK
+from gptpipe.corpus.tables import CHUNK
 from gptpipe.environment import project_root
 from gptpipe.errors import InputError, IntegrityError, ResourceError, first_line
 from gptpipe.files import disk_errors, new_file, sha256_of

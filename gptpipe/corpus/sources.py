@@ -14,32 +14,27 @@ import platform
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import BinaryIO
 
 from gptpipe.config import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
 from gptpipe.corpus.cleaning import cut, plain_line_ends
 from gptpipe.corpus.document import Rejected
 from gptpipe.corpus.downloads import download
-from gptpipe.corpus.opening import CHUNK, check_growth, is_remote, open_files, read_errors, remote_addresses, seekable
+from gptpipe.corpus.opening import growth_limit, open_files, remote_addresses, seekable
 from gptpipe.corpus.python_docs import module_files, python_code, python_docs
-from gptpipe.environment import optional_module, project_root
-from gptpipe.errors import InputError, first_line
+from gptpipe.corpus.tables import CHUNK, Texts, dataset_rows, is_remote, not_utf8, parquet_rows, read_errors
+from gptpipe.environment import project_root
+from gptpipe.errors import InputError
 from gptpipe.files import sha256_of
+from gptpipe.parallel import OpenFile, in_child
 
-_BATCH_BYTES = 1 << 20  # of rows of Parquet in memory, about
+_MEMORY, _MEMORY_PER_BYTE = 1 << 30, 16  # bytes to read a Parquet file: these, and this many per byte of the file
 _SNIFFED = 8192  # bytes that decide whether a file is text
 _JSON = json.JSONDecoder()
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-# Texts, and a Rejected in place of each that is not one; never raised here, so the stream goes on behind it.
-Texts = Iterator[Sequence[str | Rejected]]
 
 
 def read(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
@@ -71,7 +66,9 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
         yield from ([text] for text in texts)
         return
     if isinstance(source, HuggingFace):
-        yield from _huggingface(source)
+        address = _hub_address(source)
+        about = (source.dataset, source.name, source.split, source.revision, source.text_column)
+        yield from in_child(address, dataset_rows, address, *about)
         return
     for address in _addresses(source):
         with read_errors(address):
@@ -170,11 +167,6 @@ def _closed_folders(pattern: Path) -> list[str]:
     return sorted(closed)
 
 
-def _not_utf8(name: str, offset: int) -> InputError:
-    mend = "convert the file, or set collect.encoding_errors to replace"
-    return InputError(f"{name}: not UTF-8 at byte {offset}; {mend}")
-
-
 def _text_file(
     name: str, file: io.BufferedReader, separator: str | None, params: CollectParams, counts: Counter[str]
 ) -> Texts:
@@ -210,7 +202,7 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
             text = decoder.decode(data[: max(0, error.start - (read - offset))])  # a limit may lie before the error
         yield text if offset else text.removeprefix("\ufeff")
         if fault:
-            raise _not_utf8(name, offset + fault.start) from fault
+            raise not_utf8(name, offset + fault.start) from fault
         if not data:
             return
         read += len(data)
@@ -237,7 +229,7 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
                 raise ValueError(f"more behind its end, character {end}")
         except UnicodeDecodeError as error:
             yield texts  # a limit may lie before the error
-            raise _not_utf8(name, start + error.start) from error
+            raise not_utf8(name, start + error.start) from error
         except (ValueError, RecursionError) as error:
             yield texts
             raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
@@ -251,64 +243,13 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
 
 
 def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
-    row = 0  # the first is 1
-    # Without these a row group, which may be the whole file, would be in memory at once.
-    options: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
-    try:
-        with seekable(opened) as whole, pq.ParquetFile(whole, **options) as file:
-            if column not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
-            kind = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise InputError(f"{name}: column `{column}` holds {kind}, not text; set text_column of the source")
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            n_in, n_out = whole.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
-            check_growth(name, n_in, n_out, params.max_expansion)
-            widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-            widest, n_out = max(widest, _longest_in_dictionaries(whole, column, groups, options)), 0
-            n_rows = max(1, min(1024, _BATCH_BYTES // (widest + 1)))
-            for batch in file.iter_batches(n_rows, columns=[column]):
-                contents = batch.column(0).cast(pa.large_binary())  # Parquet does not check UTF-8
-                check_growth(name, n_in, n_out := n_out + contents.nbytes, params.max_expansion)
-                texts: list[str | Rejected] = []
-                try:
-                    for content in contents.to_numpy(zero_copy_only=False):
-                        row += 1
-                        texts.append(Rejected("no_text", f"{name}, row {row}") if content is None
-                                     else content.decode(errors=params.encoding_errors))  # fmt: skip
-                except UnicodeDecodeError as error:
-                    yield texts
-                    raise _not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
-                yield texts
-    except UnicodeDecodeError as error:
-        raise _not_utf8(f"{name}, the name of a column", error.start) from error
-    except pa.ArrowException as error:
-        raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
-
-
-def _longest_in_dictionaries(whole: BinaryIO, column: str, groups: list[Any], options: dict[str, Any]) -> int:
-    """Bytes of the longest text that a row can name by a number: a small file may have it in a million rows."""
-    with pq.ParquetFile(whole, read_dictionary=[column], **options) as file:
-        some = (i for i, group in enumerate(groups) if group.num_rows
-                and any(group.column(j).has_dictionary_page for j in range(group.num_columns)))  # fmt: skip
-        texts = (next(file.iter_batches(1, [i], [column])).column(0).dictionary for i in some)
-        return max((pc.max(pc.binary_length(text)).as_py() or 0 for text in texts), default=0)
+    with seekable(opened) as whole:
+        n_in = whole.seek(0, os.SEEK_END)
+        limit = growth_limit(n_in, params.max_expansion)
+        memory = _MEMORY + _MEMORY_PER_BYTE * n_in
+        arguments = (name, OpenFile(whole), column, params.encoding_errors, limit, params.max_expansion)
+        yield from in_child(name, parquet_rows, *arguments, memory=memory)
 
 
 def _hub_address(source: HuggingFace) -> str:
     return f"huggingface://{source.dataset}/{source.name or 'default'}/{source.split}"
-
-
-def _huggingface(source: HuggingFace) -> Texts:
-    datasets = optional_module("datasets", "huggingface")
-    with read_errors(_hub_address(source)):
-        rows = datasets.load_dataset(
-            source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
-        )
-        for row in rows:
-            if source.text_column not in row:
-                names = ", ".join(row)
-                raise InputError(f"{source.dataset}: no column `{source.text_column}` among {names}; set text_column")
-            text = row[source.text_column]
-            yield [text if isinstance(text, str) else Rejected("no_text")]

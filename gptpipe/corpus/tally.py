@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from gptpipe.corpus.document import Rejected
+from gptpipe.errors import printable
 from gptpipe.files import write_bytes
+from gptpipe.markdown import render
 
 _EXAMPLES, _CHARACTERS = 3, 200  # of each reason in each source, in the order of the source; of each example
 
@@ -43,11 +43,11 @@ class Tally(Counter[str]):
         self.add(source, name := f"rejected_{rejected.reason}", 1)
         if self.by_source[source][name] <= _EXAMPLES:
             start = text[: 4 * _CHARACTERS] if isinstance(text, str) else "(not a text)"
-            shown = " ".join(start.split()).encode(errors="backslashreplace").decode()
-            self.examples.append({"source": source, **vars(rejected), "text": shown[:_CHARACTERS]})
+            shown = printable(" ".join(start.split()))[:_CHARACTERS]
+            why = printable(rejected.why)  # it holds names of files, which JSON can only hold so
+            self.examples.append({"source": source, "reason": rejected.reason, "why": why, "text": shown})
 
     def write(self, path: Path) -> None:
         """Write the sources, and what they lost, as Markdown."""
-        template = Path(__file__).with_name("collect.jinja").read_text(encoding="utf-8")
-        page = jinja2.Template(template, trim_blocks=True).render(counts=self.by_source, examples=self.examples)
-        write_bytes(path, page.encode() + b"\n")
+        page = render(Path(__file__).with_name("collect.jinja"), counts=self.by_source, examples=self.examples)
+        write_bytes(path, page.encode())

@@ -3,16 +3,33 @@
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from gptpipe.errors import IntegrityError
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
+from gptpipe.model.layout import load_model
 from gptpipe.tokens.streams import Stream
 from gptpipe.tokens.tokenizer import Tokenizer
 
 _BATCH = 16  # documents continued at once: each has a cache of keys and values over the whole context
+
+
+def load_generator(folder: Path) -> tuple[GPT, Tokenizer]:
+    """The network of a model folder on the CPU, and its tokenizer. The caller has verified the folder.
+
+    Raises InputError, IntegrityError, ResourceError.
+    """
+    tokenizer, model = Tokenizer.load(folder), load_model(folder)
+    if model.vocab_size != tokenizer.vocab_size:
+        raise IntegrityError(
+            f"{folder}: the network has {model.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}; make the "
+            "folder again with `dvc repro -f`"
+        )
+    return model, tokenizer
 
 
 def continue_text(

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from gptpipe.corpus.shards import shard_paths, verify_corpus
 from gptpipe.evaluation import charts
-from gptpipe.evaluation.report import TEMPLATES
 from gptpipe.files import MANIFEST, read_manifest, write_bytes
+from gptpipe.markdown import render
 
 _SHOWN, _CHARACTERS = 3, 300  # longest, shortest and random documents; of each
 
@@ -42,7 +42,8 @@ def view_data(root: Path, seed: int) -> str:
     reports = root / "reports"
     overlap = json.loads((reports / "split.json").read_bytes()) if (reports / "split.json").exists() else None
     lost = (reports / "collect.md").read_text(encoding="utf-8") if (reports / "collect.md").exists() else ""
-    page = TEMPLATES.get_template("data.md").render(
+    page = render(
+        Path(__file__).with_name("templates") / "data.md",
         made=made, sources=sources, histogram=histogram, overlap=overlap, lost=lost.partition("\n\n")[2],
         shown={name: [texts[i] for i in rows.tolist()] for name, rows in shown.items()},
     )  # fmt: skip

@@ -11,19 +11,18 @@ import pandas as pd
 from gptpipe.config import EvaluateParams
 from gptpipe.console import Progress
 from gptpipe.errors import IntegrityError
-from gptpipe.evaluation.continuations import continue_documents, continue_text, overlap_scores
+from gptpipe.evaluation.continuations import continue_documents, continue_text, load_generator, overlap_scores
 from gptpipe.evaluation.metrics import calibration_error, calibration_table, figures, figures_by_source
 from gptpipe.evaluation.reference_points import unigram_bits_per_byte, xz_bits_per_byte
-from gptpipe.evaluation.report import TEMPLATES
 from gptpipe.evaluation.scoring import score
 from gptpipe.files import Manifest, verify, write_bytes, write_json
+from gptpipe.markdown import render
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
-from gptpipe.model.layout import load_model
 from gptpipe.tokens.splits import Side
 from gptpipe.tokens.streams import Stream, open_stream, verify_split
-from gptpipe.tokens.tokenizer import Tokenizer
 
+_TEMPLATES = Path(__file__).with_name("templates")
 _HELD_OUT: tuple[Side, ...] = ("val", "test")
 
 
@@ -55,8 +54,9 @@ def evaluate_model(
     made, lineage = verify(model_folder), verify_split(split_folder)
     if made.made_from.get("split") != lineage.digest:
         raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
-    model, tokenizer = load_model(model_folder).to(best_device()), Tokenizer.load(model_folder)
-    streams = {side: open_stream(split_folder, side) for side in ("train", *_HELD_OUT)}
+    model, tokenizer = load_generator(model_folder)
+    model.to(best_device())
+    streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in ("train", *_HELD_OUT)}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
     results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
     xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
@@ -86,8 +86,8 @@ def evaluate_model(
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     samples = {p: "".join(continue_text(model, tokenizer, p, params.max_new_tokens, sampling)) for p in params.prompts}
     trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
-    card = TEMPLATES.get_template("model_card.md").render(card=trained_card, results=results, sides=list(held_out))
-    page = TEMPLATES.get_template("samples.md").render(samples=samples, continuations=continuations)
+    card = render(_TEMPLATES / "model_card.md", card=trained_card, results=results, sides=list(held_out))
+    page = render(_TEMPLATES / "samples.md", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
     by_source = results["by_source"].items()
     sources = [{"split": side, "source": name, **found} for side, of in by_source for name, found in of.items()]

@@ -2,10 +2,15 @@
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
+
+from gptpipe.errors import ResourceError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
@@ -33,9 +38,37 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that this machine, or the accelerator, can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_left_to_cgroups()])
+
+
+def _left_to_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What limits of a container or a batch system leave (Linux, version 2); what is only cached counts as free."""
+    with suppress(OSError):
+        folder = root / own.read_text().rpartition("::/")[2].strip()
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError, IndexError):  # no such file above the root; `max` is no limit
+                cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
+                yield int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of an accelerator, or of the machine, for which torch has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Turn a failed allocation into a ResourceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(message) from error
 
 
 def is_sharded(tensor: Tensor) -> bool:

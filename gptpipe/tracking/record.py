@@ -1,7 +1,9 @@
-"""The record of a training. It neither waits for the store nor ends with it.
+"""The record of a training. It does not wait for the store, and survives the store's failures.
 
-Operations go out in order on a thread of their own. What the store has not taken when the training ends stays in
-`.gptpipe/outbox/`, one file a run, and goes out with the next command that logs.
+A separate thread sends the operations in order. Those that the store has not taken when the training ends are kept in
+`.gptpipe/outbox/`, one file per run, and the next command that logs sends them. What can never be sent does not block
+the rest: it is moved to a file beside it, which a warning names. `RUN.jsonl.damaged` has what is not an operation,
+`RUN.jsonl.refused` has what the store refuses whenever it is asked.
 """
 
 import json
@@ -12,21 +14,66 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from gptpipe.config import Params
 from gptpipe.console import complain, say
 from gptpipe.environment import project_root, tracking_uri
-from gptpipe.errors import Interrupted, NumericError
+from gptpipe.errors import Interrupted, NumericError, ResourceError, first_line
 from gptpipe.files import Manifest, write_bytes
-from gptpipe.tracking.store import Operation, RunWriter, StoreError, describe_run
+from gptpipe.tracking.store import (
+    RUN_ID,
+    Operation,
+    RefusedError,
+    RunWriter,
+    StoreError,
+    describe_run,
+    without_credentials,
+)
 
 Metrics = dict[str, float]
+
+# What a line of the outbox may be: the operations of `RunWriter.write`. Whole numbers fit into the store's columns.
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=250)]
+_ArtifactPath = Annotated[str, StringConstraints(pattern=r"^[\w-][\w. -]*(/[\w-][\w. -]*)*$", max_length=250)]
+_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Texts = dict[_Name, str]
+
+
+class _Dataset(TypedDict):
+    """One of the data sets of a run."""
+
+    name: _Name
+    digest: _Name
+    source_type: _Name
+    source: _Name
+    profile: str
+
+
+class _Description(TypedDict):
+    """Content of `create`, as `describe_run` makes it."""
+
+    name: str | None
+    tags: _Texts
+    params: _Texts
+    datasets: list[_Dataset]
+    texts: dict[_ArtifactPath, str]
+
+
+_OPERATION: TypeAdapter[Operation] = TypeAdapter(
+    tuple[Literal["create"], _Description]
+    | tuple[Literal["metrics"], list[tuple[_Name, FiniteFloat, _Whole, _Whole]]]
+    | tuple[Literal["text"], tuple[_ArtifactPath, str]]
+    | tuple[Literal["tags"], _Texts]
+    | tuple[Literal["end"], Literal["FINISHED", "FAILED", "KILLED"]]
+)
 
 _RETRY_SECONDS = 15.0
 _SYSTEM_SECONDS = 10.0  # without news before a look at processor, memory, disk and GPUs
@@ -42,6 +89,7 @@ class RunRecord:
         self._writer = RunWriter(run_id or uuid.uuid4().hex)
         self._waiting: deque[Operation] = deque([("create", description)])  # the first goes when the store has taken it
         self._news, self._tried, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._refused: list[Operation] = []
         self._has_complained = self._answers = False
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
@@ -80,10 +128,9 @@ class RunRecord:
         self._news.set()
         is_patient = self._answers and status != "KILLED"
         self._thread.join(timeout=_CLOSE_SECONDS if is_patient else _STOP_SECONDS)
-        if left := list(self._waiting):
-            path = _outbox() / f"{self._writer.name}.jsonl"
-            before = path.read_bytes() if path.exists() else b""  # of the same run, from before it was resumed
-            write_bytes(path, before + "".join(json.dumps(op) + "\n" for op in left).encode())
+        name = f"{self._writer.name}.jsonl"
+        _keep(_outbox() / f"{name}.refused", list(self._refused))
+        if (left := list(self._waiting)) and _keep(_outbox() / name, left):
             complain(f"warning: {len(left)} records of this run wait in {_outbox()} for the tracking store")
 
     def _work(self) -> None:
@@ -91,7 +138,7 @@ class RunRecord:
             send_outbox()
             while True:
                 self._news.clear()
-                is_closing = self._closing.is_set()  # all has been put, and is tried now
+                is_closing = self._closing.is_set()  # everything has been put, and is tried now
                 is_sent = self._send()
                 self._tried.set()
                 if is_closing:
@@ -100,8 +147,13 @@ class RunRecord:
                     self._closing.wait(_RETRY_SECONDS)
                 elif not self._news.wait(_SYSTEM_SECONDS):
                     self._put("metrics", self._system_metrics())
+        except Exception as error:  # whatever it is, training goes on, and `close` keeps what is not sent
+            reason = without_credentials(first_line(error))[:200]
+            complain(
+                f"warning: tracking stopped ({type(error).__name__}: {reason}); training goes on, the record is kept"
+            )
         finally:
-            self._tried.set()  # or the training would wait for a thread that is no more
+            self._tried.set()  # the training waits for this
 
     def _system_metrics(self) -> list[tuple[str, float, int, int]]:
         """How busy the machine is, at the second of the clock as the step: a resumed run never repeats one."""
@@ -113,12 +165,16 @@ class RunRecord:
         return [(f"system/{name}", value, int(now * 1000), int(now)) for name, value in found.items()]
 
     def _send(self) -> bool:
-        """Send in order until all is sent or the store fails; returns whether all is."""
+        """Send in order until all is sent or the store fails; returns whether all is sent."""
         try:
             while self._waiting:
-                self._writer.write(self._waiting[0])
+                try:
+                    self._writer.write(self._waiting[0])
+                    self._answers = True
+                except RefusedError as error:
+                    self._refused.append(self._waiting[0])
+                    complain(f"warning: {error}; training goes on, `{self._waiting[0][0]}` is kept in {_outbox()}")
                 self._waiting.popleft()
-                self._answers = True
         except StoreError as error:
             self._answers = False
             if not self._has_complained:
@@ -153,19 +209,75 @@ def training_run(
 
 
 def send_outbox() -> None:
-    """Send what earlier runs could not; stops where the store fails and leaves the rest for the next time."""
-    with suppress(Timeout), FileLock(_outbox().with_suffix(".lock"), timeout=0):  # else another process is at it
-        for path in sorted(_outbox().glob("*.jsonl")):
-            operations: list[Operation] = [json.loads(line) for line in path.read_bytes().splitlines()]
-            writer = RunWriter(path.stem)
-            try:
-                for operation in operations:
-                    writer.write(operation)
-            except StoreError as error:
-                complain(f"warning: {path} waits for the tracking store ({error})")
-                return
-            path.unlink()
-            say(f"tracking: sent {len(operations)} records of run {writer.run_id} that had waited")
+    """Send what earlier runs could not. Stops where the store fails, and leaves the rest for the next time."""
+    try:
+        with FileLock(_outbox().with_suffix(".lock"), timeout=0):
+            for path in sorted(_outbox().glob("*.jsonl")):
+                if not _send_file(path):
+                    return
+    except Timeout:  # another process is sending
+        return
+    except OSError as error:
+        complain(f"warning: {_outbox()}: {error.strerror or error}; make it readable and writable to send what waits")
+
+
+def _send_file(path: Path) -> bool:
+    """Send the operations of one run, then remove their file; returns whether the store answers."""
+    content = path.read_bytes()
+    operations, damaged = _parse(content) if RUN_ID.fullmatch(path.stem) else ([], content.splitlines(keepends=True))
+    writer, refused = RunWriter(path.stem), list[Operation]()
+    reason: StoreError | None = None
+    for operation in operations:
+        try:
+            writer.write(operation)
+        except RefusedError as error:
+            refused.append(operation)
+            reason = error
+        except StoreError as error:
+            complain(f"warning: {path} waits for the tracking store ({error})")
+            return False
+    for kind, left, why in (
+        ("damaged", b"".join(damaged), f"{len(damaged)} lines are not records of a run"),
+        ("refused", _to_lines(refused), f"{len(refused)} records are refused ({reason})"),
+    ):
+        if left:
+            aside = path.with_name(f"{path.name}.{kind}")
+            write_bytes(aside, left)
+            complain(f"warning: {path}: {why}; they are kept in {aside}, remove it if they are not needed")
+    if path.read_bytes() == content:  # else a training has added to it meanwhile
+        path.unlink()
+    if n_sent := len(operations) - len(refused):
+        say(f"tracking: sent {n_sent} records of run {writer.run_id} that had waited")
+    return True
+
+
+def _parse(content: bytes) -> tuple[list[Operation], list[bytes]]:
+    """The operations in a file of the outbox, and the lines that are none."""
+    operations: list[Operation] = []
+    damaged: list[bytes] = []
+    for line in content.splitlines(keepends=True):
+        try:
+            operations.append(_OPERATION.validate_json(line, strict=True))
+        except ValidationError:
+            damaged.append(line)
+    return operations, damaged
+
+
+def _keep(path: Path, operations: list[Operation]) -> bool:
+    """Add operations to a file of the outbox; returns whether they are on disk. A full disk does not end a training."""
+    if not operations:
+        return True
+    try:
+        before = path.read_bytes() if path.exists() else b""  # of the same run, from before it was resumed
+        write_bytes(path, before + _to_lines(operations))
+    except (OSError, ResourceError) as error:
+        complain(f"warning: {len(operations)} records of this run are lost: {first_line(error)}")
+        return False
+    return True
+
+
+def _to_lines(operations: list[Operation]) -> bytes:
+    return "".join(json.dumps(operation) + "\n" for operation in operations).encode()
 
 
 def _outbox() -> Path:

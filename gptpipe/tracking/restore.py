@@ -21,7 +21,9 @@ def restore(run_id: str, folder: Path) -> None:
     """
     with store_errors():
         client = connect()
-        run_id = find_run(client, run_id) or run_id
+        if (found := find_run(client, run_id)) is None:
+            raise InputError(f"run {run_id}: the store has no such run; `mlflow ui` shows their ids")
+        run_id = found
         commit = client.get_run(run_id).data.tags.get("mlflow.source.git.commit")
         if commit is None or f"{REPRODUCE}/code.patch" not in {
             x.path for x in client.list_artifacts(run_id, REPRODUCE)
@@ -39,7 +41,11 @@ def restore(run_id: str, folder: Path) -> None:
 
 
 def _run(*command: str, cwd: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)
+    """Run a command. Raises ResourceError with the last line of its error output."""
+    try:
+        done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ResourceError(f"`{command[0]}` cannot be started: {error.strerror}; install it") from error
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ResourceError(f"`{' '.join(command)}` failed: {reason}")

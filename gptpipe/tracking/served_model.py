@@ -9,11 +9,9 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gptpipe.errors import ConfigError
-from gptpipe.evaluation.continuations import continue_text
+from gptpipe.evaluation.continuations import continue_text, load_generator
 from gptpipe.files import verify
 from gptpipe.model.generate import Sampling
-from gptpipe.model.layout import load_model
-from gptpipe.tokens.tokenizer import Tokenizer
 
 
 class Generator(PythonModel):
@@ -22,7 +20,7 @@ class Generator(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         folder = Path(context.artifacts["model"])
         verify(folder)
-        self.model, self.tokenizer = load_model(folder), Tokenizer.load(folder)
+        self.model, self.tokenizer = load_generator(folder)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import platform
+import re
 import sqlite3
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from fnmatch import fnmatchcase
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,16 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from sqlalchemy.exc import SQLAlchemyError
 
 from gptpipe.config import PARAMS, Params
+from gptpipe.console import complain
 from gptpipe.environment import experiment_name, git, project_root, provenance, tracking_uri
-from gptpipe.errors import ResourceError, first_line
+from gptpipe.errors import IntegrityError, ResourceError, first_line
 from gptpipe.files import Manifest, to_json
 
+RUN_ID = re.compile("[0-9a-f]{32}")  # of a run, or the name that a training gives its run before the store does
 _TAG_CHARACTERS, _PARAM_CHARACTERS = 5000, 6000  # MLflow's limits
 _PATCH_BYTES = 1 << 20  # of changed code beside the commit; more is data, not code
 _LOCKED_SECONDS = 5.0  # that a SQLite store may be locked by another program
@@ -52,23 +57,38 @@ _EXPERIMENT_TAGS = {
     "mlflow.sharedViewState.figures": json.dumps(_VIEW),
 }
 
-logging.getLogger("mlflow").setLevel(logging.ERROR)  # its notes on tables it creates say nothing to our user
+for library in ("mlflow", "sqlalchemy"):  # they log a traceback for what they raise, and store_errors reports that
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 # One thing to write: its kind, and content that JSON can hold.
 Operation = tuple[str, Any]
 
 
 class StoreError(ResourceError):
-    """The tracking store did not take or give what it was asked to."""
+    """The tracking store failed. The same request may succeed later."""
+
+
+class RefusedError(StoreError):
+    """The tracking store refuses this request, and will refuse it again."""
+
+
+# Answers of MLflow that depend on the request, not on the state of a server, network or disk.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
 
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn every way in which a store can fail into a StoreError of one line."""
+    """Turn every way in which a store can fail into a StoreError of one line, without user names and passwords."""
     try:
         yield
-    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError, json.JSONDecodeError) as error:
-        raise StoreError(f"tracking store: {first_line(error)[:200]}") from error
+    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError, ValueError) as error:
+        kind = RefusedError if getattr(error, "error_code", None) in _REFUSALS else StoreError
+        raise kind(f"tracking store: {without_credentials(first_line(error))[:200]}") from error
+
+
+def without_credentials(text: str) -> str:
+    """The text without the user names and passwords of the addresses in it."""
+    return re.sub(r"://\S*@", "://***@", text)
 
 
 def connect(*, to_write: bool = False) -> MlflowClient:
@@ -108,8 +128,24 @@ def connect(*, to_write: bool = False) -> MlflowClient:
     return client
 
 
+def read_run_id(path: Path) -> str:
+    """The run id in reports/mlflow_run.json. Raises IntegrityError."""
+    try:
+        run_id = json.loads(path.read_bytes())["run_id"]
+        if RUN_ID.fullmatch(run_id):
+            return str(run_id)
+        reason = "it has no run id"
+    except OSError as error:
+        reason = str(error.strerror)
+    except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or of another form
+        reason = "it has no run id"
+    raise IntegrityError(f"{path}: {reason}; `dvc repro` restores it")
+
+
 def find_run(client: MlflowClient, run_id: str) -> str | None:
-    """The id by which the store knows the run: as it is, or as that of the run that a training made under this name."""
+    """The id of the run in the store: the same, or that of the run which a training created under this name."""
+    if not RUN_ID.fullmatch(run_id):
+        return None
     try:
         if (info := client.get_run(run_id).info).lifecycle_stage == "active":
             return str(info.run_id)
@@ -127,7 +163,7 @@ def _experiment_id(client: MlflowClient) -> str:
 
 
 class RunWriter:
-    """Writes operations to one run, which the first of them, `create`, makes."""
+    """Writes operations to one run, which the first of them, `create`, creates."""
 
     def __init__(self, name: str) -> None:
         self.name = name  # the run's id, or what a training calls it until it is known
@@ -136,7 +172,7 @@ class RunWriter:
         self._known: dict[str, set[int]] = {}  # metric -> steps that the store has
 
     def write(self, operation: Operation) -> None:
-        """Raises StoreError; then the same operation can be written again later, and nothing stands there twice."""
+        """Write an operation; a repetition changes nothing. Raises RefusedError, or StoreError if a retry may help."""
         kind, content = operation
         with store_errors():
             self._client = self._client or connect(to_write=True)
@@ -146,7 +182,7 @@ class RunWriter:
                 self.run_id = create_run(self._client, content, self.name, self.run_id)
                 return
             if self.run_id is None:
-                raise StoreError(f"it has no run {self.name} any more")
+                raise RefusedError(f"tracking store: it has no run {self.name}; it was deleted, or never created")
             match kind:
                 case "metrics":
                     new = [row for row in content if row[3] not in self._known.get(row[0], ())]
@@ -164,7 +200,7 @@ class RunWriter:
                     for run in self._client.search_runs(
                         [_experiment_id(self._client)], f"tags.{TRAINING} = '{self.name}'"
                     ):
-                        if run.info.run_id != self.run_id:  # made twice, by an answer that came too late
+                        if run.info.run_id != self.run_id:  # created twice, because an answer came too late
                             self._client.delete_run(run.info.run_id)
                     self._client.set_terminated(self.run_id, status=content)
                     write_note(self._client, self.run_id)
@@ -176,8 +212,13 @@ def _steps_by_metric(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
 
 
 def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
-    """Content of a `create` operation: parameters, tags, data, packages and changed code of a run."""
+    """Content of a `create` operation: parameters, tags, data, packages and changed code of a run.
+
+    No environment variable is part of it but DVC's names of the experiment, and no file that may hold secrets.
+    """
     changed, start = _changed_params(), provenance()
+    if "mlflow.source.git.commit" not in start and (project_root() / ".git").exists():
+        complain("warning: git does not answer, so the run is recorded without its code; `git status` gives the reason")
     tags = {
         **start,
         **{f"environment.{key}": str(value) for key, value in environment.items()},
@@ -188,7 +229,9 @@ def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any])
     }
     if "dvc.exp_name" in start:  # runs of one sweep differ in the same parameters from the same commit
         tags["sweep"] = f"{start.get('dvc.baseline_rev', '')[:7]}: {', '.join(changed)}"[:_TAG_CHARACTERS]
-    patch = git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports")
+    patch, left_out = changed_code()
+    if left_out:
+        tags["left_out_of_code.patch"] = ", ".join(left_out)[:_TAG_CHARACTERS]
     return {
         "name": os.environ.get("DVC_EXP_NAME"),
         "tags": tags,
@@ -213,12 +256,62 @@ def describe_run(params: Params, lineage: Manifest, environment: dict[str, Any])
     }
 
 
+def changed_code() -> tuple[str | None, list[str]]:
+    """What differs from git's revision, as a patch, and the files that it leaves out because they may hold secrets.
+
+    Staged files are part of the patch. A renamed file is left out if its old or its new name looks like a secret's.
+    The patch is None where git does not answer.
+    """
+    if (listed := git("diff", "--name-status", "-z", "-M", "HEAD", "--", ".")) is None:
+        return None, []
+    words = iter(listed.split("\0"))
+    secrets: set[str] = set()
+    for status in filter(None, words):
+        names = [next(words) for _ in range(2 if status[0] in "RC" else 1)]
+        if any(map(may_hold_secrets, names)):
+            secrets.update(names)
+    without = [f":(top,literal,exclude){name}" for name in sorted(secrets)]
+    diff = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-renames", "HEAD", "--")
+    return git(*diff, ".", ":!dvc.lock", ":!reports", *without), sorted(secrets)
+
+
+# Names, in lower case, of files and folders that usually hold passwords, tokens or keys.
+_SECRETS = (
+    *(".env*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.token"),
+    *(
+        "id_rsa*",
+        "id_dsa*",
+        "id_ecdsa*",
+        "id_ed25519*",
+        "*credential*",
+        "*password*",
+        "secret*",
+        "*_secret*",
+        "*-secret*",
+    ),
+    *(".netrc", "_netrc", ".pgpass", ".my.cnf", ".htpasswd", ".npmrc", ".pypirc", "kubeconfig"),
+    *(".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", "config.local"),
+)
+
+
+def may_hold_secrets(name: str) -> bool:
+    """Whether a file's path looks like that of a secret. `.dvc/config` counts: a remote's password may be in it."""
+    parts = name.lower().split("/")
+    is_of_dvc = parts[-2:] == [".dvc", "config"]
+    return is_of_dvc or any(fnmatchcase(part, pattern) for part in parts for pattern in _SECRETS)
+
+
 def _changed_params() -> dict[str, str]:
     """Parameters that differ from those of the commit: what this run tries."""
     committed = git("show", f"HEAD:./{PARAMS}")
     if committed is None or not PARAMS.exists():
         return {}
-    before, now = (flat(YAML(typ="safe", pure=True).load(text)) for text in (committed, PARAMS.read_bytes()))
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        before = flat(yaml.load(committed))
+    except (YAMLError, AttributeError):  # params.yaml was damaged when it was committed
+        return {}
+    now = flat(yaml.load(PARAMS.read_bytes()))
     return {key: value for key, value in now.items() if before.get(key) != value}
 
 

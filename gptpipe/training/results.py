@@ -1,14 +1,15 @@
 """What a finished training leaves: the model folder with its card, the curves and a summary."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import StrictUndefined, Template
 
 from gptpipe.config import Params
-from gptpipe.files import Manifest, new_folder, to_json, write_bytes, write_json
+from gptpipe.files import Manifest, new_folder, to_json, write_bytes
+from gptpipe.markdown import render
 from gptpipe.model.layout import save_model
 from gptpipe.tokens.huggingface import save_tokenizer_json
 from gptpipe.training.checkpoint import Checkpoints
@@ -19,8 +20,18 @@ from gptpipe.training.start import Start
 VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # that training keeps
 
 
-def write_model(target: Path, params: Params, begin: Start, checkpoints: Checkpoints, summary: dict[str, Any]) -> None:
-    """The best model so far in Hugging Face layout, whole or not at all."""
+def write_model(
+    target: Path,
+    params: Params,
+    begin: Start,
+    checkpoints: Checkpoints,
+    summary: dict[str, Any],
+    reports: dict[str, str],
+) -> None:
+    """The best model so far in Hugging Face layout, whole or not at all.
+
+    Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
+    """
     tokenizer, made = begin.tokenizer, begin.made_from
     with new_folder(target, made.lineage("split")) as folder:
         weights = checkpoints.load_best(summary["best_step"])
@@ -29,15 +40,15 @@ def write_model(target: Path, params: Params, begin: Start, checkpoints: Checkpo
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
         write_bytes(folder.path / "README.md", _card(params, summary, made).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+        folder.counts["reports"] = reports
 
 
 def _card(params: Params, summary: dict[str, Any], made: Manifest) -> str:
     """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
-    text = Path(__file__).with_name("card.jinja").read_text(encoding="utf-8")
-    template = Template(text, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    origin = "from scratch" if params.train.init_from is None else f"from the weights in `{params.train.init_from}`"
+    origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
     ancestors = sorted(made.lineage("split").items())
-    return str(template.render(**dict(params), val=summary["val"], summary=summary, origin=origin, ancestors=ancestors))
+    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
+    return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
 def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:
@@ -56,12 +67,19 @@ def note_samples(folder: Path, step: int, samples: dict[str, str]) -> str:
     return table.decode()
 
 
-def write_curves(reports: Path, state: TrainState, summary: dict[str, Any], checkpoints: Checkpoints) -> None:
-    """The summary, the curves of steps and validations as CSV, and the samples."""
-    write_json(reports / "train.json", summary)
-    write_bytes(reports / "train.samples.json", note_samples(checkpoints.folder, state.step + 1, {}).encode())
-    for name, table in (("steps", _steps(state)), ("validations", _validations(state))):
-        write_bytes(reports / f"train.{name}.csv", table.to_csv(index=False).encode())
+def write_reports(
+    reports: Path, state: TrainState, summary: dict[str, Any], checkpoints: Checkpoints
+) -> dict[str, str]:
+    """Write the summary, the samples, and the curves of steps and validations; returns their names and SHA-256."""
+    contents = {
+        "train.json": to_json(summary),
+        "train.samples.json": note_samples(checkpoints.folder, state.step + 1, {}).encode(),
+        "train.steps.csv": _steps(state).to_csv(index=False).encode(),
+        "train.validations.csv": _validations(state).to_csv(index=False).encode(),
+    }
+    for name, content in contents.items():
+        write_bytes(reports / name, content)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def summarise(params: Params, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:

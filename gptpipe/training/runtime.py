@@ -7,19 +7,18 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from gptpipe import __version__
 from gptpipe.config import ModelParams, TrainParams
 from gptpipe.environment import place
 from gptpipe.errors import ConfigError, Interrupted, ResourceError
-from gptpipe.model.device import best_device, is_sharded
+from gptpipe.model.device import available_memory, best_device, is_sharded
 from gptpipe.model.gpt import GPT, LinearCrossEntropy
 from gptpipe.training import distributed
 
@@ -150,19 +149,7 @@ def estimated_bytes(model: GPT, sequences: int, *, holds_all_logits: bool) -> in
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on the device for this process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *_left_to_cgroups()]) // place().n_local_ranks
-
-
-def _left_to_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What limits of a container or a batch system leave (Linux, version 2); what is only cached counts as free."""
-    with suppress(OSError):
-        folder = root / own.read_text().rpartition("::/")[2].strip()
-        for group in (folder, *folder.parents):
-            with suppress(OSError, ValueError, IndexError):  # no such file above the root; `max` is no limit
-                cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
-                yield int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached
+    return available_memory(device) // (1 if device.type == "cuda" else place().n_local_ranks)
 
 
 def micro_batch_size(params: TrainParams, model: GPT, free: int, *, holds_all_logits: bool) -> int:

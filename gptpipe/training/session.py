@@ -1,6 +1,5 @@
 """Stage train as one function: everything around the loop, from the verified split to the finished model folder."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,15 +8,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic_core import from_json
 
 from gptpipe.config import Params
 from gptpipe.console import Progress, complain, say
 from gptpipe.environment import allow_inexact, place, project_root
-from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError, ResourceError
+from gptpipe.errors import ConfigError, InputError, Interrupted, NumericError, ResourceError, first_line
 from gptpipe.evaluation.continuations import continue_text
 from gptpipe.evaluation.metrics import Figures, figures
 from gptpipe.evaluation.scoring import score
-from gptpipe.files import Manifest, one_writer, sha256_of, write_json
+from gptpipe.files import Manifest, one_writer, read_bytes, sha256_of, write_json
 from gptpipe.model.device import is_out_of_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
@@ -29,10 +29,11 @@ from gptpipe.training.checkpoint import Checkpoints, run_key
 from gptpipe.training.finished import discard, finished_in, mark_finished
 from gptpipe.training.loop import Entry, Metrics, Plan, TrainState, train
 from gptpipe.training.red_flags import red_flags
-from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_curves, write_model
+from gptpipe.training.results import VALIDATION_FIGURES, note_samples, summarise, write_model, write_reports
 from gptpipe.training.start import Start, start
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
+_MAX_TOKENIZER_BYTES = 1 << 27  # of a tokenizer.json; that of Llama 3 has 9 MB
 _COURSE = 40  # steps whose losses are drawn on a terminal
 
 
@@ -116,8 +117,8 @@ def train_model(params: Params, source: Path, target: Path, reports: Path, open_
             summary = summarise(params, state, n_steps, checkpoints.inexact)
             if place().rank == 0:
                 run_id = record.run_id  # once: the store may answer in between, and give the run its own id
-                write_model(target, params, begin, checkpoints, summary)
-                write_curves(reports, state, summary, checkpoints)
+                digests = write_reports(reports, state, summary, checkpoints)
+                write_model(target, params, begin, checkpoints, summary, digests)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
                 record.tags({"best_step": str(summary["best_step"])})
         if place().rank == 0:
@@ -164,9 +165,11 @@ def _check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         return
     letters = byte_letters()
     try:
-        theirs = dict(json.loads(path.read_bytes())["model"]["vocab"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a tokenizer; fetch the model again") from error
+        theirs = from_json(read_bytes(path, _MAX_TOKENIZER_BYTES))["model"]["vocab"]
+        if not isinstance(theirs, dict):
+            raise TypeError("its vocabulary is not a table")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not a tokenizer: {first_line(error):.200}; fetch the model again") from error
     if any(theirs.get("".join(map(letters.__getitem__, token))) != i for token, i in tokenizer.ranks.items()):
         raise ConfigError(
             f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to its"

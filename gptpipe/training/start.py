@@ -39,7 +39,8 @@ def start(params: Params, split: Path) -> Start:
     keep_freed_memory()
     made_from = verify_split(split)
     tokenizer = Tokenizer.load(split / TOKENIZER)
-    train, val = open_stream(split, "train"), open_stream(split, "val")
+    train = open_stream(split, "train", tokenizer.vocab_size)
+    val = open_stream(split, "val", tokenizer.vocab_size)
     if len(val.tokens) < 2:
         raise InputError("train: the validation split is empty; raise split.val_fraction or add documents")
     batches = Batches(

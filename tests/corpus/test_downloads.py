@@ -24,6 +24,7 @@ from gptpipe.corpus import downloads
 from gptpipe.corpus.collect import collect
 from gptpipe.corpus.downloads import download
 from gptpipe.corpus.sources import fingerprint, read
+from gptpipe.corpus.tables import dataset_rows
 from gptpipe.errors import GptpipeError, InputError, IntegrityError, ResourceError
 
 MakeParams = Callable[..., CollectParams]
@@ -238,13 +239,13 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_source_huggingface(
     tmp_path: Path, dataset: dict[str, Any], collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    params = collect_params(dataset)
+    stories = [f"story {i} {j}" for i in range(2) for j in range(3)]
+    assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == stories
     datasets: Any = importlib.import_module("datasets")
     asked, really = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
-    params = collect_params(dataset)
-    assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == [
-        f"story {i} {j}" for i in range(2) for j in range(3)
-    ]
+    assert list(chain.from_iterable(dataset_rows("a", dataset["dataset"], None, "train", "a" * 40, "text"))) == stories
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]
     assert fingerprint(params.sources) == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
     params = collect_params({**dataset, "text_column": "none"})

@@ -126,28 +126,27 @@ The first few of each reason, as they came in, shortened:
 
 jsonl, **too short**: 4 bytes, allowed is at least 5
 
-    tiny
+> tiny
 
 jsonl, **words**: 2, allowed is at least 3
 
-    number 0
+> number 0
 
 jsonl, **words**: 2, allowed is at least 3
 
-    number 1
+> number 1
 
 jsonl, **words**: 2, allowed is at least 3
 
-    number 2
+> number 2
 
 jsonl, **duplicate**
 
-    a good line of words
+> a good line of words
 
 jsonl, **lone surrogates**
 
-    \\ud800|`x`
-
+> &#92;ud800&#124;&#96;x&#96;
 """
     )
 
@@ -159,4 +158,4 @@ def test_near_duplicates_are_in_the_report(tmp_path: Path, collect_params: Calla
     collect(collect_params(source, dedup="near"), tmp_path / "raw", tmp_path / "raw.md")
     page = (tmp_path / "raw.md").read_text()
     assert f"| text | 1 | {len(words)} | near duplicate 1 |\n" in page
-    assert f"text, **near duplicate**\n\n    {words[:200]}\n" in page
+    assert f"text, **near duplicate**\n\n> {words[:200]}\n" in page

@@ -319,7 +319,7 @@ def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: s
 @pytest.mark.parametrize(
     ("work", "path"),
     [
-        ("with opening.seekable(opening._noted(io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
+        ("with opening.seekable(opening._noted('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
         ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from gptpipe.errors import ConfigError
+from gptpipe.errors import ConfigError, NumericError, ResourceError
 from gptpipe.model.generate import Sampling, draw, generate
 from gptpipe.model.gpt import GPT
 
@@ -98,3 +98,21 @@ def test_training_is_not_disturbed(was_training: bool, n_taken: int) -> None:
     steps.close()  # also a reader who stops early
     assert model.training is was_training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_cache_beyond_the_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: keys and values of 2 layers, 2 heads and 8 numbers, for the context or for fewer tokens."""
+    model, prompt = tiny.network(), tiny.token_ids(1, 3)
+    monkeypatch.setattr("gptpipe.model.generate.available_memory", lambda _: 2 * 2 * 2 * 8 * 4 * 15)
+    assert len(list(generate(model, prompt, 12, Sampling()))) == 12
+    with pytest.raises(ResourceError, match="generate fewer tokens"):
+        list(generate(model, prompt, 10**15, Sampling()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_a_numeric_error(temperature: float) -> None:
+    model = tiny.network()
+    with torch.no_grad():
+        model.final_norm.weight.fill_(3e38)
+    with pytest.raises(NumericError, match="logits are not finite"):
+        list(generate(model, tiny.token_ids(1, 3), 1, Sampling(temperature=temperature)))

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptpipe.errors import ConfigError, InputError, IntegrityError
+from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.files import new_folder
+from gptpipe.model import layout
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import from_config, initialise_from, load_model, save_model
@@ -274,6 +275,74 @@ def test_a_damaged_index_is_told(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError):
         load_model(tmp_path)
+
+
+def test_a_link_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
+    """Neither of weights nor of the configuration; a link inside of the folder is followed."""
+    sound = saved(tmp_path / "sound", tiny.network())
+    for name in ("model.safetensors", "config.json"):
+        folder = saved(tmp_path / f"links {name}", tiny.network())
+        (folder / name).rename(folder / f"real.{name}")
+        (folder / name).symlink_to(f"real.{name}")
+        load_model(folder)
+        (folder / name).unlink()
+        (folder / name).symlink_to(sound / name)
+        with pytest.raises(InputError, match=f"{name}: a link out of the folder"):
+            load_model(folder)
+
+
+def test_a_folder_of_the_hugging_face_cache_is_read(tmp_path: Path) -> None:
+    """Its files are links to blobs beside the snapshots."""
+    model = tiny.network()
+    real, cache = saved(tmp_path / "real", model), tmp_path / "models--a--b"
+    snapshot = cache / "snapshots" / "0123456789abcdef"
+    for folder in (snapshot, cache / "blobs"):
+        folder.mkdir(parents=True)
+    for path in real.iterdir():
+        path.rename(cache / "blobs" / f"digest-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/digest-{path.name}")
+    for name, parameter in load_model(snapshot).named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_a_folder_with_a_manifest_may_consist_of_links(tmp_path: Path) -> None:
+    """DVC makes them with cache.type symlink; the manifest pins their content."""
+    real = tiny.make_model(tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for path in real.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    load_model(tmp_path / "links")
+
+
+def test_a_model_beyond_the_memory_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: 4 bytes of each weight, and twice the tables of rotary positions."""
+    model = tiny.network(50)
+    saved(tmp_path, model)
+    needed = 4 * model.n_parameters() + 2 * 2 * 16 * 8 * 4  # two tables of 16 positions and 8 numbers
+    monkeypatch.setattr(layout, "available_memory", lambda _: needed)
+    load_model(tmp_path)
+    monkeypatch.setattr(layout, "available_memory", lambda _: needed - 1)
+    monkeypatch.setattr(layout, "_fill", lambda *_: pytest.fail("too late"))
+    with pytest.raises(ResourceError, match="are available; choose a smaller model"):
+        load_model(tmp_path)
+
+
+def test_a_failed_allocation_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, tiny.network())
+    monkeypatch.setattr(layout, "load_file", lambda _: torch.empty(1 << 60))
+    with pytest.raises(ResourceError, match="out of memory"):
+        load_model(tmp_path)
+
+
+def test_what_can_be_computed_may_be_stored_beside_the_weights(tmp_path: Path) -> None:
+    """As older versions of transformers did; also the head of a tied model."""
+    model = tiny.network()
+    saved(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    assert_same_logits(load_model(tmp_path), model_outputs(model))
 
 
 @pytest.mark.parametrize("change", ["missing", "misshapen"])

@@ -1,11 +1,14 @@
 """Stage split: whole documents to sides, streams that open memory-mapped, offsets that are right."""
 
+import io
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 from sections import side_of, split_params
 
 from gptpipe.config import CollectParams, SplitParams, TokenizeParams
@@ -14,6 +17,7 @@ from gptpipe.corpus.collect import collect
 from gptpipe.corpus.document import id_of
 from gptpipe.errors import InputError, IntegrityError
 from gptpipe.files import verify
+from gptpipe.tokens import streams
 from gptpipe.tokens.encode import tokenize
 from gptpipe.tokens.splits import SIDES
 from gptpipe.tokens.streams import open_stream, split
@@ -70,13 +74,13 @@ def test_each_side_holds_its_documents_in_the_order_of_the_corpus(
 
 def test_no_document_and_no_window_is_on_two_sides(tmp_path: Path, tokens: Path, fifths: SplitParams) -> None:
     split(tokens, tmp_path / "split", fifths, SEED)
-    streams = {side: open_stream(tmp_path / "split", side) for side in SIDES}
-    ids = [document_id for stream in streams.values() for document_id in stream.documents["id"]]
+    opened = {side: open_stream(tmp_path / "split", side) for side in SIDES}
+    ids = [document_id for stream in opened.values() for document_id in stream.documents["id"]]
     assert len(ids) == len(set(ids)) == 300
     length = 32
     windows = {
         side: {stream.tokens[i : i + length].tobytes() for i in range(len(stream.tokens) - length + 1)}
-        for side, stream in streams.items()
+        for side, stream in opened.items()
     }
     assert min(map(len, windows.values())) > 1000
     for side, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -145,6 +149,99 @@ def test_damaged_tokens_are_an_integrity_error(tmp_path: Path, tokens: Path, fif
     shards_[1].write_bytes(first)
     with pytest.raises(IntegrityError, match=r"tokens-00000\.parquet: differs from its manifest"):
         split(tokens, tmp_path / "split", fifths, SEED)
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npy_header(description: str) -> bytes:
+    """A head of an .npy file, and four tokens."""
+    text = description.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
+
+
+HOSTILE_TOKENS: dict[str, bytes] = {
+    "floats": npy(np.zeros(4)),
+    "signed": npy(np.zeros(4, np.int16)),
+    "bytes": npy(np.zeros(8, np.uint8)),
+    "another byte order": npy(np.zeros(4, ">u2")),
+    "two dimensions": npy(np.zeros((2, 2), np.uint16)),
+    "no dimension": npy(np.array(4, np.uint16)),
+    "fields": npy(np.zeros(2, [("a", "<u2"), ("b", "<u2")])),
+    "too short": npy(np.zeros(4, np.uint16))[:-2],
+    "too long": npy(np.zeros(4, np.uint16)) + b"ab",
+    "a version of the future": npy(np.zeros(4, np.uint16)).replace(b"NUMPY\x01", b"NUMPY\x09"),
+    "a huge shape": npy_header("{'descr': '<u2', 'fortran_order': False, 'shape': (1000000000000,), }"),
+    "a negative shape": npy_header("{'descr': '<u2', 'fortran_order': False, 'shape': (-4,), }"),
+    "a shape of 2^70": npy_header(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({2**70},), }}"),
+    "Fortran's order": npy_header("{'descr': '<u2', 'fortran_order': True, 'shape': (4,), }"),
+    "objects": npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"),
+    "deep": npy_header("(" * 110),
+    "an expression": npy_header("{'descr': '<u2', 'fortran_order': False, 'shape': (2**62,), }"),
+}
+
+
+@pytest.fixture(scope="module")
+def toy_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_split(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOKENS)
+def test_tokens_that_no_split_has_written_are_an_integrity_error(tmp_path: Path, toy_split: Path, name: str) -> None:
+    shutil.copytree(toy_split / "val", tmp_path / "val")
+    (tmp_path / "val/tokens.npy").write_bytes(HOSTILE_TOKENS[name])
+    with pytest.raises(IntegrityError, match=r"val/tokens\.npy: not a token stream") as caught:
+        open_stream(tmp_path, "val")
+    assert "\n" not in str(caught.value)
+
+
+HOSTILE_DOCUMENTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "a document less": lambda table: table[:-1],
+    "a document twice": lambda table: pd.concat([table, table[-1:]]),
+    "no document": lambda table: table[:0],
+    "another order": lambda table: table[::-1],
+    "an offset too far": lambda table: table.assign(offset=table["offset"] + 1),
+    "negative lengths": lambda table: table.assign(n_tokens=-table["n_tokens"]),
+    "lengths of nothing": lambda table: table.assign(n_tokens=0),
+    "lengths of 2^62": lambda table: table.assign(n_tokens=1 << 62),
+    "negative bytes": lambda table: table.assign(n_bytes=-1),
+    "bytes beyond 2^31": lambda table: table.assign(n_bytes=1 << 62),
+    "missing offsets": lambda table: table.assign(offset=pd.array([None] * len(table), "Int64")),
+    "missing ids": lambda table: table.assign(id=pd.array([None] * len(table), "string")),
+    "offsets as text": lambda table: table.assign(offset=table["offset"].astype(str)),
+    "fractions": lambda table: table.assign(n_tokens=table["n_tokens"].astype(float)),
+    "no sources": lambda table: table.drop(columns="source"),
+    "ids as numbers": lambda table: table.assign(id=1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_DOCUMENTS)
+def test_documents_that_do_not_fit_the_tokens_are_an_integrity_error(
+    tmp_path: Path, toy_split: Path, name: str
+) -> None:
+    shutil.copytree(toy_split / "val", tmp_path / "val")
+    path = tmp_path / "val/documents.parquet"
+    HOSTILE_DOCUMENTS[name](pd.read_parquet(path)).to_parquet(path, index=False)
+    with pytest.raises(IntegrityError, match=r"val/documents\.parquet: ") as caught:
+        open_stream(tmp_path, "val")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_beyond_the_vocabulary_is_an_integrity_error(
+    tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the last part of the stream: it would be an index beyond the embedding."""
+    monkeypatch.setattr(streams, "_PART", 100)
+    shutil.copytree(toy_split / "val", tmp_path / "val")
+    tokens = np.load(tmp_path / "val/tokens.npy")
+    assert len(open_stream(tmp_path, "val", 300).tokens) == len(tokens)
+    tokens[-2] = 300
+    np.save(tmp_path / "val/tokens.npy", tokens)
+    with pytest.raises(IntegrityError, match="token 300 is in it, the tokenizer has 300 tokens"):
+        open_stream(tmp_path, "val", 300)
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "pickle", "missing", "no table"])

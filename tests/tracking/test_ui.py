@@ -18,7 +18,7 @@ import tiny
 from browser import browser  # noqa: F401  (a fixture)
 
 from gptpipe.evaluation.evaluate import evaluate_model
-from gptpipe.evaluation.report import draw_figures, write_page
+from gptpipe.evaluation.report import draw_figures, read_training_reports, write_page
 from gptpipe.files import read_manifest
 from gptpipe.tracking.record import training_run
 from gptpipe.tracking.registry import record_evaluation
@@ -45,8 +45,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple
         train_model(params, toy_split, model, reports, functools.partial(training_run, params))
         run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
         found = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
-        figures, counts = draw_figures(reports), read_manifest(toy_split.parent / "raw").counts
-        page = write_page(reports, params, found.lineage, counts, run_id, figures)
+        trained, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
+        figures = draw_figures(reports, trained)
+        page = write_page(reports, trained, params, found.lineage, counts, run_id, figures)
         record_evaluation(params, found, run_id, page, figures, model)
     return root, run_id
 

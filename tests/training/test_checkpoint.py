@@ -1,6 +1,7 @@
 """Checkpoints: the same bits after a restore, damage found before use, and nothing lost by a kill at any moment."""
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -12,8 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gptpipe.errors import IntegrityError, ResourceError
+from gptpipe.files import new_folder
 from gptpipe.training import checkpoint
 from gptpipe.training.checkpoint import Checkpoints, run_key
 from gptpipe.training.finished import discard, discard_finished, finished_in, mark_finished
@@ -150,6 +155,213 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
         assert "warning" in warning
         assert str(folder / name.split("/")[0]) in warning
         assert "step-00000006" not in names(folder)  # it can stand in the way of no later save
+
+
+def state_json(**changes: Any) -> Callable[[Path], object]:
+    """Keys of state.json; `...` removes one."""
+
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "state.json").read_bytes()) | changes
+        kept = {key: value for key, value in values.items() if value is not ...}
+        (folder / "state.json").write_text(json.dumps(kept))
+
+    return change
+
+
+def history(**changes: Any) -> Callable[[Path], object]:
+    """Keys of the last validation in state.json."""
+
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "state.json").read_bytes())
+        values["history"][-1] |= changes
+        (folder / "state.json").write_text(json.dumps(values))
+
+    return change
+
+
+def journal(*lines: str) -> Callable[[Path], object]:
+    """Lines after those of journal.jsonl."""
+
+    def change(folder: Path) -> None:
+        path = folder / "journal.jsonl"
+        path.write_bytes(path.read_bytes() + "".join(f"{line}\n" for line in lines).encode())
+
+    return change
+
+
+def tensors(edit: Callable[[dict[str, Tensor]], object], name: str = "state.safetensors") -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        values = {key: value.clone() for key, value in load_file(folder / name).items()}
+        edit(values)
+        save_file(values, folder / name)
+
+    return change
+
+
+def content(name: str, written: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(written)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NORM, MOMENT, COUNT = (
+    "model.final_norm.weight",
+    "optimizer.final_norm.weight.exp_avg",
+    "optimizer.final_norm.weight.step",
+)
+
+FORGERIES: dict[str, Callable[[Path], object]] = {
+    **{f"no {key}": state_json(**{key: ...})
+       for key in ("step", "best_step", "history", "skipped", "micro_batch_size", "environment", "notes")},
+    **{f"{key} {value!r:.9}": state_json(**{key: value})
+       for key in ("step", "best_step", "skipped", "micro_batch_size")
+       for value in (-1, 2**70, True, 6.0, "6")},
+    "micro-batches of 0": state_json(micro_batch_size=0),
+    "another step than the folder's": state_json(step=3),
+    "another best step": state_json(best_step=2),
+    "a best step that is nowhere": state_json(best_step=4),
+    "no best step": state_json(best_step=None),
+    "no history": state_json(history=[]),
+    "a history of numbers": state_json(history=[1, 2, 3]),
+    "a history that is a table": state_json(history={}),
+    "a NaN loss": history(val_loss=float("nan")),
+    "an infinite loss": history(val_loss=float("inf")),
+    "a loss as text": history(val_loss="2.0"),
+    "another loss than the journal's": history(val_loss=1.9),
+    "a validation of the future": history(step=7),
+    "a validation out of order": history(step=0),
+    "an environment that is a list": state_json(environment=[]),
+    "an environment of lists": state_json(environment={"threads": [1], "torch": "9.9"}),
+    "notes that are a list": state_json(notes=[]),
+    "inexact as a number": state_json(inexact=3),
+    "deep state": content("state.json", DEEP),
+    "deep notes": content("state.json", f'{{"notes": {DEEP}}}'),
+    "empty state": content("state.json", ""),
+    "state that is a list": content("state.json", "[]"),
+    "an entry that is a table": journal("{}"),
+    "an entry of one": journal("[1]"),
+    "an entry of four": journal("[6, 1700000000000, {}, 1]"),
+    "an entry of a fraction of a step": journal("[5.5, 1700000000000, {}]"),
+    "an entry of the future": journal("[7, 1700000000000, {}]"),
+    "an entry of the past": journal("[-1, 1700000000000, {}]"),
+    "a metric that is text": journal('[6, 1700000000000, {"a": "b"}]'),
+    "a metric that is NaN": journal('[6, 1700000000000, {"a": NaN}]'),
+    "a metric that is infinite": journal('[6, 1700000000000, {"a": Infinity}]'),
+    "a metric of 10^400": journal(f'[6, 1700000000000, {{"a": {10**400}.0}}]'),
+    "a step without its metrics": journal('[6, 1700000000000, {"train/loss": 1.0}]'),
+    "a validation too many": journal('[6, 1700000000000, {"val/loss": 1.0}]'),
+    "a deep entry": journal(DEEP),
+    "an empty line": journal(""),
+    "no journal": content("journal.jsonl", ""),
+    "a missing weight": tensors(lambda t: t.pop(NORM)),
+    "a missing moment": tensors(lambda t: t.pop(MOMENT)),
+    "no generator": tensors(lambda t: t.pop("generator.cpu")),
+    "an unknown weight": tensors(lambda t: t.update({"model.more": torch.ones(1)})),
+    "an unknown moment": tensors(lambda t: t.update({"optimizer.final_norm.weight.more": torch.ones(8)})),
+    "an unknown tensor": tensors(lambda t: t.update({"a\nb": torch.ones(1)})),
+    "a weight that would be broadcast": tensors(lambda t: t.update({NORM: torch.ones(1)})),
+    "a moment that would be broadcast": tensors(lambda t: t.update({MOMENT: torch.ones(1)})),
+    "a count of another shape": tensors(lambda t: t.update({COUNT: torch.ones(8)})),
+    "a weight of another type": tensors(lambda t: t.update({NORM: t[NORM].double()})),
+    "a moment of another type": tensors(lambda t: t.update({MOMENT: t[MOMENT].half()})),
+    "a generator of another size": tensors(lambda t: t.update({"generator.cpu": t["generator.cpu"][:-1].clone()})),
+    "a generator of another type": tensors(lambda t: t.update({"generator.cpu": t["generator.cpu"].float()})),
+    "a generator of nonsense": tensors(lambda t: t["generator.cpu"].fill_(255)),
+    "no tensors": content("state.safetensors", ""),
+}  # fmt: skip
+
+BEST_FORGERIES: dict[str, Callable[[Path], object]] = {
+    "a missing weight": tensors(lambda t: t.pop("final_norm.weight"), "model.safetensors"),
+    "a weight that would be broadcast": tensors(
+        lambda t: t.update({"final_norm.weight": torch.ones(1)}), "model.safetensors"
+    ),
+    "a weight of another type": tensors(
+        lambda t: t.update({"final_norm.weight": torch.ones(8).half()}), "model.safetensors"
+    ),
+    "no tensors": content("model.safetensors", ""),
+    "no file": lambda folder: (folder / "model.safetensors").unlink(),
+}
+
+
+def forge(folder: Path, change: Callable[[Path], object]) -> None:
+    """Change a folder as one who also writes its manifest."""
+    shutil.copytree(folder, folder.parent / "copy")
+    with new_folder(folder, {}) as new:
+        for path in (folder.parent / "copy").iterdir():
+            if path.name != "manifest.json":
+                shutil.copy(path, new.path)
+        change(new.path)
+    shutil.rmtree(folder.parent / "copy")
+
+
+@pytest.fixture(scope="module")
+def sound_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    saved_run(folder, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(pytest.param("step-00000006", change, id=name) for name, change in FORGERIES.items()),
+        *(pytest.param("best-00000005", change, id=f"best: {name}") for name, change in BEST_FORGERIES.items()),
+    ],
+)
+def test_a_forged_checkpoint_is_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sound_run: Path, name: str, change: Callable[[Path], object]
+) -> None:
+    """Its manifest is valid, its content is not what a training saves."""
+    shutil.copytree(sound_run, tmp_path / "run")
+    forge(tmp_path / "run" / name, change)
+    state, notes = restored(tmp_path / "run", **SMALL)
+    warning = capsys.readouterr().err
+    assert (state.step, notes) == (3, {"run_id": "abc"})
+    assert len(warning.splitlines()) == 1
+    assert "trying the checkpoint before" in warning
+    assert len(warning) < 1000
+
+
+def test_a_forgery_that_changes_nothing_is_used(tmp_path: Path, sound_run: Path) -> None:
+    shutil.copytree(sound_run, tmp_path / "run")
+    forge(tmp_path / "run/step-00000006", lambda folder: None)
+    forge(tmp_path / "run/best-00000005", lambda folder: None)
+    assert restored(tmp_path / "run", **SMALL)[0].step == 6
+
+
+@pytest.mark.parametrize("name", ["micro-batches of 0", "a moment that would be broadcast", "a generator of nonsense"])
+def test_a_failed_restore_changes_nothing(tmp_path: Path, sound_run: Path, name: str) -> None:
+    shutil.copytree(sound_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/step-00000003")
+    forge(tmp_path / "run/step-00000006", FORGERIES[name])
+    state, _, _ = tiny.trained_state(2, seed=99, **SMALL)
+    before, generator = checkpoint._tensors(state), torch.get_rng_state()
+    before = {key: value.clone() for key, value in before.items()}
+    with pytest.raises(IntegrityError, match="no checkpoint is sound"):
+        Checkpoints(tmp_path / "run", ENVIRONMENT).restore(state, allow_inexact=False)
+    after = checkpoint._tensors(state)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert (state.step, state.history, state.journal, state.micro_batch_size) == (2, [], [], 4)
+
+
+def test_whole_numbers_in_the_journal_stay_whole(tmp_path: Path) -> None:
+    """A resumed training saves the same bytes as an undisturbed one."""
+    state, _, _ = tiny.trained_state(1, **SMALL)
+    state.journal.append((1, 1_700_000_000_000, {"train/micro_batch_size": 2, "a": 2.0}))
+    state.step = 1
+    Checkpoints(tmp_path, ENVIRONMENT).save(state, {})
+    again, _ = restored(tmp_path, **SMALL)
+    assert json.dumps(again.journal) == json.dumps(state.journal)
+
+
+def test_a_checkpoint_that_is_damaged_later_does_not_stop_a_save(tmp_path: Path) -> None:
+    saved_run(tmp_path, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
+    state, _ = restored(tmp_path, **SMALL)
+    (tmp_path / "step-00000006/state.json").write_text("{")
+    state.step = 7
+    Checkpoints(tmp_path, ENVIRONMENT).save(state, {})
+    assert names(tmp_path) == ["best-00000002", "best-00000005", "step-00000006", "step-00000007"]
 
 
 def test_a_save_after_a_fallback_keeps_sound_checkpoints(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from toy_project import Project, start, wait_for_the_lock
 from gptpipe.config import Params
 from gptpipe.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.files import verify
+from gptpipe.markdown import as_text
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import load_model
 from gptpipe.tokens.batches import Batches
 from gptpipe.tokens.streams import open_stream, split
-from gptpipe.tokens.tokenizer import Tokenizer
+from gptpipe.tokens.tokenizer import Tokenizer, train_tokenizer
+from gptpipe.training import session
 from gptpipe.training.runtime import Runtime
 
 
@@ -356,7 +358,7 @@ def test_it_can_start_from_a_model(project: Project) -> None:
     project.train(tiny.params(train__init_from=folder, train__max_steps=4))
     validations = pd.read_csv(project.root / "reports/train.validations.csv")
     assert validations["val_loss"][0] == pytest.approx(before, rel=1e-5)
-    assert f"trained from the weights in `{folder}`" in (project.root / "models/gpt/README.md").read_text()
+    assert f"trained from the weights in {as_text(folder)}" in (project.root / "models/gpt/README.md").read_text()
 
 
 def test_it_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_path: Path) -> None:
@@ -433,3 +435,23 @@ def test_the_tokenizer_travels_with_the_model(project: Project) -> None:
     project.train(tiny.params())
     ours, theirs = Tokenizer.load(project.split / "tokenizer"), Tokenizer.load(project.root / "models/gpt")
     assert theirs.encode("the naïve café") == ours.encode("the naïve café")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"model": []}',
+        b'{"model": {"vocab": []}}',
+        b'{"model": {"vocab": [["a", 1]]}}',
+        b"[" * 9999,
+    ],
+)
+def test_a_tokenizer_to_start_from_that_is_none_is_an_input_error(tmp_path: Path, content: bytes) -> None:
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 257)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer") as caught:
+        session._check_tokenizer(tokenizer, tmp_path)
+    assert "\n" not in str(caught.value)
