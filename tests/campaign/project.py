@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import importlib.metadata
+import json
 import os
 import runpy
 import shutil
@@ -67,24 +68,31 @@ def remember_packages() -> None:
         importlib.import_module("mlflow.utils.requirements_utils")._init_modules_to_packages_map()
 
 
-def remember_charts(reports: Path) -> None:
-    """Draw the report's figures once. Drawing takes most of the time of stage evaluate, and touches no file."""
-    report: Any = sys.modules["gptpipe.evaluation.report"]
+_charts: dict[str, str] = {}  # arguments -> SVG
+
+
+def remember_charts() -> None:
+    """Draw each chart once. Drawing takes most of the time of stage evaluate, and touches no file."""
+    charts: Any = sys.modules["gptpipe.evaluation.charts"]
     for name in ("lines", "bars"):
-        setattr(report.charts, name, _cached_by_arguments(getattr(report.charts, name)))
-    report.draw_figures(reports)
+        setattr(charts, name, _cached_by_arguments(getattr(charts, name)))
 
 
 def _cached_by_arguments(draw: Callable[..., str]) -> Callable[..., str]:
-    known: dict[str, str] = {}
-
     def drawn(*arguments: Any, **options: Any) -> str:
-        key = repr((arguments, options))
-        if key not in known:
-            known[key] = draw(*arguments, **options)
-        return known[key]
+        key = repr((draw.__name__, arguments, options))
+        if key not in _charts:
+            _charts[key] = draw(*arguments, **options)
+        return _charts[key]
 
     return drawn
+
+
+def learn(path: Path) -> None:
+    """Take over what a run of a stage imported and drew."""
+    learned = json.loads(path.read_text())
+    import_modules(learned["modules"])
+    _charts.update(learned["charts"])
 
 
 def _cached_by_path(read: Callable[[Any], Any]) -> property:
@@ -161,17 +169,17 @@ class TinyProject:
         return self.start(stage, fault, **options).wait()
 
     def start(self, stage: str, fault: Fault | None = None, *, environment: dict[str, str] | None = None,
-              trace: bool = False, modules: Path | None = None) -> "Running":  # fmt: skip
-        """Fork a process that runs a stage as `python -m stages.NAME` would; it lists in `modules` what it imported."""
+              trace: bool = False, learned: Path | None = None) -> "Running":  # fmt: skip
+        """Fork a process that runs a stage as `python -m stages.NAME` would; `learn` reads `learned`."""
 
         def act() -> None:
             sys.argv = [f"stages/{stage}.py"]
             runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
 
-        return self._fork(act, fault or Fault(), environment or {}, trace, modules)
+        return self._fork(act, fault or Fault(), environment or {}, trace, learned)
 
     def _fork(self, act: Callable[[], object], fault: Fault, environment: dict[str, str] | None = None,
-              trace: bool = False, modules: Path | None = None) -> "Running":  # fmt: skip
+              trace: bool = False, learned: Path | None = None) -> "Running":  # fmt: skip
         counters = Counters()
         said = self.folder / f"said-{time.monotonic_ns()}"
         started = time.monotonic()
@@ -183,8 +191,8 @@ class TinyProject:
             self._become_a_process_of_the_project(said, environment or {})
             install(fault, self.path, counters, self.trace if trace else None)
             code = _run_to_the_end(act)
-            if modules:
-                modules.write_text("\n".join(sys.modules))
+            if learned:
+                learned.write_text(json.dumps({"modules": list(sys.modules), "charts": _charts}))
         finally:
             os._exit(code)
 

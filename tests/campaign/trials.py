@@ -33,8 +33,8 @@ from campaign.project import (
     Ended,
     TinyProject,
     documents,
-    import_modules,
     import_pipeline,
+    learn,
     remember_charts,
     remember_packages,
 )
@@ -74,7 +74,7 @@ class Laboratory:
 
     def _build(self) -> None:
         """Run each stage undisturbed; train and evaluate twice, the first time to learn what they import."""
-        project, modules = self.project, self.project.folder / "modules"
+        project, learned = self.project, self.project.folder / "learned"
         self.optimizer_steps = 0
         for stage in self.stages:
             if stage == "train":
@@ -82,12 +82,11 @@ class Laboratory:
                 _demand(project.call("gptpipe.tracking.store", "connect"))
             project.save(stage)
             if stage in ("train", "evaluate"):
-                _demand(project.run(stage, modules=modules))
-                import_modules(modules.read_text().splitlines())
+                _demand(project.run(stage, learned=learned))
+                learn(learned)
                 if stage == "train":
                     remember_packages()
-                else:
-                    remember_charts(project.path / "reports")
+                    remember_charts()
                 project.restore(stage)
             ended = project.run(stage, Fault("cut"), trace=True)  # at operation 0: never
             _demand(ended)
