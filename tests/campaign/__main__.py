@@ -1,0 +1,10 @@
+"""Entry of `python -m tests.campaign`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, as pytest has it
+    from campaign.command import main
+
+    main()

@@ -1,0 +1,23 @@
+"""Real processes, a few of them: an orphaned stage, and a killed `dvc repro`. The long campaign has more."""
+
+from pathlib import Path
+
+import pytest
+
+from campaign.processes import RealProjects, try_out_for_real
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory: pytest.TempPathFactory, reproduced: Path) -> RealProjects:
+    return RealProjects(tmp_path_factory.mktemp("real"), reproduced)
+
+
+@pytest.mark.parametrize("at", [0.15, 0.6, 1.0])
+def test_a_stage_whose_parent_is_killed_does_not_disturb_the_next(projects: RealProjects, at: float) -> None:
+    assert try_out_for_real({"kind": "orphan", "at": at}, projects)["differences"] == []
+
+
+@pytest.mark.slow
+def test_a_repro_whose_dvc_is_killed_ends_as_if_nothing_had_been(projects: RealProjects) -> None:
+    trial = {"kind": "repro", "signal": "SIGKILL", "to": "dvc", "at": 0.6}
+    assert try_out_for_real(trial, projects)["differences"] == []

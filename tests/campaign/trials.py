@@ -1,0 +1,326 @@
+"""One function for each kind of trial: a fault, a rerun, and what differs then from a run that was never disturbed.
+
+A trial is a plain dict, so that it can be written down and repeated:
+
+    {"kind": "kill", "stage": "train", "at": 37, "signals": ["SIGKILL"]}
+"""
+
+import random
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from campaign.checks import (
+    CODES,
+    Recorded,
+    artefacts,
+    broken_promises_of_an_end,
+    broken_promises_of_files,
+    broken_promises_of_the_record,
+    leftovers,
+    unsound,
+)
+from campaign.damage import damage
+from campaign.faults import Fault, read_trace
+from campaign.powercut import Record, cut_power
+from campaign.project import (
+    SAVE_EVERY,
+    STAGES,
+    Ended,
+    TinyProject,
+    documents,
+    import_pipeline,
+    learn,
+    remember_charts,
+    remember_packages,
+)
+
+Trial = dict[str, Any]
+# Files that each stage reads and must not believe; evaluate also reads what training left in reports/.
+READS = {
+    "tokenize": ("data/raw",),
+    "split": ("data/raw", "data/tokens"),
+    "train": ("data/split",),
+    "evaluate": ("models/gpt", "data/split", "data/raw/manifest.json", "reports/mlflow_run.json", "reports/train.json",
+                 "reports/train.samples.json", "reports/train.steps.csv", "reports/train.validations.csv"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an undisturbed run of a stage leaves."""
+
+    files: dict[str, str]
+    record: Recorded
+    left: frozenset[str]  # temporary files and folders, such as the checkpoint of a finished training
+
+
+class Laboratory:
+    """The tiny project before and after each stage, what an undisturbed run makes, and trials on it."""
+
+    def __init__(self, folder: Path, last_stage: str = STAGES[-1]) -> None:
+        """`last_stage`: no stage after it is tried; what it does not need is not imported."""
+        self.stages = STAGES[: STAGES.index(last_stage) + 1]
+        import_pipeline(trains="train" in self.stages)
+        self.project = TinyProject(folder)
+        self.operations: dict[str, int] = {}  # of each stage
+        self.seconds: dict[str, float] = {}
+        self.expected: dict[str, Expected] = {}  # after each stage
+        self._build()
+
+    def _build(self) -> None:
+        """Run each stage undisturbed; train and evaluate twice, the first time to learn what they import."""
+        project, learned = self.project, self.project.folder / "learned"
+        self.optimizer_steps = 0
+        for stage in self.stages:
+            if stage == "train":
+                project.save("train without a store")
+                _demand(project.call("gptpipe.tracking.store", "connect"))
+            project.save(stage)
+            if stage in ("train", "evaluate"):
+                _demand(project.run(stage, learned=learned))
+                learn(learned)
+                if stage == "train":
+                    remember_packages()
+                    remember_charts()
+                project.restore(stage)
+            ended = project.run(stage, Fault("cut"), trace=True)  # at operation 0: never
+            _demand(ended)
+            if stage == "train":
+                training = read_trace(project.trace)
+            self.operations[stage], self.seconds[stage] = ended.operations, ended.seconds
+            self.optimizer_steps = max(self.optimizer_steps, ended.optimizer_steps)
+            self.expected[stage] = Expected(
+                artefacts(project.path), Recorded.read(project.path), leftovers(project.path)
+            )
+        project.save("done")
+        if "train" in self.stages:
+            self._build_rarer_states(training)
+
+    def _build_rarer_states(self, training: list[Record]) -> None:
+        """A training that was stopped after its third checkpoint; one whose record waits in the outbox."""
+        project, third = self.project, f"step-{3 * SAVE_EVERY:08d}"
+        named = next(i for i, (_, _, new_name, _) in enumerate(training, 1) if new_name.endswith(third))
+        project.restore("train")
+        project.run("train", Fault("signal", named + 4, ("SIGKILL",)))
+        assert len(list(project.path.glob(".gptpipe/checkpoints/*/step-*"))) >= 2
+        project.save("stopped training")
+        project.restore("train")
+        _demand(project.run("train", Fault("fail", 1, for_ever=True, only="commit")))
+        project.save("waiting record")
+
+    @property
+    def older(self) -> Path:
+        """Files of another run, of another corpus and seed; made when first needed."""
+        folder = self.project.folder / "older"
+        if not folder.exists():
+            text = "\n\n\n".join(documents().split("\n\n\n")[:-1])
+            older = TinyProject(folder, text, **{"tokenize.vocab_size": 290, "train.lr": 2e-2})
+            for stage in self.stages[:4]:
+                _demand(older.run(stage))
+        return folder / "project"
+
+    def try_out(self, trial: Trial) -> dict[str, Any]:
+        """Run a trial; returns it with its `differences`, of which there should be none."""
+        chance = random.Random(str(sorted(trial.items())))
+        started = time.monotonic()
+        try:
+            differences = _KINDS[trial["kind"]](self, trial, chance)
+        except TimeoutError as error:
+            differences = [f"I5: {error}"]
+        except Exception as error:  # the harness itself: one trial must not end the campaign
+            traceback.print_exc()
+            differences = [f"harness: {type(error).__name__}: {error}"]
+        return {"trial": trial, "differences": differences, "seconds": round(time.monotonic() - started, 2)}
+
+    def begin(self, trial: Trial) -> None:
+        """The state before the stage, as DVC leaves it: without what the stage makes."""
+        self.project.restore(trial.get("state", trial["stage"]))
+        self.project.remove_outs(trial["stage"])
+
+    def rerun(self, stage: str) -> Ended:
+        self.project.remove_outs(stage)
+        return self.project.run(stage)
+
+    def finish(self, stage: str, steps_before: int = 0, n_faults: int = 1) -> list[str]:
+        """Rerun undisturbed, then compare with the run that was never disturbed."""
+        ended = self.rerun(stage)
+        differences = [f"rerun: {broken}" for broken in broken_promises_of_an_end(ended, {0})]
+        steps = steps_before + ended.optimizer_steps
+        per_step = 2  # optimizers: Muon for matrices, AdamW for the rest
+        if stage == "train" and steps > self.optimizer_steps + n_faults * SAVE_EVERY * per_step:
+            differences.append(f"I7: {steps // per_step} optimizer steps in all: something was trained twice")
+        return differences + self.compare(stage)
+
+    def compare(self, stage: str) -> list[str]:
+        expected = self.expected[stage]
+        broken = broken_promises_of_files(self.project.path, expected.files, expected.left)
+        return broken + broken_promises_of_the_record(self.project.path, expected.record)
+
+
+def _demand(ended: Ended) -> None:
+    if ended.code:
+        raise RuntimeError(f"an undisturbed run ends with code {ended.code}: {ended.said}")
+
+
+def kill(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
+    """Signals at one operation, or some time after the start; with `again`, also while the rerun is at work."""
+    stage, signals = trial["stage"], tuple(trial["signals"])
+    lab.begin(trial)
+    differences, steps = [], 0
+    faults = [trial["at"], *trial.get("again", [])]
+    for i, at in enumerate(faults):
+        if i:
+            lab.project.remove_outs(stage)
+        if isinstance(at, int):
+            ended = lab.project.run(stage, Fault("signal", at, signals))
+            was_hit = ended.operations >= at
+        else:
+            running = lab.project.start(stage)
+            running.signal_after(at * lab.seconds[stage], *signals)
+            ended = running.wait()
+            was_hit = ended.code != 0
+        steps += ended.optimizer_steps
+        codes = set().union(*(CODES[name] for name in signals)) if was_hit else {0}
+        differences += broken_promises_of_an_end(ended, codes) + unsound(lab.project.path)
+    return differences + lab.finish(stage, steps, len(faults))
+
+
+def cut(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
+    """The power goes at one operation: what was not synced is lost, or kept in part, or out of order."""
+    stage = trial["stage"]
+    lab.begin(trial)
+    before = lab.project.folder / "before the cut"
+    if before.exists():
+        shutil.rmtree(before)
+    shutil.copytree(lab.project.path, before, symlinks=True)
+    ended = lab.project.run(stage, Fault("cut", trial["at"]), trace=True)
+    cut_power(lab.project.path, before, read_trace(lab.project.trace), trial["mode"], chance)
+    differences = unsound(lab.project.path)
+    return differences + lab.finish(stage, ended.optimizer_steps)
+
+
+def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
+    """One operation fails, or all from it on. A store that fails may be said in a warning: the record waits then."""
+    stage = trial["stage"]
+    lab.begin(trial)
+    fault = Fault(trial["how"], trial["at"], error=trial["error"], for_ever=trial.get("for_ever", False))
+    ended = lab.project.run(stage, fault)
+    differences = broken_promises_of_an_end(ended, {0, 5}) + unsound(lab.project.path)
+    if ended.code or (stage == "evaluate" and "warning" in ended.said):
+        return differences + lab.finish(stage, ended.optimizer_steps)
+    if stage == "train":  # what waits goes out with the next command that logs
+        sent = lab.project.call("gptpipe.tracking.record", "send_outbox")
+        differences += broken_promises_of_an_end(sent, {0})
+    return differences + lab.compare(stage)
+
+
+def damaged(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
+    """A file that a stage reads is damaged. The stage says so with code 4 (3 for what only a user can have put there),
+    or the damage changes nothing. With the file as it was, it ends as if nothing had been."""
+    stage, name = trial["stage"], trial["file"]
+    lab.begin(trial)
+    path = lab.project.path / name
+    good = {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()}
+    if not damage(path, trial["way"], chance, lab.older / name if trial["way"] == "stale" else None):
+        return []
+    ended = lab.project.run(stage)
+    differences = broken_promises_of_an_end(ended, {0, 4})
+    if ended.optimizer_steps and ended.code:
+        differences.append(f"I5: {ended.optimizer_steps} optimizer steps on what is damaged")
+    if ended.code == 4 and path.name not in ended.said and str(Path(name).parent) not in ended.said:
+        differences.append(f"I5: the message does not name the file: {ended.said.strip()[-200:]}")
+    path.with_name(f"copy-of-{path.name}").unlink(missing_ok=True)
+    for file, content in good.items():
+        file.write_bytes(content)
+    if ended.code == 0:
+        return [*differences, *(f"believed: {broken}" for broken in lab.compare(stage))]
+    if chance.random() < 0.25:  # the file is as it was: only what the failed run left could differ
+        return differences + lab.finish(stage)
+    left = leftovers(lab.project.path) - leftovers(lab.project.states / stage)
+    return differences + [f"I4: left behind: {name}" for name in sorted(left)[:5]]
+
+
+def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
+    """A stage is killed, and a file of what it left to resume from is damaged. The rerun notices."""
+    stage = trial["stage"]
+    lab.begin(trial)
+    if "at" in trial:
+        lab.project.run(stage, Fault("signal", trial["at"], ("SIGKILL",)))
+    files = [path for path in sorted(lab.project.path.rglob("*"))
+             if path.is_file() and (".partial" in str(path) or ".gptpipe/checkpoints" in str(path))]  # fmt: skip
+    files = [path for path in files if path.name != "lock"]
+    if not files:
+        return []
+    for path in [chance.choice(files)] if trial["way"] != "all" else files:
+        damage(path, trial["way"] if trial["way"] != "all" else "cut", chance)
+    ended = lab.rerun(stage)
+    differences = broken_promises_of_an_end(ended, {0, 4})
+    if ended.code == 4:  # no checkpoint is sound: the message says to remove the folder, which makes another run
+        shutil.rmtree(lab.project.path / ".gptpipe/checkpoints")
+        differences += broken_promises_of_an_end(lab.rerun(stage), {0})
+        return differences + broken_promises_of_files(
+            lab.project.path, lab.expected[stage].files, lab.expected[stage].left
+        )
+    return differences + lab.compare(stage)
+
+
+def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
+    """The record of a training waits in the outbox, and is damaged. The next command that logs says which file."""
+    lab.begin({"stage": "evaluate", "state": "waiting record"})
+    (path,) = (lab.project.path / ".gptpipe/outbox").glob("*.jsonl")
+    if not damage(path, trial["way"], chance):
+        return []
+    ended = lab.project.run("evaluate")
+    differences = broken_promises_of_an_end(ended, {0, 4})
+    is_named = path.name in ended.said or path.stem in ended.said
+    if not is_named and trial["way"] not in ("gone", "edit"):  # an edit may well be a number that nothing protects
+        differences.append(f"I5: nothing names the damaged record: {ended.said.strip()[-200:]}")
+    return differences + unsound(lab.project.path)
+
+
+def race(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
+    """A stage is held at one operation while the same stage is started a second time, by hand; then it goes on.
+
+    The second does the work, or says within 5 s who is at it. Either way the result is that of one run.
+    """
+    stage = trial["stage"]
+    lab.begin(trial)
+    first = lab.project.start(stage, Fault("signal", trial["at"], ("SIGSTOP",)))
+    is_held = first.wait_until_stopped()
+    second = lab.project.start(stage).wait(reap_all=False)
+    if is_held:
+        first.go_on()
+    ends = [first.wait(), second]
+    differences = [broken for ended in ends for broken in broken_promises_of_an_end(ended, {0, 5})]
+    if all(ended.code for ended in ends):
+        differences.append("I4: neither of two runs ended well")
+    if second.code == 5 and second.seconds > 5 + lab.seconds[stage]:
+        differences.append(f"I4: the second writer waited {second.seconds:.1f} s")
+    if second.code == 5 and str(first.pid) not in second.said:
+        differences.append(f"I4: the second writer does not name the first: {second.said.strip()[-200:]}")
+    return differences + lab.compare(stage)
+
+
+_KINDS: dict[str, Callable[[Laboratory, Trial, random.Random], list[str]]] = {
+    "kill": kill,
+    "cut": cut,
+    "fail": fail,
+    "damage": damaged,
+    "leftover": leftover,
+    "outbox": outbox,
+    "race": race,
+}
+
+
+def files_read(project: Path, stage: str) -> list[str]:
+    """The files that a stage reads, in the state before it."""
+    paths = [project / name for name in READS[stage]]
+    files = [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
+    ]
+    return [file.relative_to(project).as_posix() for file in files]
