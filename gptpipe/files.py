@@ -140,7 +140,7 @@ def one_writer(target: Path) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
     with disk_errors(target):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             lock.acquire(timeout=_LOCK_SECONDS)
         except Timeout as error:
@@ -166,7 +166,7 @@ def new_file(path: Path, n_bytes: int = 0) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with partial.open("wb") as file:
                 yield file
@@ -214,7 +214,7 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
         keep = partial if key else None
         with disk_errors(target):
             _clear_up(target, old, keep)
-            partial.mkdir(parents=True, exist_ok=True)
+            make_folder(partial)
             for leftover in sorted(partial.rglob(".*.partial")):  # of a killed build
                 _remove(leftover)
         try:
@@ -346,6 +346,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it. Each name is on disk, so a power cut loses nothing below it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -65,7 +65,11 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
-    run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+    try:
+        run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+    finally:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL)  # nobody would catch what `_stop` raises
 
 
 def _run_alone(name: str, main: Callable[[], None]) -> None:

@@ -224,6 +224,8 @@ def send_outbox() -> None:
 def _send_file(path: Path) -> bool:
     """Send the operations of one run, then remove their file; returns whether the store answers."""
     content = path.read_bytes()
+    if not content:
+        complain(f"warning: {path}: it is empty, so records of this run are lost; the file is removed")
     operations, damaged = _parse(content) if RUN_ID.fullmatch(path.stem) else ([], content.splitlines(keepends=True))
     writer, refused = RunWriter(path.stem), list[Operation]()
     reason: StoreError | None = None

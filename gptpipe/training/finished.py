@@ -28,6 +28,8 @@ def finished_in(folder: Path) -> dict[str, Any]:
 
 def discard_finished(checkpoints: Path, run_id: str) -> None:
     """Remove the checkpoint of the finished training that has this run. Raises ResourceError."""
+    for doomed in sorted(checkpoints.glob(".*.partial")):  # `discard` was interrupted
+        shutil.rmtree(doomed, ignore_errors=True)
     for mark in sorted(checkpoints.glob(f"*/{_MARK}")):
         if finished_in(mark.parent).get("run_id") == run_id:
             discard(mark.parent)
