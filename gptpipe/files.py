@@ -158,6 +158,16 @@ def one_writer(target: Path) -> Iterator[None]:
         lock.release()
 
 
+def remove_free_lock(path: Path) -> bool:
+    """Remove the lock file that a killed process left; returns False if a process holds the lock."""
+    try:
+        with FileLock(path, timeout=0):
+            path.unlink()
+        return True
+    except Timeout:
+        return False
+
+
 @contextmanager
 def new_file(path: Path, n_bytes: int = 0) -> Iterator[BinaryIO]:
     """Write a file that appears whole under `path`, or not at all; `n_bytes` is its size if known.
@@ -173,7 +183,7 @@ def new_file(path: Path, n_bytes: int = 0) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 written = partial.stat().st_size if partial.exists() else 0
@@ -225,7 +235,7 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
                 if target.exists():
                     target.replace(old)
                 partial.replace(target)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
         except Exception:
             keep = None
             raise
@@ -245,7 +255,7 @@ def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
     manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
     write_bytes(folder.path / MANIFEST, manifest.to_bytes())
     for below in sorted(path for path in folder.path.rglob("*") if path.is_dir()):
-        _sync_folder(below)
+        sync_folder(below)
 
 
 def key_of(determinants: list[Any], *libraries: str) -> str:
@@ -336,7 +346,8 @@ def _clear_up(target: Path, old: Path, keep: Path | None) -> None:
         old.replace(target)
     elif old.exists():
         aside = target.with_name(f".{target.name}.partial")
-        old.replace(aside)  # renamed first: a half-removed folder never comes back
+        old.replace(aside)  # renamed first, for good: a half-removed folder never comes back
+        sync_folder(aside.parent)
         _remove(aside)
 
 
@@ -353,10 +364,10 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, not only the files' content."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -67,6 +67,12 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     try:
         run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+    except SystemExit as end:
+        if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)  # at once: libraries whose threads are at work make an ordinary exit slow and noisy
+        raise
     finally:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)  # nobody would catch what `_stop` raises

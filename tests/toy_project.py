@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed import TCPStore
 
@@ -113,14 +116,26 @@ def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None,
     run(main)
 
 
+@cache
+def _serve_trainings() -> None:
+    """Let the server that processes are forked from import torch once, for all trainings.
+
+    The reader of Parquet files may have started it before, with few imports; it gets this one too from now on.
+    """
+    preloaded = ["gptpipe.training.session", "gptpipe.corpus.collect", "torch._dynamo", "torch.distributed.fsdp"]
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    forkserver.set_forkserver_preload(preloaded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # as the reader wants it, see gptpipe/parallel.py
+        forkserver.ensure_running()
+
+
 def start(
     params: Params, project: Project, stop_at: int | None = None, **environment: str
 ) -> multiprocessing.process.BaseProcess:
-    context = multiprocessing.get_context("forkserver")  # imports torch once, for all children
-    preloaded = ["gptpipe.training.session", "gptpipe.corpus.collect", "torch._dynamo", "torch.distributed.fsdp"]
-    context.set_forkserver_preload(preloaded)
+    _serve_trainings()
     arguments = (params, project.split, project.root, stop_at, environment)
-    process = context.Process(target=train_and_exit, args=arguments)
+    process = multiprocessing.get_context("forkserver").Process(target=train_and_exit, args=arguments)
     process.start()
     return process
 

@@ -14,7 +14,7 @@ import pandas as pd
 from gptpipe.config import Params
 from gptpipe.errors import IntegrityError
 from gptpipe.evaluation import charts
-from gptpipe.files import MANIFEST, Manifest, read_manifest, write_bytes
+from gptpipe.files import MANIFEST, Manifest, verify, write_bytes
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
@@ -37,7 +37,7 @@ class TrainingReports:
 
 def read_training_reports(reports: Path, model: Path) -> TrainingReports:
     """The reports of stage train, each compared with its SHA-256 in the model's manifest. Raises IntegrityError."""
-    digests = read_manifest(model).counts.get("reports")
+    digests = verify(model).counts.get("reports")
     if not isinstance(digests, dict):
         raise IntegrityError(f"{model / MANIFEST}: it does not name the reports of its training; run `dvc repro`")
     contents: dict[str, bytes] = {}

@@ -4,6 +4,7 @@ A folder may come from anywhere. The sizes in config.json are compared with the 
 safetensors files, and with the free memory, before anything of these sizes is allocated.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -124,11 +125,10 @@ def load_model(folder: Path) -> GPT:
     config = read_config(folder)
     params, vocab_size = from_config(config, folder), config["vocab_size"]
     stored = stored_tensors(folder)
-    outline = _outline(params, vocab_size, stored, folder)
-    _check_fit(stored, outline, folder)
-    _check_memory(outline, folder)
+    _check_sizes(params, vocab_size, stored, folder)
     with memory_errors(f"{folder}: out of memory; make memory free, or choose a smaller model"):
         model = GPT(params, vocab_size)
+        _check_fit(stored, model, folder)
         _fill(model, folder)
     return model
 
@@ -317,22 +317,41 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _outline(params: ModelParams, vocab_size: int, stored: dict[str, StoredTensor], folder: Path) -> GPT:
-    """The network without memory for its tensors. Raises IntegrityError for sizes that no stored weights can have."""
-    if params.n_layer > len(stored):  # each layer of an outline takes a millisecond
+def _check_sizes(params: ModelParams, vocab_size: int, stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Compare the sizes in config.json with what is stored, before a network of these sizes takes memory.
+
+    An outline on torch's device `meta` would do, but its first use imports 800 modules. Raises IntegrityError,
+    ResourceError.
+    """
+    attention, feed_forward = params.n_head * params.head_width, params.n_inner
+    matrices = {
+        "embedding.weight": {vocab_size, params.n_embd},
+        "blocks.0.attention.o_proj.weight": {params.n_embd, attention},
+        "blocks.0.feed_forward.up_proj.weight": {params.n_embd, feed_forward},
+    }
+    prefixed = _with_prefix(stored)
+    for name, sizes in matrices.items():
+        theirs = _their_names(name, params)[0]
+        if theirs not in prefixed or {*prefixed[theirs].shape} != sizes:
+            found = prefixed[theirs].shape if theirs in prefixed else "missing"
+            raise IntegrityError(f"{folder}: its weights do not fit its {CONFIG}: {theirs} is {found}; fetch it again")
+    n_stored = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if params.n_layer * params.n_embd * (attention + feed_forward) > n_stored:
         raise IntegrityError(
-            f"{folder / CONFIG}: {params.n_layer} layers, the weights have {len(stored)} tensors in all; fetch the "
-            "model again"
+            f"{folder}: its weights do not fit its {CONFIG}: too few for {params.n_layer} layers; fetch it again"
         )
-    try:
-        with torch.device("meta"):
-            return GPT(params, vocab_size)
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose products are no 64-bit numbers
-        raise IntegrityError(f"{folder / CONFIG}: sizes of no real model; fetch the model again") from error
+    tables = 2 * params.context_length * params.head_width
+    needed = 4 * (n_stored + 2 * tables)  # tables twice: while they are made
+    available = available_memory(torch.device("cpu"))
+    if needed > available:
+        raise ResourceError(
+            f"{folder}: the model takes about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
+            "available; choose a smaller model"
+        )
 
 
 def _check_fit(stored: dict[str, StoredTensor], model: GPT, folder: Path) -> None:
-    """Raises IntegrityError unless the stored tensors are those of the network, which may be an outline."""
+    """Raises IntegrityError unless the stored tensors are those of the network."""
     stored = _with_prefix(stored)
     outlines = {name: parameter.detach().to("meta") for name, parameter in model.named_parameters()}
     wanted = {name: tuple(tensor.shape) for name, tensor in _to_their_names(outlines, model.params).items()}
@@ -352,18 +371,6 @@ def _check_fit(stored: dict[str, StoredTensor], model: GPT, folder: Path) -> Non
     if faults:
         more = f", and {len(faults) - 1} faults more" if len(faults) > 1 else ""
         raise IntegrityError(f"{folder}: its weights do not fit its {CONFIG}: {faults[0]}{more}; fetch the model again")
-
-
-def _check_memory(outline: GPT, folder: Path) -> None:
-    """Raises ResourceError unless the weights and the tables of rotary positions fit in memory, in float32."""
-    needed = 4 * outline.n_parameters()
-    needed += 2 * sum(table.nbytes for table in outline.buffers())  # twice: while they are made
-    available = available_memory(torch.device("cpu"))
-    if needed > available:
-        raise ResourceError(
-            f"{folder}: the model takes about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
-            "available; choose a smaller model"
-        )
 
 
 def _fill(model: GPT, folder: Path) -> None:

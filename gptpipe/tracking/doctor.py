@@ -27,7 +27,7 @@ from gptpipe.console import printable
 from gptpipe.environment import experiment_name, project_root, tracking_uri
 from gptpipe.errors import GptpipeError, IntegrityError, ResourceError, first_line
 from gptpipe.evaluation.report import read_training_reports
-from gptpipe.files import read_manifest, verify
+from gptpipe.files import read_manifest, remove_free_lock, verify
 from gptpipe.tracking import dvc_state
 from gptpipe.tracking.record import send_outbox
 from gptpipe.tracking.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME, stored_model
@@ -192,18 +192,18 @@ def _leftovers(project: _Project) -> str:
 def _locks(project: _Project) -> str:
     """Lock files of killed processes, which nobody holds. They stop nobody; a held one is somebody's."""
     places = (Path("data"), Path("models"), Path("reports"), project.state)
-    free = [path for place in places for path in sorted(place.rglob(".*.lock")) if _is_free(path, remove=project.fix)]
-    if free and not project.fix:
+    locks = [path for place in places for path in sorted(place.rglob(".*.lock"))]
+    if project.fix:
+        return f"removed {sum(map(remove_free_lock, locks))} that nobody held" if locks else "none is left over"
+    if free := [path for path in locks if _is_free(path)]:
         raise UserWarning(f"{len(free)}, as {free[0]}, that nobody holds; `gptpipe doctor --fix` removes them")
-    return f"removed {len(free)} that nobody held" if free else "none is left over"
+    return "none is left over"
 
 
-def _is_free(path: Path, *, remove: bool) -> bool:
-    """Whether no process holds a lock file; removes it, while holding it, if asked to."""
+def _is_free(path: Path) -> bool:
+    """Whether no process holds a lock file."""
     try:
         with FileLock(path, timeout=0):
-            if remove:
-                path.unlink()
             return True
     except Timeout:
         return False

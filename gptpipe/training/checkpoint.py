@@ -35,6 +35,7 @@ from gptpipe.files import (
     new_folder,
     read_json,
     seal,
+    sync_folder,
     to_json,
     unseal,
     verify,
@@ -322,6 +323,7 @@ def _discard(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder):
         folder.rename(doomed)
+        sync_folder(doomed.parent)
         shutil.rmtree(doomed)
 
 

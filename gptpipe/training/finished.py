@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gptpipe.files import disk_errors, one_writer, seal, unseal, write_bytes
+from gptpipe.files import disk_errors, one_writer, remove_free_lock, seal, sync_folder, unseal, write_bytes
 
 _MARK = "finished.json"
 
@@ -30,6 +30,9 @@ def discard_finished(checkpoints: Path, run_id: str) -> None:
     """Remove the checkpoint of the finished training that has this run. Raises ResourceError."""
     for doomed in sorted(checkpoints.glob(".*.partial")):  # `discard` was interrupted
         shutil.rmtree(doomed, ignore_errors=True)
+    for lock in sorted(checkpoints.glob(".*.lock")):
+        with suppress(OSError):  # a free lock does no harm
+            remove_free_lock(lock)
     for mark in sorted(checkpoints.glob(f"*/{_MARK}")):
         if finished_in(mark.parent).get("run_id") == run_id:
             discard(mark.parent)
@@ -43,4 +46,5 @@ def discard(folder: Path) -> None:
             shutil.rmtree(doomed)
         if folder.exists():
             folder.rename(doomed)
+            sync_folder(doomed.parent)  # or a power cut could leave a half-removed folder under its name
             shutil.rmtree(doomed)

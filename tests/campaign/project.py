@@ -237,8 +237,8 @@ class Running:
             else:
                 time.sleep(0.002)
         seconds, code = time.monotonic() - self._started, os.waitstatus_to_exitcode(self._status)
-        said = self._said.read_text(errors="replace")
-        self._said.unlink()
+        said = self._said.read_text(errors="replace") if self._said.exists() else ""  # killed before it opened it
+        self._said.unlink(missing_ok=True)
         orphans = _end_orphans() if reap_all else ()
         return Ended(code, said, self.counters.operations, self.counters.optimizer_steps, seconds, orphans)
 

@@ -1,10 +1,16 @@
-"""Fuzz parsers and print a table; see `python -m tests.fuzz --help`."""
+"""Replay earlier findings, fuzz parsers, print a table; see `python -m tests.fuzz --help`."""
 
 import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine import Fuzzer
+    from .targets import Target
 
 HERE = Path(__file__).parent
 
@@ -36,15 +42,25 @@ def main() -> int:
     started = time.monotonic()
     fuzzer = Fuzzer(chosen, options.seed, options.jobs)
     try:
+        lines = [line for target in chosen for line in _replayed(fuzzer, target)]
         fuzzer.run(options.executions, options.seconds)
         print(fuzzer.table(), flush=True)
         print(f"\n{time.monotonic() - started:,.0f} s with {options.jobs} jobs, seed {options.seed}", flush=True)
-        lines = fuzzer.save(options.findings)
+        lines += fuzzer.save(options.findings)
     finally:
         fuzzer.close()
     for line in lines:
         print(f"finding: {line}")
     return bool(lines)
+
+
+def _replayed(fuzzer: "Fuzzer", target: "Target") -> Iterator[str]:
+    """Inputs that were findings once, and are again."""
+    paths = sorted((HERE / "findings" / target.name).glob("*"))
+    outcomes = fuzzer.replay(target, [path.read_bytes() for path in paths])
+    for path, outcome in zip(paths, outcomes, strict=True):
+        if outcome.fault:
+            yield f"{target.name}/{path.name}: {outcome.fault}"
 
 
 if __name__ == "__main__":

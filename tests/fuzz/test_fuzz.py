@@ -1,8 +1,11 @@
 """Inputs that were findings once, and a short round of every target."""
 
 import os
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,28 +15,17 @@ from fuzz.engine import Fuzzer, Target
 from fuzz.targets import TARGETS
 
 FINDINGS = Path(__file__).parent / "findings"
-EXECUTIONS = 1200  # of the short round
+EXECUTIONS = 600  # of the short round
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def fuzzer() -> Iterator[Fuzzer]:
-    made = Fuzzer(TARGETS)
-    yield made
-    made.close()
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_inputs_that_were_findings_are_handled(fuzzer: Fuzzer, target: Target) -> None:
-    paths = sorted((FINDINGS / target.name).glob("*"))
-    outcomes = fuzzer.replay(target, [path.read_bytes() for path in paths])
-    faults = {path.name: outcome.fault for path, outcome in zip(paths, outcomes, strict=True) if outcome.fault}
-    assert faults == {}
-
-
-def test_a_short_round_finds_nothing(fuzzer: Fuzzer) -> None:
-    fuzzer.run(EXECUTIONS)
-    assert {name: tally.findings for name, tally in fuzzer.tallies.items() if tally.findings} == {}
-    assert all(tally.executions for tally in fuzzer.tallies.values())
+def test_earlier_findings_and_a_short_round_are_handled() -> None:
+    """In a process of its own: libraries that were used before start threads, which forks would lack."""
+    command = [sys.executable, "-m", "tests.fuzz", "--executions", str(EXECUTIONS), "--jobs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, "finding: " in done.stdout) == (0, False), done.stdout + done.stderr
+    executed = dict(re.findall(r"^\| ([a-z-]+) \| ([\d,]+) \|", done.stdout, re.MULTILINE))
+    assert {target.name for target in TARGETS} <= {name for name, n in executed.items() if n != "0"}
 
 
 def test_every_finding_belongs_to_a_target() -> None:
@@ -60,7 +52,7 @@ def raise_an_error(_: bytes) -> None:
 @pytest.mark.parametrize(
     ("execute", "fault"),
     [
-        (allocate, "takes 600 MiB, the limit is 256"),
+        (allocate, r"takes [56]\d\d MiB, the limit is 256"),
         (spin, "hang: more than 0 s of processor time"),
         (crash, "native crash: SIGABRT"),
         (raise_an_error, "ValueError: 'no error of ours'"),
@@ -74,8 +66,9 @@ def test_the_engine_notices(
     made = Fuzzer([Target("planted", 1, lambda _: [b"seed"], execute, ())])
     try:
         made.run(2)
-        found = {fault for fault, _ in made.tallies["planted"].findings.values()}
-        assert found == ({fault} if fault else set())
+        found = [fault for fault, _ in made.tallies["planted"].findings.values()]
+        assert len(found) == (fault is not None)
+        assert fault is None or re.fullmatch(fault, found[0])
         assert made.tallies["planted"].executions == 2
     finally:
         made.close()
