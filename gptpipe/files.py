@@ -361,6 +361,8 @@ def _remove(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Create a folder and the missing ones above it. Each name is on disk, so a power cut loses nothing below it."""
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)

@@ -85,7 +85,7 @@ def _run_alone(name: str, main: Callable[[], None]) -> None:
     if place().rank > 0:  # rank 0 writes, and holds the lock
         main()
         return
-    with one_writer(Path(".gptpipe") / name):
+    with one_writer(Path(name)):
         main()
 
 

@@ -365,7 +365,7 @@ except ResourceError as error:
 
 def test_a_folder_where_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"")
-    with pytest.raises(ResourceError, match="data/raw: cannot write: File exists"):
+    with pytest.raises(ResourceError, match="data/raw: cannot write: Not a directory"):
         build(tmp_path / "data" / "raw", b"text")
 
 

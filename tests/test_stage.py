@@ -104,7 +104,7 @@ def test_a_second_process_of_a_stage_is_refused_and_names_the_first(stage: Path)
     first.kill()
     first.communicate()
     assert second.returncode == 5
-    assert second.stderr.startswith(f"error: .gptpipe/toy: process {first.pid} on ")
+    assert second.stderr.startswith(f"error: toy: process {first.pid} on ")
     assert second.stderr.endswith("(stage) is writing it; wait until it ends, or stop it, then rerun\n")
     assert second.stderr.count("\n") == 1
 

@@ -192,7 +192,7 @@ def _leftovers(project: _Project) -> str:
 def _locks(project: _Project) -> str:
     """Lock files of killed processes, which nobody holds. They stop nobody; a held one is somebody's."""
     places = (Path("data"), Path("models"), Path("reports"), project.state)
-    locks = [path for place in places for path in sorted(place.rglob(".*.lock"))]
+    locks = [*sorted(Path().glob(".*.lock")), *(path for place in places for path in sorted(place.rglob(".*.lock")))]
     if project.fix:
         return f"removed {sum(map(remove_free_lock, locks))} that nobody held" if locks else "none is left over"
     if free := [path for path in locks if _is_free(path)]:
