@@ -67,6 +67,8 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     try:
         run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+    except Stopped:
+        pass  # a signal after the end of `run`: the work is done
     except SystemExit as end:
         if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             sys.stdout.flush()

@@ -44,7 +44,7 @@ def test_the_doctor_finds_nothing_then_what_was_changed(reproduced: Path, tmp_pa
     code, marks = doctor()
     assert code == 0
     assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}  # of versions, the user's choice
-    assert len(marks) == 16
+    assert len(marks) == 24
     (project / "models/gpt/config.json").unlink()
     code, marks = doctor()
     assert (code, marks["pipeline"], marks["models/gpt"]) == (4, "warning", "error")
@@ -91,7 +91,7 @@ def test_evaluate_refuses_reports_that_stage_train_did_not_write(reproduced: Pat
     project = tmp_path / "copy"
     shutil.copytree(reproduced, project, symlinks=True)
     made = digests(project)
-    for name, content in (("mlflow_run.json", b'{"run_id": "' + b"0" * 20), ("train.steps.csv", b"step,loss\n1,0.1\n")):
+    for name, content in (("train.steps.csv", b"step,loss\n1,0.1\n"), ("mlflow_run.json", b'{"run_id": "' + b"0" * 20)):
         path = project / "reports" / name
         path.unlink()  # a hard link into DVC's cache stays as it was
         path.write_bytes(content)
@@ -165,4 +165,4 @@ def test_tokens_of_another_corpus_are_not_split(reproduced: Path, tmp_path: Path
     run(project, sys.executable, "-m", "stages.collect")
     result = run(project, sys.executable, "-m", "stages.split", check=False)
     assert result.returncode == 4
-    assert "data/tokens: not made from what data/raw holds now" in result.stderr
+    assert "data/tokens: made from another data/raw than the present one" in result.stderr

@@ -72,8 +72,8 @@ class RefusedError(StoreError):
     """The tracking store refuses this request, and will refuse it again."""
 
 
-# Answers of MLflow that depend on the request, not on the state of a server, network or disk.
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+# Answers of MLflow that depend on the request alone. RESOURCE_ALREADY_EXISTS does not: an answer that came too late has it.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
 @contextmanager

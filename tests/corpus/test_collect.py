@@ -20,7 +20,6 @@ from gptpipe.config import CollectParams
 from gptpipe.corpus import collect as collecting
 from gptpipe.corpus import shards
 from gptpipe.corpus.collect import collect
-from gptpipe.corpus.python_docs import python_docs
 from gptpipe.errors import InputError, ResourceError
 from gptpipe.files import sha256_of, verify
 
@@ -358,12 +357,15 @@ sys.excepthook = foreign
 from gptpipe.corpus.python_docs import python_docs
 sys.stdout.buffer.write("\\0".join(dict.fromkeys(python_docs())).encode())
 """
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, check=True
-    )
-    texts = list(dict.fromkeys(python_docs()))
-    assert done.stdout == "\0".join(texts).encode()
+
+    def printed(program: str, hash_seed: int) -> bytes:
+        environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout
+
+    plain = printed(program.replace("sys.excepthook = foreign\n", ""), 1)
+    assert printed(program, 7) == plain
+    texts = plain.decode().split("\0")
     assert len(texts) > 3000
     assert sum(map(len, texts)) > 1_500_000
     assert any('The "with" statement' in text for text in texts)

@@ -26,7 +26,7 @@ BUGS = (
     Bug(
         "the name of a file is not made durable",
         FILES,
-        "            partial.replace(path)\n            _sync_folder(path.parent)\n",
+        "            partial.replace(path)\n            sync_folder(path.parent)\n",
         "            partial.replace(path)\n",
         ("tests/test_files.py::test_a_file_is_on_disk_before_it_has_its_name",),
     ),
@@ -386,7 +386,7 @@ BUGS = (
     Bug(
         "two processes may run one stage",
         "gptpipe/stage.py",
-        '    with one_writer(Path(".gptpipe") / name):\n        main()\n',
+        "    with one_writer(Path(name)):\n        main()\n",
         "    main()\n",
         ("tests/test_stage.py::test_a_second_process_of_a_stage_is_refused_and_names_the_first",),
     ),

@@ -19,7 +19,7 @@ from toy_project import Project, start, wait_for_the_lock
 
 from gptpipe.config import Params
 from gptpipe.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
-from gptpipe.files import verify
+from gptpipe.files import sha256_of, verify
 from gptpipe.markdown import as_text
 from gptpipe.model.gpt import GPT
 from gptpipe.model.layout import load_model
@@ -54,6 +54,9 @@ def test_what_it_writes(project: Project) -> None:
     best = project.train(tiny.params())
     model, lineage = verify(project.root / "models/gpt"), verify(project.split)
     assert model.made_from == {**lineage.made_from, "split": lineage.digest}
+    reports = model.counts.pop("reports")
+    assert reports == {name: sha256_of(project.root / "reports" / name) for name in reports}
+    assert len(reports) == 4
     assert model.counts == {"best_step": 12, "steps": 12, "tokens": 12 * 4 * 16, "parameters": 25152}
     assert sorted(model.files) == [
         "README.md", "config.json", "encoding.json", "generation_config.json", "model.safetensors", "ranks.tiktoken",
