@@ -72,7 +72,7 @@ class RefusedError(StoreError):
     """The tracking store refuses this request, and will refuse it again."""
 
 
-# Answers of MLflow that depend on the request alone. RESOURCE_ALREADY_EXISTS may mean that an earlier try succeeded late.
+# Answers of MLflow that depend on the request alone. RESOURCE_ALREADY_EXISTS may come of an earlier try.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
