@@ -90,7 +90,7 @@ class RunRecord:
         self._waiting: deque[Operation] = deque([("create", description)])  # the first goes when the store has taken it
         self._news, self._tried, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._refused: list[Operation] = []
-        self._has_complained = self._answers = False
+        self._has_complained = self._answers = self._is_given_up = False
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self._monitors.append(GPUMonitor())
@@ -128,6 +128,7 @@ class RunRecord:
         self._news.set()
         is_patient = self._answers and status != "KILLED"
         self._thread.join(timeout=_CLOSE_SECONDS if is_patient else _STOP_SECONDS)
+        self._is_given_up = True  # from here on, the outbox's reader alone writes to this run
         name = f"{self._writer.name}.jsonl"
         _keep(_outbox() / f"{name}.refused", list(self._refused))
         if (left := list(self._waiting)) and _keep(_outbox() / name, left):
@@ -167,7 +168,7 @@ class RunRecord:
     def _send(self) -> bool:
         """Send in order until all is sent or the store fails; returns whether all is sent."""
         try:
-            while self._waiting:
+            while self._waiting and not self._is_given_up:
                 try:
                     self._writer.write(self._waiting[0])
                     self._answers = True

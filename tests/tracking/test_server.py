@@ -253,6 +253,7 @@ def test_a_training_is_not_harmed_and_nothing_is_lost(
     train_model(params, toy_split, project / "models/gpt", project / "reports", open_record)
     assert Project(project, toy_split).digests() == undisturbed
     assert len(list((project / ".gptpipe/outbox").glob("*.jsonl"))) == 1
+    wait_until(lambda: all(thread.name != "tracking" for thread in threading.enumerate()))  # as if its process had ended
     middleman.mood = "helpful"
     for _ in range(10):  # a server at work on what was given up on may refuse the same again
         send_outbox()
