@@ -29,19 +29,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tokenizers
 
-from gptpipe.config import CollectParams, TokenizeParams, load_params
-from gptpipe.corpus.collect import collect
-from gptpipe.corpus.python_docs import python_docs
-from gptpipe.environment import n_workers
-from gptpipe.tokens import encode
-from gptpipe.tokens.contamination import report_contamination
-from gptpipe.tokens.huggingface import to_tokenizer_json
-from gptpipe.tokens.streams import split
-from gptpipe.tokens.tokenizer import PATTERN, Tokenizer, build_tokenizer, train_tokenizer
+from gptpipe.collect.collect import collect
+from gptpipe.collect.params import CollectParams
+from gptpipe.collect.python_text import python_docs
+from gptpipe.formats.hf_tokenizer import to_tokenizer_json
+from gptpipe.formats.tokenizer import PATTERN, Tokenizer
+from gptpipe.params import load_params
+from gptpipe.shell.environment import n_workers
+from gptpipe.split.overlap import report_contamination
+from gptpipe.split.split import split
+from gptpipe.tokenize import encode
+from gptpipe.tokenize.params import TokenizeParams
+from gptpipe.tokenize.tokenizers import build_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 4096
 PARTS: list[list[str]] = []  # of the texts, one for each core
-SPLIT = load_params().split
+SPLIT = load_params().split.fractions
 LOOP, LIMIT = "tiktoken, one process", "tiktoken, all cores, no files"
 STAGE = """
 import sys

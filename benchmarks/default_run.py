@@ -25,11 +25,12 @@ import torch
 import transformers
 
 from benchmarks import machine
-from gptpipe.config import Params, load_params
-from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.splits import Side
-from gptpipe.tokens.streams import open_stream
-from gptpipe.tokens.tokenizer import Tokenizer, named_tokenizer
+from gptpipe.formats.sides import Side
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.params import Params, load_params
+from gptpipe.tokenize.tokenizers import named_tokenizer
+from gptpipe.train.batches import Batches
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("collect", "tokenize", "split", "train", "evaluate")

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from benchmarks import machine
 from benchmarks.default_run import ROOT, copy_project
 from benchmarks.training_speed import HEAD, SHAPES, compare
-from gptpipe.evaluation import charts
+from gptpipe.evaluate import charts
 
 GPT2 = (12, 12, 768, 1024, 16, 50304)  # as nanoGPT has it, its vocabulary a multiple of 64
 PACKAGES = (None, "torch", "transformers", "pandas", "mlflow", "sklearn", "sympy", "scipy", "dvc", "ray")

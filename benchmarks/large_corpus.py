@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from benchmarks import machine
 from benchmarks.default_run import copy_project
-from gptpipe.corpus.python_docs import python_docs
+from gptpipe.collect.python_text import python_docs
 
 STAGES = ("collect", "tokenize", "split")
 

@@ -26,17 +26,17 @@ from unittest import mock
 import torch
 
 from benchmarks import machine
-from gptpipe.config import load_params
-from gptpipe.evaluation.scoring import score
-from gptpipe.files import read_manifest
+from gptpipe.base.files import read_manifest
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.gpt import GPT
-from gptpipe.model.optim import build_optimizers
-from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.streams import open_stream
-from gptpipe.tokens.tokenizer import TOKENIZER, Tokenizer
-from gptpipe.tracking.record import training_run
-from gptpipe.training import loop, session
-from gptpipe.training.checkpoint import Checkpoints
+from gptpipe.params import load_params
+from gptpipe.record.run import training_run
+from gptpipe.score.scoring import score
+from gptpipe.train import loop, session
+from gptpipe.train.batches import Batches
+from gptpipe.train.checkpoint import Checkpoints
+from gptpipe.train.optim import build_optimizers
 
 SPLIT = Path("data/split")
 ROUNDS, STEPS = 5, 20  # of the record: blocks of each kind, and steps of a block

@@ -25,15 +25,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import machine
-from gptpipe.config import load_params
-from gptpipe.evaluation.scoring import score
+from gptpipe.formats.streams import Stream
 from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
-from gptpipe.model.optim import build_optimizers
-from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.streams import Stream
-from gptpipe.training import runtime
-from gptpipe.training.loop import Plan, TrainState, optimizer_step
+from gptpipe.params import load_params
+from gptpipe.score.scoring import score
+from gptpipe.train import runtime
+from gptpipe.train.batches import Batches
+from gptpipe.train.loop import Plan, optimizer_step
+from gptpipe.train.optim import build_optimizers
+from gptpipe.train.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 WANTED = 1.88  # nats per character

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import machine
-from gptpipe.config import ModelParams, load_params
 from gptpipe.model.device import autocast, keep_freed_memory
 from gptpipe.model.gpt import GPT
-from gptpipe.model.optim import build_optimizers
-from gptpipe.training import runtime
-from gptpipe.training.loop import Plan, TrainState, optimizer_step
+from gptpipe.model.params import ModelParams
+from gptpipe.params import load_params
+from gptpipe.train import runtime
+from gptpipe.train.loop import Plan, optimizer_step
+from gptpipe.train.optim import build_optimizers
+from gptpipe.train.state import TrainState
 
 # name: layers, heads, width, context, batch, vocabulary
 SHAPES = {

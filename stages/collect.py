@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from gptpipe.stage import run_stage
+from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.config import load_params
-    from gptpipe.console import say
-    from gptpipe.corpus.collect import collect
+    from gptpipe.collect.collect import collect
+    from gptpipe.params import load_params
+    from gptpipe.shell.console import say
 
     params = load_params()
     counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))

@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-from gptpipe.stage import run_stage
+from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.config import load_params
-    from gptpipe.console import say
-    from gptpipe.environment import project_root
-    from gptpipe.files import check_parent, read_manifest
+    from gptpipe.base.files import check_parent, read_manifest
+    from gptpipe.params import load_params
+    from gptpipe.shell.console import say
+    from gptpipe.shell.environment import project_root
 
     params = load_params()
-    from gptpipe.evaluation.evaluate import evaluate_model  # late: fail on bad parameters before the slow imports
-    from gptpipe.evaluation.report import draw_figures, read_training_reports, write_page
-    from gptpipe.tracking.registry import record_evaluation
-    from gptpipe.tracking.store import read_run_id
-    from gptpipe.training.finished import discard_finished
+    from gptpipe.base.finished import discard_finished
+    from gptpipe.evaluate.evaluate import evaluate_model  # late: fail on bad parameters before the slow imports
+    from gptpipe.evaluate.registry import record_evaluation
+    from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
+    from gptpipe.record.store import read_run_id
 
     raw, split, model, reports = Path("data/raw"), Path("data/split"), Path("models/gpt"), Path("reports")
     run_id = read_run_id(reports / "mlflow_run.json")
@@ -25,7 +25,7 @@ def main() -> None:
     found = evaluate_model(model, split, reports, params.evaluate, params.seed)
     figures = draw_figures(reports, trained)
     page = write_page(reports, trained, params, found.lineage, read_manifest(raw).counts, run_id, figures)
-    champion = record_evaluation(params, found, run_id, page, figures, model)
+    champion = record_evaluation(params, params.evaluate, found, run_id, page, figures, model)
     discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)  # DVC has recorded the training
     for side in ("val", "test"):
         if side in found.results:

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from gptpipe.stage import run_stage
+from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.config import load_params
-    from gptpipe.console import say
-    from gptpipe.files import check_parent
-    from gptpipe.tokens.contamination import report_contamination
-    from gptpipe.tokens.streams import split
+    from gptpipe.base.files import check_parent
+    from gptpipe.params import load_params
+    from gptpipe.shell.console import say
+    from gptpipe.split.overlap import report_contamination
+    from gptpipe.split.split import split
 
     params = load_params()
     check_parent(Path("data/tokens"), Path("data/raw"))

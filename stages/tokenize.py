@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from gptpipe.stage import run_stage
+from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.config import load_params
-    from gptpipe.console import say
-    from gptpipe.tokens.encode import tokenize
+    from gptpipe.params import load_params
+    from gptpipe.shell.console import say
+    from gptpipe.tokenize.encode import tokenize
 
     params = load_params()
-    counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split, params.seed)
+    counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split.fractions, params.seed)
     say(
         f"tokenize: {counts['tokens']:,} tokens of a vocabulary of {counts['vocab_size']:,}, "
         f"{counts['bytes'] / counts['tokens']:.2f} bytes per token",

@@ -3,18 +3,18 @@
 from functools import partial
 from pathlib import Path
 
-from gptpipe.stage import run_stage
+from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.config import load_params
-    from gptpipe.console import console, say
-    from gptpipe.environment import place
+    from gptpipe.params import load_params
+    from gptpipe.shell.console import console, say
+    from gptpipe.shell.environment import place
 
     console.quiet = place().rank > 0  # the others see and say the same
     params = load_params()
-    from gptpipe.tracking.record import training_run  # late: fail on bad parameters before the slow imports
-    from gptpipe.training.session import train_model
+    from gptpipe.record.run import training_run  # late: fail on bad parameters before the slow imports
+    from gptpipe.train.session import train_model
 
     open_record = partial(training_run, params)
     best = train_model(params, Path("data/split"), Path("models/gpt"), Path("reports"), open_record)

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from gptpipe.config import FilterParams, SplitParams, TokenizeParams, load_params
-from gptpipe.tokens.splits import SIDES, Side, sides_of
+from gptpipe.collect.params import FilterParams
+from gptpipe.formats.sides import SIDES, Side, sides_of
+from gptpipe.params import load_params
+from gptpipe.split.params import SplitParams
+from gptpipe.tokenize.params import TokenizeParams
 
 SHIPPED = load_params(Path(__file__).parents[1] / "params.yaml")
 
@@ -22,4 +25,4 @@ def tokenize_params(**changed: Any) -> TokenizeParams:
 
 
 def side_of(document_id: str, params: SplitParams, seed: int) -> Side:
-    return SIDES[int(sides_of([document_id], params, seed)[0])]
+    return SIDES[int(sides_of([document_id], params.fractions, seed)[0])]

@@ -38,7 +38,7 @@ def test_a_run_comes_back_with_its_code_parameters_data_and_model(
     """By the command that its description in MLflow gives, also when the workspace has moved on since."""
     project = tmp_path / "copy"
     shutil.copytree(reproduced, project, symlinks=True)
-    with (project / "gptpipe/errors.py").open("a") as file:
+    with (project / "gptpipe/shell/errors.py").open("a") as file:
         file.write("# a change that is in no commit\n")
     run(project, "dvc", "exp", "run", *how, "-n", "tried", "-S", "train.lr=1e-4")
     with closing(sqlite3.connect(project / "mlflow.db")) as database:
@@ -52,9 +52,9 @@ def test_a_run_comes_back_with_its_code_parameters_data_and_model(
     made = digests(project)
     run(project, "git", "stash", "-q")
     run(project, "dvc", "checkout")
-    run(project, sys.executable, "-m", "gptpipe.cli", "restore", *command)
+    run(project, sys.executable, "-m", "gptpipe.commands.cli", "restore", *command)
     restored = tmp_path / f"copy-{command[0][:8]}"
-    assert (restored / "gptpipe/errors.py").read_text().endswith("# a change that is in no commit\n")
+    assert (restored / "gptpipe/shell/errors.py").read_text().endswith("# a change that is in no commit\n")
     trained = {
         name: digest for name, digest in made.items() if not name.startswith(("reports/eval", "reports/samples"))
     }

@@ -14,15 +14,15 @@ import pytest
 import tiny
 import torch
 
-from gptpipe.config import CollectParams
-from gptpipe.corpus.collect import collect
-from gptpipe.errors import GptpipeError, InputError, IntegrityError
-from gptpipe.evaluation.evaluate import evaluate_model
-from gptpipe.files import FileEntry, read_manifest, sha256_of, write_bytes
-from gptpipe.model.layout import initialise_from
-from gptpipe.tokens.streams import open_stream
-from gptpipe.tokens.tokenizer import Tokenizer
-from gptpipe.training.checkpoint import Checkpoints
+from gptpipe.base.files import FileEntry, read_manifest, sha256_of, write_bytes
+from gptpipe.collect.collect import collect
+from gptpipe.collect.params import CollectParams
+from gptpipe.evaluate.evaluate import evaluate_model
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.model.hf_weights import initialise_from
+from gptpipe.shell.errors import GptpipeError, InputError, IntegrityError
+from gptpipe.train.checkpoint import Checkpoints
 
 
 class Payload:

@@ -36,7 +36,7 @@ def test_every_artefact_names_its_ancestors(reproduced: Path) -> None:
 
 def test_the_doctor_finds_nothing_then_what_was_changed(reproduced: Path, tmp_path: Path) -> None:
     def doctor() -> tuple[int, dict[str, str]]:
-        result = run(project, sys.executable, "-m", "gptpipe.cli", "doctor", check=False)
+        result = run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", check=False)
         return result.returncode, {line[9:21].strip(): line.split()[0] for line in result.stdout.splitlines()}
 
     project = tmp_path / "copy"
@@ -110,10 +110,10 @@ def test_the_doctor_helps_after_a_kill_while_dvc_writes_its_lock(reproduced: Pat
     made, lock = digests(project), (project / "dvc.lock").read_bytes()
     (project / "dvc.lock").write_bytes(b"")
     assert run(project, "dvc", "repro", check=False).returncode != 0
-    result = run(project, sys.executable, "-m", "gptpipe.cli", "doctor", check=False)
+    result = run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (4, False)
     assert "dvc.lock: damaged (it is empty)" in result.stdout
-    run(project, sys.executable, "-m", "gptpipe.cli", "doctor", "--fix")
+    run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", "--fix")
     assert "Running stage 'train'" not in run(project, "dvc", "repro").stdout
     assert digests(project) == made
     assert (project / "dvc.lock").read_bytes() == lock

@@ -12,8 +12,9 @@ import torch
 from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 
-from gptpipe.config import CollectParams, load_params
+from gptpipe.collect.params import CollectParams
 from gptpipe.model.gpt import GPT
+from gptpipe.params import load_params
 
 ROOT = Path(__file__).parents[1]
 

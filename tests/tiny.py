@@ -7,17 +7,19 @@ import numpy as np
 import torch
 from sections import SHIPPED
 
-from gptpipe.config import ModelParams, Params
-from gptpipe.corpus.collect import collect
-from gptpipe.files import FileEntry, Manifest, new_folder
+from gptpipe.base.files import FileEntry, Manifest, new_folder
+from gptpipe.collect.collect import collect
 from gptpipe.model.gpt import GPT
-from gptpipe.model.layout import save_model
-from gptpipe.model.optim import build_optimizers
-from gptpipe.tokens.batches import Batches
-from gptpipe.tokens.encode import tokenize
-from gptpipe.tokens.streams import split
-from gptpipe.tokens.tokenizer import train_tokenizer
-from gptpipe.training.loop import Plan, TrainState, optimizer_step
+from gptpipe.model.hf_weights import save_model
+from gptpipe.model.params import ModelParams
+from gptpipe.params import Params
+from gptpipe.split.split import split
+from gptpipe.tokenize.encode import tokenize
+from gptpipe.tokenize.tokenizers import train_tokenizer
+from gptpipe.train.batches import Batches
+from gptpipe.train.loop import Plan, optimizer_step
+from gptpipe.train.optim import build_optimizers
+from gptpipe.train.state import TrainState
 
 MODEL: dict[str, Any] = {
     "architecture": "qwen3",
@@ -156,7 +158,7 @@ def make_split(folder: Path, n_documents: int = 90) -> Path:
         path.write_text("\n".join(part) + "\n", encoding="utf-8")
     p = params(tuple(map(str, texts)))
     collect(p.collect, folder / "raw")
-    tokenize(folder / "raw", folder / "tokens", p.tokenize, p.split, p.seed)
+    tokenize(folder / "raw", folder / "tokens", p.tokenize, p.split.fractions, p.seed)
     split(folder / "tokens", folder / "split", p.split, p.seed)
     return folder / "split"
 

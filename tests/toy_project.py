@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from gptpipe.config import Params
-from gptpipe.console import console
-from gptpipe.environment import place
-from gptpipe.evaluation.metrics import Figures
-from gptpipe.files import Manifest, sha256_of
+from gptpipe.base.files import Manifest, sha256_of
 from gptpipe.model.gpt import GPT
-from gptpipe.stage import run
-from gptpipe.training.loop import Entry
-from gptpipe.training.session import train_model
+from gptpipe.params import Params
+from gptpipe.score.metrics import Figures
+from gptpipe.shell.console import console
+from gptpipe.shell.environment import place
+from gptpipe.shell.process import run
+from gptpipe.train.session import train_model
+from gptpipe.train.state import Entry
 
 STEADY = ("models/gpt/model.safetensors", "models/gpt/manifest.json", "reports/train.steps.csv",
           "reports/train.validations.csv", "reports/train.json", "reports/train.samples.json")  # fmt: skip
@@ -122,11 +122,11 @@ def _serve_trainings() -> None:
 
     The reader of Parquet files may have started it before, with few imports; it gets this one too from now on.
     """
-    preloaded = ["gptpipe.training.session", "gptpipe.corpus.collect", "torch._dynamo", "torch.distributed.fsdp"]
+    preloaded = ["gptpipe.train.session", "gptpipe.collect.collect", "torch._dynamo", "torch.distributed.fsdp"]
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     forkserver.set_forkserver_preload(preloaded)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # as the reader wants it, see gptpipe/parallel.py
+        patch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # as the reader wants it, see gptpipe/base/parallel.py
         forkserver.ensure_running()
 
 

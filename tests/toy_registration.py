@@ -14,11 +14,11 @@ import sqlalchemy
 from sqlalchemy import event
 from tiny import LINEAGE, make_model
 
-from gptpipe.config import Params
-from gptpipe.evaluation.evaluate import Evaluation
-from gptpipe.files import read_manifest
-from gptpipe.tracking.record import training_run
-from gptpipe.tracking.registry import record_evaluation
+from gptpipe.base.files import read_manifest
+from gptpipe.evaluate.evaluate import Evaluation
+from gptpipe.evaluate.registry import record_evaluation
+from gptpipe.params import Params
+from gptpipe.record.run import training_run
 
 KILLED, STOPPED, ENDED = 99, 98, 0
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from gptpipe.errors import ResourceError
+from gptpipe.shell.errors import ResourceError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 

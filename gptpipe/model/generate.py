@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptpipe.errors import ConfigError, NumericError, ResourceError
 from gptpipe.model.device import available_memory
 from gptpipe.model.gpt import GPT, KVCache
+from gptpipe.shell.errors import ConfigError, NumericError, ResourceError
 
 
 @dataclass(frozen=True, kw_only=True)

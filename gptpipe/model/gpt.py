@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptpipe.config import ModelParams
+from gptpipe.model.params import ModelParams
 
 
 class LinearCrossEntropy(torch.autograd.Function):

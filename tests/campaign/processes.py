@@ -207,7 +207,7 @@ def lock_file(projects: RealProjects, trial: Trial) -> list[str]:
         path = project / "dvc.lock"
         content = path.read_bytes()
         path.write_bytes(content[: int(len(content) * trial["kept"])])
-        run(project, sys.executable, "-m", "gptpipe.cli", "doctor", "--fix", check=False)
+        run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", "--fix", check=False)
         return _until_it_runs(project, ["dvc", "repro"]) + _compare(project, projects.expected)
 
 

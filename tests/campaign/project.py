@@ -48,11 +48,11 @@ def import_modules(names: Iterable[str]) -> None:
 
 def import_pipeline(*, trains: bool) -> None:
     """Import what the stages import at their start, and cut the corpus into more shards than its size would give."""
-    names = ["corpus.collect", "corpus.shards", "tokens.contamination", "tokens.encode", "tokens.streams"]
+    names = ["collect.collect", "collect.batch", "tokenize.encode", "split.overlap", "split.split"]
     if trains:
-        names += ["tracking.record", "training.session", "tracking.registry", "evaluation.report"]
+        names += ["record.run", "train.session", "evaluate.registry", "evaluate.report"]
     import_modules(f"gptpipe.{name}" for name in names)
-    shards: Any = sys.modules["gptpipe.corpus.shards"]
+    shards: Any = sys.modules["gptpipe.collect.batch"]
     shards.SHARD_BYTES = SHARD_BYTES
 
 
@@ -73,7 +73,7 @@ _charts: dict[str, str] = {}  # arguments -> SVG
 
 def remember_charts() -> None:
     """Draw each chart once. Drawing takes most of the time of stage evaluate, and touches no file."""
-    charts: Any = sys.modules["gptpipe.evaluation.charts"]
+    charts: Any = sys.modules["gptpipe.evaluate.charts"]
     for name in ("lines", "bars"):
         setattr(charts, name, _cached_by_arguments(getattr(charts, name)))
 

@@ -12,7 +12,7 @@ from campaign.checks import broken_promises_of_files, leftovers, unsound
 from campaign.damage import WAYS, damage
 from campaign.faults import Counters, Fault, install, read_trace
 from campaign.powercut import MODES, cut_power
-from gptpipe.files import new_folder, write_bytes
+from gptpipe.base.files import new_folder, write_bytes
 
 WRITERS = {
     "as the project does": lambda path: write_bytes(path, b"content"),
@@ -107,7 +107,7 @@ def test_every_operation_is_met_once(root: Path) -> None:
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("how", ["fail", "short"])
 def test_every_operation_can_fail(root: Path, how: str, error: str) -> None:
-    from gptpipe.errors import ResourceError
+    from gptpipe.shell.errors import ResourceError
 
     def act() -> None:
         try:

@@ -80,7 +80,7 @@ class Laboratory:
         for stage in self.stages:
             if stage == "train":
                 project.save("train without a store")
-                _demand(project.call("gptpipe.tracking.store", "connect"))
+                _demand(project.call("gptpipe.record.store", "connect"))
             project.save(stage)
             if stage in ("train", "evaluate"):
                 _demand(project.run(stage, learned=learned))
@@ -220,7 +220,7 @@ def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
     if ended.code or (stage == "evaluate" and "warning" in ended.said):
         return differences + lab.finish(stage, ended.optimizer_steps)
     if stage == "train":  # what waits goes out with the next command that logs
-        sent = lab.project.call("gptpipe.tracking.record", "send_outbox")
+        sent = lab.project.call("gptpipe.record.run", "send_outbox")
         differences += broken_promises_of_an_end(sent, {0})
     # A disk that refuses to remove a temporary folder or a free lock: the next evaluation, or the doctor, removes it.
     refused = {name for name in leftovers(lab.project.path) if name.endswith((".registration.partial", ".lock"))}

@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from gptpipe.errors import GptpipeError
+from gptpipe.shell.errors import GptpipeError
 
 from .mutations import LONGEST, Mutation, mutate
 

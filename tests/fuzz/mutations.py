@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gptpipe.files import seal
+from gptpipe.base.files import seal
 
 Mutation = Callable[[bytes, Random], bytes]
 

@@ -21,12 +21,7 @@ import pyarrow.parquet as pq
 import tiny
 from sections import SHIPPED, filters
 
-from gptpipe.config import CollectParams, load_params
-from gptpipe.corpus.cleaning import clean
-from gptpipe.corpus.sources import read
-from gptpipe.corpus.tables import parquet_rows
-from gptpipe.errors import ConfigError, InputError, IntegrityError
-from gptpipe.files import (
+from gptpipe.base.files import (
     MANIFEST,
     SCHEMA,
     FileEntry,
@@ -38,13 +33,20 @@ from gptpipe.files import (
     sha256_of,
     verify,
 )
-from gptpipe.model.layout import CONFIG, WEIGHTS, load_model, save_model
-from gptpipe.tokens.huggingface import to_tokenizer_json
-from gptpipe.tokens.streams import open_stream
-from gptpipe.tokens.tokenizer import ENCODING, RANKS, Tokenizer, train_tokenizer
-from gptpipe.training.checkpoint import Checkpoints
-from gptpipe.training.loop import VALIDATION_FIGURES
-from gptpipe.training.session import _check_tokenizer
+from gptpipe.collect.cleaning import clean
+from gptpipe.collect.params import CollectParams
+from gptpipe.collect.readers import read
+from gptpipe.collect.tables import parquet_rows
+from gptpipe.formats.hf_tokenizer import to_tokenizer_json
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
+from gptpipe.model.hf_weights import CONFIG, WEIGHTS, load_model, save_model
+from gptpipe.params import load_params
+from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
+from gptpipe.tokenize.tokenizers import train_tokenizer
+from gptpipe.train.checkpoint import Checkpoints
+from gptpipe.train.session import _check_tokenizer
+from gptpipe.train.state import VALIDATION_FIGURES
 
 from . import mutations
 from .engine import Target
@@ -410,7 +412,7 @@ class _Writer:
 
 
 def _outbox(content: bytes) -> None:
-    from gptpipe.tracking import record
+    from gptpipe.record import run as record
 
     record.RunWriter = _Writer  # type: ignore[assignment,misc]
     folder = Path(".gptpipe", "outbox")

@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from gptpipe.errors import ConfigError, NumericError, ResourceError
 from gptpipe.model.generate import Sampling, draw, generate
 from gptpipe.model.gpt import GPT
+from gptpipe.shell.errors import ConfigError, NumericError, ResourceError
 
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
 

@@ -258,10 +258,10 @@ def main(folder: Path) -> None:
     """Run every case and print the results as JSON: exit code and what was printed, of both uses."""
     import tiny
 
-    from gptpipe import cli
-    from gptpipe.files import new_folder
-    from gptpipe.model.layout import initialise_from
-    from gptpipe.stage import run
+    from gptpipe.base.files import new_folder
+    from gptpipe.commands import cli
+    from gptpipe.model.hf_weights import initialise_from
+    from gptpipe.shell.process import run
 
     def observed(work: Callable[[], object]) -> dict[str, Any]:
         errors, code, started = io.StringIO(), 0, time.monotonic()

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sections import split_params
 
-from gptpipe.corpus.collect import collect
-from gptpipe.corpus.dedup import Seen
-from gptpipe.corpus.shards import shard_paths
-from gptpipe.tokens.splits import SIDES, sides_of
+from gptpipe.collect.collect import collect
+from gptpipe.collect.dedup import Seen
+from gptpipe.formats.corpus import shard_paths
+from gptpipe.formats.sides import SIDES, sides_of
 
 IDS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(300)]
 some_ids = st.lists(st.sampled_from(IDS), min_size=1, max_size=60)
@@ -32,10 +32,10 @@ def test_a_side_depends_on_the_document_and_the_seed_alone(
     documents: list[str], random: Random, val: float, test: float, seed: int
 ) -> None:
     params = split_params(val_fraction=val, test_fraction=test)
-    alone = {document: sides_of([document], params, seed)[0] for document in documents}
+    alone = {document: sides_of([document], params.fractions, seed)[0] for document in documents}
     order = [*documents, *IDS[: random.randrange(len(IDS))]]
     random.shuffle(order)
-    together = dict(zip(order, sides_of(order, params, seed), strict=True))
+    together = dict(zip(order, sides_of(order, params.fractions, seed), strict=True))
     assert {document: together[document] for document in documents} == alone
 
 
@@ -44,7 +44,9 @@ def test_a_larger_share_takes_from_train_alone(
     documents: list[str], grows: list[float], other: float, seed: int
 ) -> None:
     for side, name, fixed in (("val", "val_fraction", "test_fraction"), ("test", "test_fraction", "val_fraction")):
-        before, after = (sides_of(documents, split_params(**{name: share, fixed: other}), seed) for share in grows)
+        before, after = (
+            sides_of(documents, split_params(**{name: share, fixed: other}).fractions, seed) for share in grows
+        )
         moves = {(SIDES[one], SIDES[two]) for one, two in zip(before, after, strict=True) if one != two}
         assert moves <= {("train", side)}
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptpipe.errors import IntegrityError
-from gptpipe.files import MANIFEST, new_folder, read_manifest, verify
+from gptpipe.base.files import MANIFEST, new_folder, read_manifest, verify
+from gptpipe.shell.errors import IntegrityError
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=12).filter(
     lambda name: not name.startswith(".") and name != MANIFEST and len(name.encode()) < 100

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptpipe.config import TrainParams
-from gptpipe.tokens.batches import Batches, Permutation
-from gptpipe.training.distributed import share
+from gptpipe.train.batches import Batches, Permutation
+from gptpipe.train.distributed import share
+from gptpipe.train.params import TrainParams
 
 
 @st.composite

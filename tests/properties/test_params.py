@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from gptpipe.config import FilterParams, Params, load_params
-from gptpipe.errors import ConfigError
+from gptpipe.collect.params import FilterParams
+from gptpipe.params import Params, load_params
+from gptpipe.shell.errors import ConfigError
 
 SHIPPED: dict[str, Any] = YAML(typ="safe").load(Path(__file__).parents[2].joinpath("params.yaml").read_bytes())
 # Values near the edges of what the schema allows, and of every type that YAML knows.

@@ -8,10 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sections import SHIPPED, filters
 
-from gptpipe.config import CollectParams
-from gptpipe.corpus.cleaning import clean, cut
-from gptpipe.corpus.document import Rejected
-from gptpipe.tokens.tokenizer import END_OF_TEXT, Tokenizer, named_tokenizer, train_tokenizer
+from gptpipe.collect.batch import Rejected
+from gptpipe.collect.cleaning import clean, cut
+from gptpipe.collect.params import CollectParams
+from gptpipe.formats.tokenizer import END_OF_TEXT, Tokenizer
+from gptpipe.tokenize.tokenizers import named_tokenizer, train_tokenizer
 
 PARAMS = CollectParams.model_validate({**dict(SHIPPED.collect), "filters": filters(), "min_document_bytes": 1})
 # Pieces that cleaning, NFC or a tokenizer's pattern treats in a way of its own.

@@ -1,0 +1,32 @@
+"""The code that decides the result of each stage: one list for everything that must notice when it changes.
+
+dvc.yaml names the same folders (a test compares them), so `dvc repro` reruns what an edit affects. The digest is part
+of the key of an unfinished folder and of the identity of a checkpoint, so other code continues neither. Packages that
+change no result are not listed: `shell`, `record` and `commands`, and `gptpipe/params.py`, whose values DVC compares.
+"""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+STAGE_CODE = {
+    "collect": ("base", "formats", "collect"),
+    "tokenize": ("base", "formats", "tokenize"),
+    "split": ("base", "formats", "collect", "split"),  # benchmarks are read like the sources of collect
+    "train": ("base", "formats", "model", "score", "train"),
+    "evaluate": ("base", "formats", "model", "score", "evaluate"),
+}
+_PACKAGE = Path(__file__).parents[1]
+_SUFFIXES = {".py", ".jinja"}  # not those of editors and compilers; .dvcignore excludes them for DVC
+
+
+@cache
+def code_digest(stage: str) -> str:
+    """SHA-256 of the names and the content of all files that decide the result of a stage, as hex digits."""
+    digest = hashlib.sha256()
+    for folder in STAGE_CODE[stage]:
+        for path in sorted((_PACKAGE / folder).rglob("*")):
+            if path.suffix in _SUFFIXES and not path.name.startswith("."):
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

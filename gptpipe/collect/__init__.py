@@ -1,0 +1,1 @@
+"""Stage collect: text from all sources, cleaned, filtered and deduplicated."""

@@ -1,0 +1,1 @@
+"""What only people call: the `gptpipe` command. No stage depends on it."""

@@ -1,1 +1,0 @@
-"""Text in, clean documents out. Knows neither tokens nor torch."""

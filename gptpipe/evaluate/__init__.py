@@ -1,0 +1,1 @@
+"""Stage evaluate: score, sample, report and register the trained model."""

@@ -1,0 +1,19 @@
+"""Section `evaluate` of params.yaml."""
+
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from gptpipe.base.params import Count, Positive, Section
+
+
+class EvaluateParams(Section):
+    """What is sampled from the trained model."""
+
+    prompts: tuple[str, ...]
+    max_new_tokens: Positive
+    temperature: Annotated[FiniteFloat, Field(ge=0)]
+    top_k: Positive | None
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    continuation_documents: Count
+    continuation_tokens: Positive

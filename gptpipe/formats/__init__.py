@@ -1,0 +1,1 @@
+"""What stages pass to each other: documents, tokenizer, token streams."""

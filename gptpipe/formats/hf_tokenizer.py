@@ -1,0 +1,89 @@
+"""The tokenizer as the Hugging Face ecosystem reads it: tokenizer.json and tokenizer_config.json."""
+
+from pathlib import Path
+from typing import Any
+
+from gptpipe.base.files import write_json
+from gptpipe.formats.tokenizer import Tokenizer, byte_letters
+
+
+def save_tokenizer_json(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
+    """Write both files; `tokenizers` then gives the ids that tiktoken gives."""
+    write_json(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
+    end = tokenizer.encoding.decode([tokenizer.end_of_text])
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+    }
+    write_json(folder / "tokenizer_config.json", description)
+
+
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Byte-level BPE in the form of `tokenizers`: tokens as text, with a printable character for each byte."""
+    letters = byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in tokenizer.ranks.items()}
+    merges = [[spell(left), spell(right)] for left, right in merges_of(tokenizer.ranks)]
+    special = [
+        {
+            "id": i,
+            "content": text,
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for text, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    ]
+    # In their regular expressions `$` also matches before a line feed; tiktoken's means the very end.
+    pattern = tokenizer.pattern.replace("$", r"\z")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    to_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_letters]},
+        "post_processor": None,
+        "decoder": to_letters,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a piece that is a token is that token, as in tiktoken
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that each longer token was merged from, in the order of ranks."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = _encode(token, ranks, below=rank)
+            if len(parts) == 2:
+                merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _encode(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
+    """Byte pair encoding of a piece with the merges of a lower rank only."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while True:
+        candidates = [(ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1)]
+        rank, i = min(candidates, default=(below, 0))
+        if rank >= below:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]

@@ -1,0 +1,60 @@
+"""Section `model` of params.yaml."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from gptpipe.base.params import Positive, PositiveFloat, Section, Share
+
+
+class ModelParams(Section):
+    """The network, but for its vocabulary, which the tokenizer decides."""
+
+    architecture: Literal["gpt2", "llama", "qwen3"]
+    context_length: Annotated[int, Field(ge=2)]
+    n_layer: Positive
+    n_head: Positive
+    n_kv_head: Positive
+    n_embd: Positive
+    head_dim: Positive | None
+    n_inner: Positive
+    dropout: Share
+    rope_theta: PositiveFloat
+    norm_eps: PositiveFloat
+    tie_embeddings: bool
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @field_validator("n_kv_head")
+    @classmethod
+    def _divides_query_heads(cls, n_kv_head: int, info: ValidationInfo) -> int:
+        n_head = info.data.get("n_head", n_kv_head)
+        if n_head % n_kv_head:
+            raise ValueError(f"must divide n_head {n_head}")
+        if info.data.get("architecture") == "gpt2" and n_kv_head != n_head:
+            raise ValueError(f"gpt2 has one key and value head per query head: set it to {n_head}")
+        return n_kv_head
+
+    @field_validator("head_dim")
+    @classmethod
+    def _fits_the_width(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
+        n_head, n_embd = info.data.get("n_head"), info.data.get("n_embd")
+        if n_head is None or n_embd is None:
+            return head_dim
+        if head_dim is None and n_embd % n_head:
+            raise ValueError(f"n_head {n_head} must divide n_embd {n_embd} where head_dim is null")
+        if info.data.get("architecture") == "gpt2":
+            if head_dim not in (None, n_embd / n_head):
+                raise ValueError("gpt2 has heads of n_embd / n_head numbers: set it to null")
+        elif (head_dim or n_embd // n_head) % 2:
+            raise ValueError(f"rotary positions need an even head width, it is {head_dim or n_embd // n_head}")
+        return head_dim
+
+    @field_validator("tie_embeddings")
+    @classmethod
+    def _is_tied_in_gpt2(cls, tie_embeddings: bool, info: ValidationInfo) -> bool:
+        if info.data.get("architecture") == "gpt2" and not tie_embeddings:
+            raise ValueError("gpt2 has one matrix for input and output: set it to true")
+        return tie_embeddings

@@ -1,0 +1,27 @@
+"""params.yaml as one frozen object. Each section is declared beside the code of its stage.
+
+No stage depends on this file: DVC compares the values themselves.
+"""
+
+from pathlib import Path
+
+from gptpipe.base.params import PARAMS, read_params
+from gptpipe.collect.params import CollectParams
+from gptpipe.evaluate.params import EvaluateParams
+from gptpipe.split.params import SplitParams
+from gptpipe.tokenize.params import TokenizeParams
+from gptpipe.train.params import RunParams
+
+
+class Params(RunParams):
+    """All of params.yaml."""
+
+    collect: CollectParams
+    tokenize: TokenizeParams
+    split: SplitParams
+    evaluate: EvaluateParams
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check params.yaml. Raises ConfigError that lists every fault, one per line."""
+    return read_params(path, Params)

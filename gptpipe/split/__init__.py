@@ -1,0 +1,1 @@
+"""Stage split: whole documents to train, val and test, and how far they overlap."""

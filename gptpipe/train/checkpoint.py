@@ -1,0 +1,353 @@
+"""Resumable training state on disk, in `.gptpipe/checkpoints/<key>/`, outside DVC.
+
+    run.json                 the name of the training's run in the tracking store, chosen before the first step
+    best-00000400/           weights of the best model so far, by validation loss
+    step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
+                             with its step and time) and state.json (everything else)
+    finished.json            the training is finished; see finished.py
+
+Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one is
+removed only after the newer one has been read back. A folder appears and disappears under its name in one operation.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from gptpipe.base.files import (
+    first_fault,
+    new_folder,
+    read_json,
+    seal,
+    to_json,
+    unseal,
+    verify,
+    write_bytes,
+    write_json,
+)
+from gptpipe.model.device import shard_like, whole
+from gptpipe.model.gpt import GPT
+from gptpipe.model.hf_weights import WEIGHTS, read_header
+from gptpipe.shell.console import complain
+from gptpipe.shell.environment import place
+from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
+from gptpipe.shell.locks import disk_errors, sync_folder
+from gptpipe.train.optim import Muon
+from gptpipe.train.state import VALIDATION_FIGURES, Entry, Sample, TrainState, Validation
+
+_KEPT = 2
+_STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"
+_MAX_STATE_BYTES = 1 << 28  # the history has 150 bytes for each validation
+_OF_A_STEP = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that are read again
+_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_FIGURES}
+_OPTIMIZER_TENSORS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+}
+_Step = Annotated[int, Field(ge=0, lt=2**40)]
+# Whole numbers stay whole, so that a journal that is read and saved again has the same bytes.
+_ENTRY: TypeAdapter[Entry] = TypeAdapter(tuple[int, int, dict[str, int | FiniteFloat]])
+
+
+def run_key(determinants: dict[str, Any]) -> str:
+    """Name of the checkpoint folder: a digest of all that determines the run."""
+    return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
+
+
+class Checkpoints:
+    """Saves and restores the state of one training in a folder that the caller has locked."""
+
+    def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
+        self.folder, self.environment = folder, environment
+        self.inexact: list[str] = []  # where the training went on in another environment, and what differed
+
+    def run_name(self) -> str:
+        """What this training calls its run: the same name after a kill, also before the first checkpoint."""
+        path = self.folder / _RUN
+        with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
+            return str(unseal(path.read_bytes())["name"])
+        name = uuid.uuid4().hex
+        write_bytes(path, seal({"name": name}))
+        return name
+
+    def save(self, state: TrainState, notes: dict[str, Any]) -> None:
+        """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
+        target, tensors = self.folder / _folder_name(state.step), _tensors(state)
+        if place().rank > 0:
+            return
+        with new_folder(target, {}) as new:
+            write_bytes(new.path / _TENSORS, save(tensors))
+            write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
+            content = {
+                "step": state.step,
+                "best_step": state.best.step if state.best else None,
+                "history": [asdict(validation) for validation in state.history],
+                "samples": state.samples,
+                "skipped": state.skipped,
+                "micro_batch_size": state.micro_batch_size,
+                "environment": self.environment,
+                "inexact": self.inexact,
+                "notes": notes,
+            }
+            write_json(new.path / _STATE, content)
+        verify(target)
+        self._drop_old()
+
+    def restore(self, state: TrainState, *, allow_inexact: bool) -> dict[str, Any] | None:
+        """Load the newest sound checkpoint into `state` and return its notes; None where there never was one.
+
+        Falls back to the one before with a warning. Raises IntegrityError where none is sound, ResourceError where
+        this environment could not go on bit for bit, unless `allow_inexact`.
+        """
+        for left_by_a_kill in self.folder.glob(".*.partial/") if place().rank == 0 else ():
+            with disk_errors(left_by_a_kill):
+                shutil.rmtree(left_by_a_kill)
+        for free_lock in self.folder.glob(".*.lock") if place().rank == 0 else ():  # this training holds the folder's
+            with disk_errors(free_lock):
+                free_lock.unlink()
+        candidates = sorted(self.folder.glob("step-*/"), reverse=True)
+        for i, candidate in enumerate(candidates):
+            try:
+                saved = self._read(candidate, state)
+            except IntegrityError as error:
+                complain(f"warning: {str(error).split(';')[0]}; trying the checkpoint before")
+                continue
+            self._check_environment(saved.content, allow_inexact)
+            saved.copy_to(state)
+            for unsound in candidates[:i] if place().rank == 0 else ():
+                _discard(unsound)
+            return saved.content.notes
+        if candidates:
+            raise IntegrityError(f"{self.folder}: no checkpoint is sound; remove the folder to train from the start")
+        return None
+
+    def _read(self, folder: Path, state: TrainState) -> "_Saved":
+        """A checkpoint of the training that `state` belongs to, checked in full. Raises IntegrityError."""
+        verify(folder)
+        path = folder / _STATE
+        try:
+            content = read_json(path, _Content, _MAX_STATE_BYTES)
+            path = folder / _JOURNAL
+            journal = [_entry(line) for line in path.read_bytes().splitlines()]
+            path = folder / _TENSORS
+            tensors = load(path.read_bytes())
+            path = folder
+            _check_content(content, journal, folder.name)
+            _check_tensors(tensors, state)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise IntegrityError(f"{path}: not what a training saves: {first_line(error):.200}; remove it") from error
+        if content.best_step is not None:
+            self._check_best(content.best_step, state.model)
+        return _Saved(content, journal, tensors)
+
+    def _check_best(self, step: int, model: GPT) -> None:
+        """Raises IntegrityError unless the best weights are there and fit the model."""
+        folder = self._best_folder(step)
+        verify(folder)
+        try:
+            found = {name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; remove it") from error
+        if found != {name: ("F32", tuple(p.shape)) for name, p in model.named_parameters()}:
+            raise IntegrityError(f"{folder}: weights of another model; remove it")
+
+    def save_best(self, model: GPT, step: int) -> None:
+        """Keep the present weights as the best ones, validated at `step`."""
+        with new_folder(self._best_folder(step), {}) as new:
+            weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
+            write_bytes(new.path / WEIGHTS, save(weights))
+        verify(self._best_folder(step))
+
+    def load_best(self, step: int) -> dict[str, Tensor]:
+        """Weights of the best model by our parameter names. Raises IntegrityError."""
+        folder = self._best_folder(step)
+        verify(folder)
+        try:
+            return load((folder / WEIGHTS).read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; train again") from error
+
+    def _best_folder(self, step: int) -> Path:
+        return self.folder / f"best-{step:08d}"
+
+    def _drop_old(self) -> None:
+        steps = sorted(self.folder.glob("step-*/"))
+        for old in steps[:-_KEPT]:
+            _discard(old)
+        try:
+            kept = [read_json(step / _STATE, _Content, _MAX_STATE_BYTES) for step in steps[-_KEPT:]]
+        except (OSError, ValueError):  # damaged since it was written: a resume will fall back, and remove it
+            return
+        needed = {self._best_folder(content.best_step) for content in kept if content.best_step is not None}
+        for best in sorted(self.folder.glob("best-*")):
+            if best not in needed:
+                _discard(best)
+
+    def _check_environment(self, content: "_Content", allow_inexact: bool) -> None:
+        """Raises ResourceError in another environment, unless `allow_inexact`; then its differences are noted."""
+        saved = content.environment
+        different = [
+            f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
+            for key in sorted(saved.keys() | self.environment.keys())
+            if saved.get(key) != self.environment.get(key)
+        ]
+        if different and not allow_inexact:
+            raise ResourceError(
+                f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. Set GPTPIPE_ALLOW_INEXACT=1 "
+                "to resume all the same, or remove the folder to train from the start"
+            )
+        self.inexact = [*content.inexact]
+        if different:
+            complain(f"warning: resuming in another environment, not bit for bit: {'; '.join(different)}")
+            self.inexact.append(f"after step {content.step}: {', '.join(different)}")
+
+
+class _Content(BaseModel):
+    """state.json. A key that it does not know does no harm."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    step: _Step
+    best_step: _Step | None
+    history: list[Validation]
+    skipped: _Step
+    micro_batch_size: Annotated[int, Field(ge=1, lt=2**40)]
+    environment: dict[str, str | int | bool]
+    samples: list[Sample] = []  # an earlier version did not save them
+    inexact: list[str] = []  # an earlier version did not save it
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint in memory, known to be sound."""
+
+    content: _Content
+    journal: list[Entry]
+    tensors: dict[str, Tensor]
+
+    def copy_to(self, state: TrainState) -> None:
+        _load_tensors(state, self.tensors)
+        state.step, state.skipped = self.content.step, self.content.skipped
+        state.micro_batch_size = self.content.micro_batch_size
+        state.history, state.samples = [*self.content.history], [*self.content.samples]
+        state.journal = [*self.journal]
+        state.steps = [(m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m]
+
+
+def _entry(line: bytes) -> Entry:
+    """A line of the journal. Raises ValueError."""
+    try:
+        return _ENTRY.validate_json(line, strict=True)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from error
+
+
+def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
+    """Raises ValueError unless the parts of a checkpoint agree with each other and with the name of its folder."""
+    if name != _folder_name(content.step):
+        raise ValueError(f"it is of step {content.step}")
+    validated = [validation.step for validation in content.history]
+    losses = [(validation.step, validation.val_loss) for validation in content.history]
+    if any(later <= earlier for earlier, later in pairwise([-1, *validated])) or content.step < max(
+        validated, default=0
+    ):
+        raise ValueError("its validations are out of order")
+    best = min(content.history, key=lambda validation: validation.val_loss, default=None)
+    if content.best_step != (best.step if best else None):
+        raise ValueError(f"the best of its validations is not of step {content.best_step}")
+    if losses != [(step, metrics["val/loss"]) for step, _, metrics in journal if "val/loss" in metrics]:
+        raise ValueError(f"{_JOURNAL} has other validations")
+    if any(not metrics.keys() >= _OF_A_VALIDATION for _, _, metrics in journal if "val/loss" in metrics):
+        raise ValueError(f"{_JOURNAL} lacks metrics of a validation")
+    if any(not metrics.keys() >= _OF_A_STEP for _, _, metrics in journal if "train/loss" in metrics):
+        raise ValueError(f"{_JOURNAL} lacks metrics of a step")
+    if any(not 0 <= step <= content.step for step, _, _ in journal):
+        raise ValueError(f"{_JOURNAL} has steps beyond {content.step}")
+
+
+def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
+    """Raises ValueError unless the tensors are those that `_tensors` makes of this training, each in shape and type."""
+    optimizers = {
+        parameter: optimizer
+        for optimizer in state.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    wanted: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    has_optimizer_state = any(name.startswith("optimizer.") for name in tensors)  # nothing before the first step
+    for name, parameter in state.model.named_parameters():
+        wanted[f"model.{name}"] = (parameter.shape, parameter.dtype)
+        if has_optimizer_state:
+            for key in _OPTIMIZER_TENSORS[type(optimizers[parameter])]:
+                shape = torch.Size() if key == "step" else parameter.shape
+                wanted[f"optimizer.{name}.{key}"] = (shape, parameter.dtype)
+    generators = {"generator.cpu": torch.get_rng_state()}
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        generators["generator.cuda"] = torch.cuda.get_rng_state()
+    wanted |= {name: (generator.shape, generator.dtype) for name, generator in generators.items()}
+    for name in sorted(wanted.keys() | tensors.keys() - {"generator.cuda"}):
+        if name not in tensors:
+            raise ValueError(f"{_TENSORS} lacks {name}")
+        if name not in wanted:
+            raise ValueError(f"{_TENSORS} has {name!r:.100}, which is unknown")
+        found = (tensors[name].shape, tensors[name].dtype)
+        if found != wanted[name]:
+            raise ValueError(f"{_TENSORS}: {name} is {found[1]} of shape {tuple(found[0])}")
+    try:
+        torch.Generator().set_state(tensors["generator.cpu"])
+    except RuntimeError as error:
+        raise ValueError(f"{_TENSORS}: generator.cpu is no state of a generator") from error
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; killed in between, it is gone under its name all the same."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    with disk_errors(folder):
+        folder.rename(doomed)
+        sync_folder(doomed.parent)
+        shutil.rmtree(doomed)
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        tensors[f"model.{name}"] = whole(parameter.detach()).cpu()
+        for optimizer in state.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = whole(value).cpu()
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+@torch.no_grad()
+def _load_tensors(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    groups = [(optimizer, group) for optimizer in state.optimizers for group in optimizer.param_groups]
+    updates = {parameter: optimizer for optimizer, group in groups for parameter in group["params"]}
+    for name, parameter in state.model.named_parameters():
+        parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
+        prefix = f"optimizer.{name}."
+        saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        updates[parameter].state[parameter] = {key: shard_like(value, parameter) for key, value in saved.items()}
+    torch.set_rng_state(tensors["generator.cpu"])
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["generator.cuda"])

@@ -1,0 +1,61 @@
+"""What a training starts from: the verified split, the windows to learn from, and what it computes on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptpipe.base.files import Manifest
+from gptpipe.formats.streams import Stream, open_stream, verify_split
+from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.model.device import keep_freed_memory
+from gptpipe.model.gpt import GPT
+from gptpipe.shell.errors import ConfigError, InputError
+from gptpipe.train import runtime
+from gptpipe.train.batches import Batches
+from gptpipe.train.params import RunParams
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that is fixed before the first weights are drawn."""
+
+    made_from: Manifest
+    tokenizer: Tokenizer
+    train: Stream
+    val: Stream
+    batches: Batches
+    n_steps: int
+    where: runtime.Runtime
+
+
+def start(params: RunParams, split: Path) -> Start:
+    """Look at the split and at the machine; torch computes deterministically from here on.
+
+    Raises IntegrityError, InputError for too few tokens, ConfigError for what does not fit the data or the machine.
+    """
+    section = params.train
+    runtime.be_deterministic()
+    keep_freed_memory()
+    made_from = verify_split(split)
+    tokenizer = Tokenizer.load(split / TOKENIZER)
+    train = open_stream(split, "train", tokenizer.vocab_size)
+    val = open_stream(split, "val", tokenizer.vocab_size)
+    if len(val.tokens) < 2:
+        raise InputError("train: the validation split is empty; raise split.val_fraction or add documents")
+    batches = Batches(
+        train.tokens,
+        context_length=params.model.context_length,
+        stride=section.stride,
+        batch_size=section.batch_size,
+        seed=params.seed,
+    )
+    n_steps = section.n_steps(batches.n_windows)
+    if section.warmup_steps >= n_steps:
+        raise ConfigError(
+            f"train.warmup_steps {section.warmup_steps} must be below the {n_steps} steps of train.epochs"
+        )
+    with torch.device("meta"):
+        flops_per_token = GPT(params.model, tokenizer.vocab_size).flops_per_token()
+    flops = flops_per_token * n_steps * section.batch_size * params.model.context_length
+    return Start(made_from, tokenizer, train, val, batches, n_steps, runtime.resolve(section, flops, params.model))

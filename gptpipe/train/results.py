@@ -1,0 +1,98 @@
+"""What a finished training leaves: the model folder with its card, the curves and a summary."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gptpipe.base.files import Manifest, new_folder, to_json, write_bytes
+from gptpipe.base.markdown import render
+from gptpipe.formats.hf_tokenizer import save_tokenizer_json
+from gptpipe.model.hf_weights import save_model
+from gptpipe.shell.errors import one_line
+from gptpipe.train.checkpoint import Checkpoints
+from gptpipe.train.inputs import Start
+from gptpipe.train.params import RunParams
+from gptpipe.train.red_flags import red_flags
+from gptpipe.train.state import VALIDATION_FIGURES, Sample, TrainState
+
+
+def write_model(
+    target: Path,
+    params: RunParams,
+    begin: Start,
+    checkpoints: Checkpoints,
+    summary: dict[str, Any],
+    reports: dict[str, str],
+) -> None:
+    """The best model so far in Hugging Face layout, whole or not at all.
+
+    Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
+    """
+    tokenizer, made = begin.tokenizer, begin.made_from
+    with new_folder(target, made.lineage("split")) as folder:
+        weights = checkpoints.load_best(summary["best_step"])
+        save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
+        tokenizer.save(folder.path)
+        save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
+        write_bytes(folder.path / "README.md", _card(params, summary, made).encode())
+        folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+        folder.counts["reports"] = reports
+
+
+def _card(params: RunParams, summary: dict[str, Any], made: Manifest) -> str:
+    """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
+    origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
+    ancestors = [(one_line(name), digest) for name, digest in sorted(made.lineage("split").items())]
+    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
+    return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
+
+
+def samples_table(samples: list[Sample]) -> bytes:
+    """The samples of a training as the JSON that MLflow shows as a table."""
+    return to_json({"columns": ["step", "prompt", "continuation"], "data": samples})
+
+
+def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> dict[str, str]:
+    """Write the summary, the samples, and the curves of steps and validations; returns their names and SHA-256."""
+    contents = {
+        "train.json": to_json(summary),
+        "train.samples.json": samples_table(state.samples),
+        "train.steps.csv": _steps(state).to_csv(index=False).encode(),
+        "train.validations.csv": _validations(state).to_csv(index=False).encode(),
+    }
+    for name, content in contents.items():
+        write_bytes(reports / name, content)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
+    """What reports/train.json holds; with `inexact`, where the training went on in another environment."""
+    best = state.best
+    assert best is not None  # the loop validates at step 0
+    found = next(metrics for step, _, metrics in state.journal if step == best.step and "val/loss" in metrics)
+    return {
+        "best_step": best.step,
+        "steps": state.step,
+        "tokens": state.step * params.train.batch_size * params.model.context_length,
+        "parameters": state.model.n_parameters(),
+        "val": {name.removeprefix("val/"): value for name, value in found.items()},
+        "red_flags": red_flags(state.history, n_steps),
+        **({"resumed_inexactly": inexact} if inexact else {}),
+    }
+
+
+def _steps(state: TrainState) -> pd.DataFrame:
+    names = ("loss", "grad_norm", "lr")
+    rows = [(step, *(metrics[f"train/{name}"] for name in names))
+            for step, _, metrics in state.journal if "train/loss" in metrics]  # fmt: skip
+    return pd.DataFrame(rows, columns=["step", *names])
+
+
+def _validations(state: TrainState) -> pd.DataFrame:
+    """Each validation, with the mean training loss since the one before."""
+    found = (metrics for _, _, metrics in state.journal if "val/loss" in metrics)
+    rows = [(validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_FIGURES))
+            for validation, metrics in zip(state.history, found, strict=True)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_FIGURES[1:]])

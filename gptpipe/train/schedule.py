@@ -1,0 +1,27 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+
+from gptpipe.train.params import TrainParams
+
+
+def learning_rate(step: int, n_steps: int, params: TrainParams) -> float:
+    """Learning rate of a step, counted from 0.
+
+    Linear warm-up to `lr` over `warmup_steps`; then to `lr * final_lr_fraction` at the end: along half a cosine
+    (Loshchilov and Hutter, 2017, arXiv:1608.03983), linearly, or (wsd: warm-up, stable, decay; Hu et al., 2024,
+    arXiv:2404.06395) constant but for a linear fall over the last `decay_fraction` of the steps.
+    """
+    if step < params.warmup_steps:
+        return params.lr * (step + 1) / params.warmup_steps
+    progress = (step - params.warmup_steps) / max(1, n_steps - params.warmup_steps)  # 0 after warm-up, below 1
+    match params.schedule:
+        case "constant":
+            return params.lr
+        case "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            height = 1 - progress
+        case "wsd":
+            height = min(1.0, (n_steps - step) / (params.decay_fraction * n_steps))
+    return params.lr * (params.final_lr_fraction + (1 - params.final_lr_fraction) * height)

@@ -1,1 +1,0 @@
-"""Advances a model from its first step to its last. Knows no MLflow."""

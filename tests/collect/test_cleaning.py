@@ -1,0 +1,154 @@
+"""Cleaning and cutting of single texts."""
+
+import random
+import unicodedata
+from collections.abc import Callable
+
+import pytest
+
+from gptpipe.collect import cleaning
+from gptpipe.collect.cleaning import Rejected, cut
+from gptpipe.collect.params import CollectParams
+
+MakeParams = Callable[..., CollectParams]
+
+
+def clean(text: str, params: CollectParams) -> str | Rejected:
+    """One text alone."""
+    (result,) = cleaning.clean([text], params)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("raw", "cleaned"),
+    [
+        ("plain text", "plain text"),
+        ("\ufeffwith a byte order mark", "with a byte order mark"),
+        ("one\r\ntwo\rthree\n", "one\ntwo\nthree"),
+        ("space  \t\nat line ends \n", "space\nat line ends"),
+        ("\n\n\nlines around\n\n", "lines around"),
+        ("  indented\n    twice", "  indented\n    twice"),
+        ("a\x00b\x07c\x7fd\x85e\tf", "abcde\tf"),
+        ("e\u0301", "é"),
+        ("e\x00\u0301", "é"),  # composed after the control character is gone
+        ("inside\ufeff stays", "inside\ufeff stays"),
+        ("<|endoftext|> is text", "<|endoftext|> is text"),
+        ("a" + " " * 5000 + "b", "a" + " " * 1000 + "b"),
+        ("a" + "\n" * 5000 + "b", "a" + "\n" * 1000 + "b"),
+        ("a" + " " * 1000 + "b", "a" + " " * 1000 + "b"),
+    ],
+)
+def test_clean(collect_params, raw: str, cleaned: str) -> None:
+    params = collect_params({"kind": "python-docs"})
+    assert clean(raw, params) == cleaned
+    assert clean(cleaned, params) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("", "empty"),
+        ("\ufeff", "empty"),
+        (" \r\n\t\u00a0\n", "empty"),
+        ("\x00\x01", "empty"),
+        ("lone \ud800 surrogate", "lone_surrogates"),
+        ("seven b", "too_short"),
+        ("äöü", "too_short"),  # six bytes
+    ],
+)
+def test_rejected(collect_params, raw: str, reason: str) -> None:
+    result = clean(raw, collect_params({"kind": "python-docs"}, min_document_bytes=8))
+    assert isinstance(result, Rejected)
+    assert result.reason == reason
+
+
+def test_the_shortest_document_is_measured_in_bytes(collect_params) -> None:
+    assert clean("äöüß", collect_params({"kind": "python-docs"}, min_document_bytes=8)) == "äöüß"
+
+
+def test_cleaning_takes_linear_time(collect_params) -> None:
+    """A run of a million spaces before a letter once took a regular expression hours."""
+    params = collect_params({"kind": "python-docs"})
+    assert len(clean(" " * 1_000_000 + "a", params)) == 1001
+    assert len(clean((" " * 900 + "a") * 1000, params)) == 901_000
+
+
+def test_cleaning_twice_changes_nothing(collect_params) -> None:
+    params = collect_params({"kind": "python-docs"})
+    random_ = random.Random(0)
+    letters = "ab \t\n\r\x00\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600"
+    for _ in range(2000):
+        once = clean("".join(random_.choices(letters, k=12)), params)
+        if isinstance(once, Rejected):
+            continue
+        assert unicodedata.is_normalized("NFC", once)
+        if not once.startswith("\ufeff"):  # of several marks the first goes
+            assert clean(once, params) == once
+
+
+def test_a_short_text_is_one_piece() -> None:
+    assert cut("a" * 64, 64) == ["a" * 64]
+    assert cut("", 64) == []
+
+
+def test_pieces_end_on_character_boundaries() -> None:
+    assert cut("€" * 50, 64) == ["€" * 21, "€" * 21, "€" * 8]  # 3 bytes each, 63 of 64 used
+    assert cut("\U0001f600" * 33, 64) == ["\U0001f600" * 16, "\U0001f600" * 16, "\U0001f600"]
+
+
+def test_pieces_end_after_a_line_in_their_last_half() -> None:
+    assert cut("a" * 40 + "\n" + "b" * 60, 64) == ["a" * 40 + "\n", "b" * 60]
+    assert cut("a" * 10 + "\n" + "b" * 60, 64) == ["a" * 10 + "\n" + "b" * 53, "b" * 7]
+
+
+def test_pieces_are_the_text_each_within_the_limit() -> None:
+    random_ = random.Random(0)
+    for _ in range(300):
+        text = "".join(random_.choices("ab\n\u00e9\u20ac\U0001f600\ud800", k=random_.randrange(400)))
+        pieces = cut(text, 64)
+        assert "".join(pieces) == text
+        assert all(0 < len(piece.encode(errors="surrogatepass")) <= 64 for piece in pieces)
+
+
+def test_nothing_but_surrogates_is_cut_too() -> None:
+    """Dropping what has no UTF-8 form once made an empty piece, and no end."""
+    assert cut("\ud800" * 100, 64) == ["\ud800" * 21] * 4 + ["\ud800" * 16]
+
+
+def test_a_thousand_white_characters_are_the_most_wherever_they_lie(collect_params: MakeParams) -> None:
+    params = collect_params({"kind": "python-docs"})
+    for n in range(901, 1002):
+        assert clean("a" * n + " " * 1001 + "b", params) == "a" * n + " " * 1000 + "b"
+
+
+def test_a_thousand_combining_marks_are_the_most(collect_params: MakeParams) -> None:
+    """A hundred thousand in a row take NFC ten seconds, a million would take a quarter of an hour."""
+    some, many = "\u0316\u0303", "\u0316\u0300" * 50_000
+    cleaned = clean(f"a{some}b e{many}f", collect_params({"kind": "python-docs"}))
+    assert cleaned == "\u00e3\u0316b \u00e8" + "\u0316" * 500 + "\u0300" * 499 + "f"  # in the order of NFC
+
+
+def test_no_control_character_stays_whatever_else_is_there(collect_params: MakeParams) -> None:
+    params = collect_params({"kind": "python-docs"})
+    for n, end in ((128, ""), (160, "é")):
+        raw = "x".join(map(chr, range(n)))
+        kept = [
+            char if char in "\t\n" or char.isprintable() else "\n" if char == "\r" else ""
+            for char in map(chr, range(n))
+        ]
+        assert clean(f"a{raw}{end}", params) == f"a{'x'.join(kept)}{end}"
+
+
+def test_texts_do_not_touch_each_other(collect_params: MakeParams) -> None:
+    """Cleaned together they become what each becomes alone, whatever stands at their ends."""
+    params = collect_params({"kind": "python-docs"}, min_document_bytes=3)
+    random_ = random.Random(0)
+    letters = "ab \t\n\r\x00\x01\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600\u00a0"
+    for alphabet in (letters, letters.replace("\x00", ""), "ab \t\n\r\x07", letters + "\ud800"):
+        texts = ["".join(random_.choices(alphabet, k=random_.randrange(8))) for _ in range(2000)]
+        mixed = [Rejected("binary"), *texts, Rejected("no_text")]
+        together = cleaning.clean(mixed, params)
+        assert [together[0], together[-1]] == [mixed[0], mixed[-1]]
+        alone = [cleaning.clean([text], params)[0] for text in texts]
+        assert list(map(repr, together[1:-1])) == list(map(repr, alone))
+        assert sum(isinstance(text, str) for text in alone) > 200

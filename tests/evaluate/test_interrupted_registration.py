@@ -1,0 +1,65 @@
+"""A registration that is killed or stopped at any write, then repeated: one run, one logged model, one version."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import make_model
+from toy_registration import ENDED, Registration, evaluate, in_a_child
+
+from gptpipe.params import Params
+
+pytestmark = pytest.mark.usefixtures("project")
+
+SAMPLES = (0.3, 0.6, 0.9)  # positions among all writes that the quick test takes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries(tmp_path_factory: pytest.TempPathFactory, fresh_store: Path, shipped: Params) -> None:
+    """Register a model here once, so that MLflow has loaded what it needs, and forked processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        project = tmp_path_factory.mktemp("warm")
+        shutil.copy(fresh_store, project / "mlflow.db")
+        patch.chdir(project)
+        patch.setenv("DVC_ROOT", str(project))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert "first champion" in evaluate(shipped, make_model(project / "models/gpt"), None, 2.0)
+
+
+def n_writes(registration: Registration) -> int:
+    """The number of writes of an undisturbed registration, which can be repeated without a change."""
+    code, n = in_a_child(registration.act)
+    assert code == ENDED
+    registration.check()
+    assert in_a_child(registration.act)[0] == ENDED
+    registration.check()
+    return n
+
+
+@pytest.fixture
+def registration(project: Path, params: Params, is_known: bool) -> Iterator[Registration]:
+    yield Registration(project, params, is_known=is_known)
+    shutil.rmtree(project.with_name("kept"))
+
+
+@pytest.mark.parametrize(("is_known", "fault"), [(True, "stop"), (False, "kill")])
+def test_a_registration_that_ends_at_some_write_is_completed_by_the_next(
+    registration: Registration, fault: str
+) -> None:
+    n = n_writes(registration)
+    assert n > 100
+    for position in SAMPLES:
+        registration.try_fault(fault, int(position * n))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("GPTPIPE_TEST_STRIDE" not in os.environ, reason="takes an hour: set GPTPIPE_TEST_STRIDE to 1")
+@pytest.mark.parametrize("is_known", [True, False], ids=["known run", "fresh clone"])
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_a_registration_that_ends_at_any_write_is_completed_by_the_next(registration: Registration, fault: str) -> None:
+    """GPTPIPE_TEST_STRIDE=5 takes every fifth write, 1 all of them."""
+    stride = int(os.environ.get("GPTPIPE_TEST_STRIDE", "1"))
+    for at in range(0, n_writes(registration), stride):
+        registration.try_fault(fault, at)

@@ -1,0 +1,123 @@
+"""reports/report.html of a toy run: what stands on it, and how a browser shows it on a phone and in the dark."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from browser import browser  # noqa: F401  (a fixture)
+from markdown_it import MarkdownIt
+from toy_project import Project
+
+from gptpipe.base.files import read_manifest
+from gptpipe.evaluate import charts
+from gptpipe.evaluate.evaluate import evaluate_model
+from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
+from gptpipe.shell.errors import IntegrityError
+
+TITLES = ["Loss", "Learning rate", "Gradient norm", "Loss by position", "Accuracy by position",
+          "Bits per byte by source", "Calibration", "Length of documents"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
+    """The reports of a short training whose prompt is markup, and whose model flags itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("project")
+        patch.setenv("DVC_ROOT", str(root))
+        project = Project(root, toy_split)
+        hostile = ("<script>hostile()</script>\n```\n# the\n[a](javascript:b) \x1b[31m",)
+        params = tiny.params(train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None,
+                             evaluate__prompts=hostile)  # fmt: skip
+        project.train(params)
+        folder = root / "reports"
+        found = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)
+        counts = read_manifest(toy_split.parent / "raw").counts
+        trained = read_training_reports(folder, root / "models/gpt")
+        write_page(folder, trained, params, found.lineage, counts, "run-1", draw_figures(folder, trained))
+    return folder
+
+
+def test_the_page_is_whole_and_made_the_same_way_twice(reports: Path) -> None:
+    page = (reports / "report.html").read_text()
+    results = json.loads((reports / "eval.json").read_bytes())
+    for side in ("val", "test"):
+        for name in ("loss", "bits_per_byte"):
+            assert f"{results[side][name]:.4f} ± {results[side][f'{name}_standard_error']:.4f}" in page
+    assert page.count("<svg ") == len(TITLES)
+    assert "lower train.lr" in page  # the red flag's words
+    assert "&lt;b&gt;the&lt;/b&gt;" in page  # model text is never markup
+    assert "<b>the</b>" not in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;hostile()" in page  # shown as it is, not as the entities of samples.md
+    assert "gptpipe restore run-1" in page
+    assert read_manifest(reports.parent / "models/gpt").made_from["split"] in page
+    trained = read_training_reports(reports, reports.parent / "models/gpt")
+    assert draw_figures(reports, trained) == draw_figures(reports, trained)
+
+
+REPORTS = ["train.json", "train.samples.json", "train.steps.csv", "train.validations.csv"]
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_that_stage_train_did_not_write_is_refused(reports: Path, tmp_path: Path, name: str) -> None:
+    model, copy = reports.parent / "models/gpt", tmp_path / "reports"
+    shutil.copytree(reports, copy)
+    read_training_reports(copy, model)
+    content = (copy / name).read_bytes()
+    for changed in (b"", content[: len(content) // 2], content.replace(b"1", b"2", 1), b"\xff" + content):
+        (copy / name).write_bytes(changed)
+        with pytest.raises(IntegrityError, match=f"{name}: not as stage train wrote it; `dvc repro` restores it"):
+            read_training_reports(copy, model)
+    (copy / name).unlink()
+    with pytest.raises(IntegrityError, match=f"{name}: No such file or directory; `dvc repro` restores it"):
+        read_training_reports(copy, model)
+    (copy / name).mkdir()
+    with pytest.raises(IntegrityError, match=f"{name}: Is a directory"):
+        read_training_reports(copy, model)
+
+
+def test_samples_cannot_be_markup(reports: Path) -> None:
+    """samples.md once held generated text, and documents, as raw HTML."""
+    page = (reports / "samples.md").read_text()
+    assert not {"script", "```", "\x1b", "<b>"} & set(page.split())
+    assert "<" not in page
+    kinds = {token.type for block in MarkdownIt().parse(page) for token in [block, *(block.children or ())]}
+    assert not {"html_block", "html_inline", "fence", "code_block", "link_open", "image"} & kinds
+    assert [line for line in page.splitlines() if line.startswith("#")] == ["# Samples", "# Held-out documents"]
+
+
+def test_a_long_curve_is_thinned_to_means_of_neighbours() -> None:
+    many = [float(i) for i in range(100_000)]
+    svg = charts.lines("x", "y", {"a": (many, many)})
+    assert len(svg) < 20_000
+    assert charts._thin(many)[0] == sum(range(500)) / 500
+
+
+@pytest.mark.browser
+def test_in_a_browser(browser: Any, reports: Path) -> None:  # noqa: F811
+    browser.get((reports / "report.html").as_uri())
+    assert [caption.text for caption in browser.find_elements("css selector", "figcaption")] == TITLES
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []  # nothing refused, nothing missing
+    for width, height in ((1400, 900), (360, 740)):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        shown = browser.find_element("css selector", "svg").rect
+        assert 0.2 * width < shown["width"] <= width
+    ink = {}
+    for scheme in ("light", "dark"):
+        feature = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
+        colours = (
+            "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, "
+            "getComputedStyle(document.querySelector('svg text')).fill]"
+        )
+        paper, text, axis = (sum(map(int, colour[4:-1].split(","))) for colour in browser.execute_script(colours))
+        assert text == axis  # charts follow the text
+        ink[scheme] = text - paper
+    assert ink["light"] < -600
+    assert ink["dark"] > 600

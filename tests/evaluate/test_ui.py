@@ -1,0 +1,131 @@
+"""MLflow's pages of a toy run, opened in a browser as `mlflow ui` without flags shows them."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from browser import browser  # noqa: F401  (a fixture)
+
+from gptpipe.base.files import read_manifest
+from gptpipe.evaluate.evaluate import evaluate_model
+from gptpipe.evaluate.registry import record_evaluation
+from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
+from gptpipe.record.run import training_run
+from gptpipe.record.store import connect
+from gptpipe.train.session import train_model
+
+pytestmark = pytest.mark.usefixtures("project")
+
+COLUMNS = ["test/bits_per_byte", "val/bits_per_byte", "val/loss", "params_digest", "environment.device", "changed"]
+FIGURES = ["loss", "learning_rate", "gradient_norm", "loss_by_position", "accuracy_by_position",
+           "bits_per_byte_by_source", "calibration", "length_of_documents"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple[Path, str]:
+    """A project's root after stages train and evaluate of an experiment, and the id of its run."""
+    root = tmp_path_factory.mktemp("recorded")
+    (root / ".dvc").mkdir()
+    params = tiny.params()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # mlflow itself sets the second
+            patch.delenv(name, raising=False)
+        patch.setenv("DVC_EXP_NAME", "dapper-owl")
+        model, reports = Path("models/gpt"), Path("reports")
+        train_model(params, toy_split, model, reports, functools.partial(training_run, params))
+        run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
+        found = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
+        trained, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
+        figures = draw_figures(reports, trained)
+        page = write_page(reports, trained, params, found.lineage, counts, run_id, figures)
+        record_evaluation(params, found, run_id, page, figures, model)
+    return root, run_id
+
+
+def test_figures_are_with_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, run_id = recorded
+    monkeypatch.chdir(root)
+    names = {Path(file.path).stem for file in connect().list_artifacts(run_id, "figures")}
+    assert names == set(FIGURES)
+
+
+@pytest.fixture(scope="module")
+def ui(recorded: tuple[Path, str]) -> Iterator[str]:
+    """The address of `mlflow ui`, started in the root; of its flags only the port, so that tests do not meet."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with (recorded[0] / "ui.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
+            cwd=recorded[0],
+            env={
+                **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },  # a dozen processes for nothing
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        assert process.poll() is None, (recorded[0] / "ui.log").read_text()
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def shows(browser: Any, *words: str) -> None:  # noqa: F811
+    """Wait until the page has all the words."""
+    deadline = time.monotonic() + 120
+    while missing := [word for word in words if word not in browser.execute_script("return document.body.innerText")]:
+        assert time.monotonic() < deadline, f"{browser.current_url}: no {missing}"
+        time.sleep(0.2)
+
+
+@pytest.mark.browser
+def test_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
+    run_id = recorded[1]
+    browser.set_window_size(1700, 1000)  # the table makes no columns that are out of sight
+    browser.get(f"{ui}/#/experiments/1/runs")
+    shows(browser, "dapper-owl", "All runs with their figures", "split/train", "stages.train")
+    browser.find_element("css selector", "[data-component-id='mlflow.assistant.chat_panel.close']").click()
+    browser.find_element("link text", "All runs with their figures").click()
+    browser.switch_to.window(browser.window_handles[-1])
+    shows(browser, "dapper-owl", *COLUMNS)
+
+    run = f"{ui}/#/experiments/1/runs/{run_id}"
+    browser.get(run)
+    shows(browser, "parameters as committed", "test/perplexity", "Red flags: ", f"gptpipe restore {run_id}")
+    shows(browser, "split/train", "params_digest", "train.lr")
+    browser.get(f"{run}/model-metrics")
+    shows(browser, "train", "val", "test")
+    browser.find_element("css selector", "input[placeholder='Search metric charts']").send_keys("(train|val)/loss$")
+    shows(browser, "dapper-owl (train/loss)", "dapper-owl (val/loss)")
+    browser.get(f"{run}/artifacts")
+    for name, words in (("samples.json", ["step", "continuation"]), ("figures", [f"{name}.svg" for name in FIGURES])):
+        shows(browser, name)
+        browser.find_element("xpath", f"//*[text()='{name}']").click()
+        shows(browser, *words)
+
+    browser.get(f"{ui}/#/models/gpt/versions/1")
+    shows(browser, "champion", "dapper-owl", "Inputs (1)", "bits per byte", "Made from")

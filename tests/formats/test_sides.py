@@ -1,0 +1,68 @@
+"""Membership: a pure function of (document id, seed)."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+from sections import side_of, split_params
+
+from gptpipe.formats.sides import SIDES
+
+IDS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(20_000)]
+KNOWN = ["test", "train", "train", "train", "test", "test", "test", "val", "test", "train", "train", "train"]
+
+
+def sides(val: float, test: float, seed: int = 0) -> dict[str, str]:
+    params = split_params(val_fraction=val, test_fraction=test)
+    return {document_id: side_of(document_id, params, seed) for document_id in IDS}
+
+
+def test_known_sides() -> None:
+    """Literal, so that no change of the function goes unseen: it would move documents between existing splits."""
+    first = list(sides(0.3, 0.3).values())[:12]
+    assert first == KNOWN
+
+
+def test_the_same_in_another_process() -> None:
+    program = """
+import hashlib
+from gptpipe.split.params import SplitParams
+from gptpipe.formats.sides import SIDES, sides_of
+params = SplitParams(val_fraction=0.3, test_fraction=0.3, ngram=13, benchmarks=(), max_contamination=None)
+ids = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(12)]
+print(*[SIDES[i] for i in sides_of(ids, params.fractions, 0)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == KNOWN
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.05, 0.05), (0.1, 0.0), (0.0, 0.1), (0.3, 0.2)])
+def test_shares_are_about_right(val: float, test: float) -> None:
+    found = list(sides(val, test).values())
+    for side, share in zip(SIDES, (1 - val - test, val, test), strict=True):
+        deviation = (share * (1 - share) / len(found)) ** 0.5
+        assert abs(found.count(side) / len(found) - share) <= 4 * deviation
+
+
+def test_a_share_of_nothing_is_empty() -> None:
+    assert set(sides(0.1, 0.0).values()) == {"train", "val"}
+    assert set(sides(0.0, 0.0).values()) == {"train"}
+
+
+def test_more_validation_takes_from_train_alone() -> None:
+    less, more = sides(0.05, 0.1), sides(0.2, 0.1)
+    moves = {(less[i], more[i]) for i in IDS}
+    assert moves == {("train", "train"), ("train", "val"), ("val", "val"), ("test", "test")}
+
+
+def test_more_test_takes_from_train_alone() -> None:
+    less, more = sides(0.1, 0.05), sides(0.1, 0.2)
+    moves = {(less[i], more[i]) for i in IDS}
+    assert moves == {("train", "train"), ("train", "test"), ("val", "val"), ("test", "test")}
+
+
+def test_another_seed_is_another_split() -> None:
+    here, there = sides(0.1, 0.1, seed=0), sides(0.1, 0.1, seed=1)
+    held_out = [i for i in IDS if here[i] == "val"]
+    assert 0.05 < sum(there[i] == "val" for i in held_out) / len(held_out) < 0.15

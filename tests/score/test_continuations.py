@@ -1,0 +1,99 @@
+"""Text from the model, and how near it comes to the real text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
+from gptpipe.model.generate import Sampling
+from gptpipe.score import continuations
+from gptpipe.score.continuations import Continuation, continue_documents, continue_text, overlap_scores
+from gptpipe.tokenize.tokenizers import train_tokenizer
+
+BYTES = train_tokenizer(["ab " * 50], 257)  # every byte a token, and the end of text
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    """Let the model say exactly these tokens."""
+
+    def generate(*_: object) -> Iterator[torch.Tensor]:
+        yield from (torch.tensor([i]) for i in ids)
+
+    monkeypatch.setattr(continuations, "generate", generate)
+
+
+def test_a_character_may_span_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = BYTES.encode("é猫🙂")
+    assert len(ids) == 9
+    scripted(monkeypatch, ids)
+    pieces = list(continue_text(tiny.network(257), BYTES, "x", 9, Sampling()))
+    assert [piece for piece in pieces if piece] == ["é", "猫", "🙂"]
+
+
+def test_it_stops_at_the_end_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [*BYTES.encode("ab"), BYTES.end_of_text, *BYTES.encode("cd")])
+    assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "ab"
+
+
+def test_a_broken_character_at_the_end_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, BYTES.encode("猫")[:2])
+    assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("prompt", ["", "x", "longer than the context of sixteen tokens"])
+def test_any_prompt_can_be_continued(prompt: str) -> None:
+    model = tiny.network(257)
+    texts = ["".join(continue_text(model, BYTES, prompt, 20, Sampling(seed=1))) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_documents_are_continued_after_their_first_half(
+    toy_split: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(continuations, "_BATCH", at_once)
+    tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
+    model = tiny.network(300)
+    found = continue_documents(model, tokenizer, stream, n_documents=3, n_tokens=5)
+    long_enough = stream.documents[stream.documents["n_tokens"] > 10]
+    assert len(found) == 3
+    for continuation, offset in zip(found, long_enough["offset"], strict=False):
+        ids = stream.tokens[offset : offset + 10].tolist()
+        assert continuation.prompt == tokenizer.decode(ids[:5])
+        assert continuation.reference == tokenizer.decode(ids[5:])
+        alone = "".join(continue_text(model, tokenizer, continuation.prompt, 5, Sampling(temperature=0)))
+        if tokenizer.encode(continuation.prompt) == ids[:5]:
+            assert continuation.generated == alone
+
+
+def test_no_document_is_long_enough(toy_split: Path) -> None:
+    tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
+    found = continue_documents(tiny.network(300), tokenizer, stream, 3, 10_000)
+    assert found == []
+    assert overlap_scores(found) == {}
+
+
+def test_overlap_of_the_same_and_of_nothing() -> None:
+    text = "the quick brown fox jumps over the lazy dog"
+    same = overlap_scores([Continuation("p", text, text)] * 2)
+    assert same["bleu"] == pytest.approx(100)
+    assert same["rouge_l"] == pytest.approx(1)
+    assert same["rouge_l_standard_error"] == pytest.approx(0)
+    disjoint = overlap_scores([Continuation("p", text, "seven wet oats went up hill past many old barns")])
+    assert disjoint["bleu"] < 5
+    assert disjoint["rouge_l"] == 0
+    assert overlap_scores([Continuation("p", text, "")])["rouge_l"] == 0
+
+
+def test_rouge_by_hand() -> None:
+    """Common subsequence `the dog` of 3 and 4 words: precision 2/4, recall 2/3, F1 4/7; and a perfect one."""
+    pair = [Continuation("p", "the big dog", "the dog was here"), Continuation("p", "yes it is", "yes it is")]
+    found = overlap_scores(pair)
+    assert found["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)
+    assert found["rouge_l_standard_error"] == pytest.approx((1 - 4 / 7) / 2)  # sqrt(2) * half the gap / sqrt(2)
+    assert found["n_documents"] == 2

@@ -1,0 +1,234 @@
+"""Stage tokenize: every document encoded and closed, the vocabulary shaped by train documents only."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sections import side_of, split_params, tokenize_params
+
+from gptpipe.base.files import verify
+from gptpipe.collect import batch as shards
+from gptpipe.formats.corpus import id_of, shard_paths
+from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.shell.errors import InputError, IntegrityError
+from gptpipe.split.params import SplitParams
+from gptpipe.tokenize import encode
+from gptpipe.tokenize.encode import tokenize
+from gptpipe.tokenize.params import TokenizeParams
+
+Corpus = Callable[[Iterable[str]], Path]
+SEED = 7
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for shard in sorted(folder.glob("tokens-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def side(text: str, params: SplitParams) -> str:
+    return side_of(id_of(text.encode()), params, SEED)
+
+
+def test_every_document_is_encoded_and_closed(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    texts = [*sentences, "with <|endoftext|> in it", "ünï"]
+    raw = corpus(texts)
+    counts = tokenize(raw, tmp_path / "tokens", trained, fifths.fractions, SEED)
+    tokenizer = Tokenizer.load(tmp_path / "tokens" / "tokenizer")
+    found = rows(tmp_path / "tokens")
+    assert [tokenizer.decode(row["tokens"]) for row in found] == texts
+    assert [row["id"] for row in found] == [id_of(text.encode()) for text in texts]
+    assert [row["n_bytes"] for row in found] == [len(text.encode()) for text in texts]
+    for row in found:
+        assert row["tokens"].index(399) == len(row["tokens"]) - 1
+    assert counts == {
+        "documents": 302,
+        "tokens": sum(len(row["tokens"]) for row in found),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "vocab_size": 400,
+    }
+    manifest = verify(tmp_path / "tokens")
+    assert manifest.counts == counts
+    assert manifest.made_from["raw"] == verify(raw).digest
+    assert pq.read_schema(tmp_path / "tokens" / "tokens-00000.parquet").field("tokens").type == pa.list_(pa.uint16())
+
+
+def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    """Every held-out document repeats a word that no train document has: no token of it may be longer than a byte."""
+    texts = [text if side(text, fifths) == "train" else text + " QZQZQZQZ" * 50 for text in sentences]
+    texts = [text for text in texts if ("QZ" in text) == (side(text, fifths) != "train")]
+    assert 50 < sum("QZ" in text for text in texts) < 200
+    tokenize(corpus(texts), tmp_path / "tokens", trained, fifths.fractions, SEED)
+    ranks = Tokenizer.load(tmp_path / "tokens" / "tokenizer").ranks
+    assert [token for token in ranks if len(token) > 1 and (b"Q" in token or b"Z" in token)] == []
+
+    everything = split_params(val_fraction=0.0, test_fraction=0.0)  # the same text on the train side does shape it
+    tokenize(tmp_path / "raw", tmp_path / "all", trained, everything.fractions, SEED)
+    assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
+def test_a_document_that_spells_a_special_token_comes_back_as_it_was(
+    tmp_path: Path, corpus: Corpus, fifths: SplitParams, alone: bool
+) -> None:
+    hostile = "a <|endoftext|> b"
+    raw = corpus([*([] if alone else [f"good document number {i}" for i in range(99)]), hostile])
+    tokenize(raw, tmp_path / "tokens", tokenize_params(encoding="gpt2"), fifths.fractions, SEED)
+    found = [row["tokens"] for row in rows(tmp_path / "tokens")]
+    assert [tokens.count(50256) for tokens in found] == [1] * (1 if alone else 100)
+    assert Tokenizer.load(tmp_path / "tokens/tokenizer").decode(found[-1][:-1]) == hostile
+
+
+def test_of_much_text_a_part_drawn_by_id_shapes_the_vocabulary(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory to train a vocabulary grows with distinct words, so the text must not grow with the corpus."""
+    seen: list[str] = []
+    really = encode.build_tokenizer
+    monkeypatch.setattr(encode, "build_tokenizer", lambda params, texts: really(params, _noted(texts, seen)))
+    everything = split_params(val_fraction=0.0, test_fraction=0.0)
+    raw = corpus(sentences)
+    n_bytes = sum(len(text.encode()) for text in sentences)
+    tokenize(raw, tmp_path / "all", tokenize_params(vocab_size=400, training_bytes=n_bytes), everything.fractions, SEED)
+    assert seen == sentences
+    seen.clear()
+    tokenize(
+        raw,
+        tmp_path / "third",
+        tokenize_params(vocab_size=400, training_bytes=n_bytes // 3),
+        everything.fractions,
+        SEED,
+    )
+    assert seen == [text for text in sentences if int(id_of(text.encode())[16:24], 16) < n_bytes // 3 / n_bytes * 2**32]
+    assert 70 < len(seen) < 130
+
+
+def _noted(texts: Iterable[str], seen: list[str]) -> Iterator[str]:
+    for text in texts:
+        seen.append(text)
+        yield text
+
+
+def test_held_out_documents_may_change_and_the_vocabulary_stays(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    kept = [text for text in sentences if side(text, fifths) == "train"]
+    tokenize(corpus(sentences), tmp_path / "all", trained, fifths.fractions, SEED)
+    tokenize(corpus(kept), tmp_path / "kept", trained, fifths.fractions, SEED)
+    files = [verify(tmp_path / name).files for name in ("all", "kept")]
+    assert files[0]["tokenizer/ranks.tiktoken"] == files[1]["tokenizer/ranks.tiktoken"]
+
+
+def test_gpt2_ids(tmp_path: Path, corpus: Corpus, fifths: SplitParams) -> None:
+    raw = corpus(["Hello, world!", *map(str, range(20))])
+    tokenize(raw, tmp_path / "tokens", tokenize_params(encoding="gpt2"), fifths.fractions, SEED)
+    assert rows(tmp_path / "tokens")[0]["tokens"] == [15496, 11, 995, 0, 50256]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path,
+    corpus: Corpus,
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    raw = corpus(sentences)
+    for workers in ("1", "2"):
+        monkeypatch.setenv("GPTPIPE_WORKERS", workers)
+        tokenize(raw, tmp_path / workers, trained, fifths.fractions, SEED)
+    assert len(list((tmp_path / "2").glob("tokens-*.parquet"))) == len(shard_paths(raw)) >= 3
+    assert verify(tmp_path / "1").digest == verify(tmp_path / "2").digest
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from gptpipe.split.params import SplitParams
+from gptpipe.tokenize.params import TokenizeParams
+from gptpipe.tokenize import encode
+really, shards = encode._encode_shard, []
+def encode_shard(shard, path, tokenizer):
+    if len(shards) == 2:
+        os.kill(os.getpid(), 9)
+    shards.append(shard)
+    return really(shard, path, tokenizer)
+encode._encode_shard = encode_shard
+trained = TokenizeParams(encoding="trained", vocab_size=400, training_bytes=1 << 27)
+fifths = SplitParams(val_fraction=0.2, test_fraction=0.2, ngram=13, benchmarks=(), max_contamination=None)
+encode.tokenize(Path("raw"), Path("tokens"), trained, fifths.fractions, 7)
+"""
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_after_a_kill_finished_shards_are_not_made_again(
+    tmp_path: Path,
+    corpus: Corpus,
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: bool,
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10_000)
+    raw = corpus(sentences)
+    tokenize(raw, tmp_path / "undisturbed", trained, fifths.fractions, SEED)
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path)
+    assert killed.returncode == -9
+    assert not (tmp_path / "tokens").exists()
+    (left,) = tmp_path.glob(".tokens.*.partial")
+    assert [path.name for path in sorted(left.glob("tokens-*"))] == ["tokens-00000.parquet", "tokens-00001.parquet"]
+    if damage:
+        content = bytearray((left / "tokens-00001.parquet").read_bytes())
+        content[len(content) // 2] ^= 1
+        (left / "tokens-00001.parquet").write_bytes(content)
+    made, trainings, really = [], [], encode._encode_shard
+    monkeypatch.setattr(encode, "_encode_shard", lambda shard, *rest: made.append(shard.name) or really(shard, *rest))
+    monkeypatch.setattr(encode, "build_tokenizer", lambda *_: trainings.append(1))
+    tokenize(raw, tmp_path / "tokens", trained, fifths.fractions, SEED)
+    n_shards = len(shard_paths(raw))
+    assert n_shards >= 5
+    assert made == [f"docs-{i:05d}.parquet" for i in range(1 if damage else 2, n_shards)]
+    assert trainings == []
+    assert verify(tmp_path / "tokens").digest == verify(tmp_path / "undisturbed").digest
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens", "undisturbed"}
+
+
+def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    raw = corpus(sentences)
+    subprocess.run([sys.executable, "-c", KILLED.replace("== 2", "== 0")], cwd=tmp_path)
+    (left,) = tmp_path.glob(".tokens.*.partial")
+    assert (left / "tokenizer" / "ranks.tiktoken").exists()
+    other = tokenize_params(vocab_size=401)
+    assert tokenize(raw, tmp_path / "tokens", other, fifths.fractions, SEED)["vocab_size"] == 401
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens"}
+
+
+def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:
+    held_out = split_params(val_fraction=0.5, test_fraction=0.499)
+    text = next(str(i) for i in range(100) if side(str(i), held_out) != "train")
+    with pytest.raises(InputError, match="no document falls on the train side"):
+        tokenize(corpus([text]), tmp_path / "tokens", trained, held_out.fractions, SEED)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_damaged_corpus_is_named_before_anything_is_made(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    shard = corpus(sentences) / "docs-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"docs-00000\.parquet: differs from its manifest"):
+        tokenize(tmp_path / "raw", tmp_path / "tokens", trained, fifths.fractions, SEED)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "raw"]

@@ -1,0 +1,41 @@
+"""Learning rates at chosen steps, worked out by hand: lr 1.0, warm-up of 10, 110 steps, to a tenth."""
+
+from typing import Any
+
+import pytest
+import tiny
+
+from gptpipe.train.params import TrainParams
+from gptpipe.train.schedule import learning_rate
+
+N_STEPS = 110
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+
+
+def section(schedule: str, **changes: Any) -> TrainParams:
+    base = {"lr": 1.0, "warmup_steps": 10, "final_lr_fraction": 0.1, "decay_fraction": 0.5, "max_steps": N_STEPS}
+    return TrainParams(**{**tiny.TRAIN, **base, "schedule": schedule, **changes})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        ("cosine", {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: 0.1 + 0.9 * 0.8535533906, 60: 0.55, 110: 0.1}),
+        ("linear", {0: 0.1, 9: 1.0, 10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1}),
+        ("wsd", {0: 0.1, 9: 1.0, 10: 1.0, 55: 1.0, 66: 0.82, 110: 0.1}),
+        ("constant", {0: 0.1, 9: 1.0, 10: 1.0, 60: 1.0, 109: 1.0}),
+    ],
+)
+def test_points(schedule: str, points: dict[int, float]) -> None:
+    found = {step: learning_rate(step, N_STEPS, section(schedule)) for step in points}
+    assert found == pytest.approx(points)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 10, 100])
+def test_it_is_positive_never_above_lr_and_never_rises_after_the_warmup(schedule: str, warmup: int) -> None:
+    rates = [learning_rate(step, N_STEPS, section(schedule, warmup_steps=warmup)) for step in range(N_STEPS)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert max(rates) == 1.0 or warmup == 100  # at 100 the decay of wsd is well under way

@@ -1,0 +1,462 @@
+"""The whole of stage train on a toy split: what it writes, and that no interruption shows in it."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from sections import split_params
+from toy_project import Project, start, wait_for_the_lock
+
+from gptpipe.base.files import sha256_of, verify
+from gptpipe.base.markdown import as_text
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.model.gpt import GPT
+from gptpipe.model.hf_weights import load_model
+from gptpipe.params import Params
+from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
+from gptpipe.split.split import split
+from gptpipe.tokenize.tokenizers import train_tokenizer
+from gptpipe.train import session
+from gptpipe.train.batches import Batches
+from gptpipe.train.runtime import Runtime
+
+
+@pytest.fixture
+def project(tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return Project(tmp_path, toy_split)
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_split: Path
+) -> tuple[Params, dict[str, str]]:
+    """Parameters, and the digests of what they make when nothing happens."""
+    params = tiny.params(train__optimizer=request.param, model__dropout=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("undisturbed")
+        patch.setenv("DVC_ROOT", str(root))
+        made = Project(root, toy_split)
+        made.train(params)
+    return params, made.digests()
+
+
+def test_what_it_writes(project: Project) -> None:
+    best = project.train(tiny.params())
+    model, lineage = verify(project.root / "models/gpt"), verify(project.split)
+    assert model.made_from == {**lineage.made_from, "split": lineage.digest}
+    reports = model.counts.pop("reports")
+    assert reports == {name: sha256_of(project.root / "reports" / name) for name in reports}
+    assert len(reports) == 4
+    assert model.counts == {"best_step": 12, "steps": 12, "tokens": 12 * 4 * 16, "parameters": 25152}
+    assert sorted(model.files) == [
+        "README.md", "config.json", "encoding.json", "generation_config.json", "model.safetensors", "ranks.tiktoken",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    summary = json.loads((project.root / "reports/train.json").read_bytes())
+    assert summary["val"] == best
+    assert best["loss"] < 5.2 < 5.6  # 300 tokens at even odds: 5.7
+    steps = pd.read_csv(project.root / "reports/train.steps.csv")
+    assert list(steps.columns) == ["step", "loss", "grad_norm", "lr"]
+    assert steps["step"].tolist() == list(range(1, 13))
+    validations = pd.read_csv(project.root / "reports/train.validations.csv")
+    assert validations["step"].tolist() == [0, 4, 8, 12]
+    assert validations["train_loss"].isna().tolist() == [True, False, False, False]
+    assert validations["train_loss"][1] == pytest.approx(steps["loss"][:4].mean())
+    assert validations["val_loss"].min() == pytest.approx(best["loss"])
+    (record,) = project.records
+    assert json.loads((project.root / "reports/mlflow_run.json").read_bytes()) == {"run_id": record.run_id}
+    card = (project.root / "models/gpt/README.md").read_text()
+    assert "trained from scratch" in card
+    assert lineage.digest in card
+    assert project.checkpoints() == [
+        "best-00000008",
+        "best-00000012",
+        "step-00000009",
+        "step-00000012",
+    ]  # until evaluate is done
+
+
+def test_what_it_records(project: Project) -> None:
+    project.train(tiny.params())
+    (record,) = project.records
+    assert [step for step, _, metrics in record.entries if "train/loss" in metrics] == list(range(1, 13))
+    assert [step for step, _, metrics in record.entries if "val/loss" in metrics] == [0, 4, 8, 12]
+    table = json.loads(record.texts["samples.json"])
+    assert table["columns"] == ["step", "prompt", "continuation"]
+    assert [row[:2] for row in table["data"]] == [[step, "the "] for step in (0, 4, 8, 12)]
+    assert table == json.loads((project.root / "reports/train.samples.json").read_bytes())
+    assert record.tagged["best_step"] == "12"
+    assert record.environment["micro_batch_size"] == 4
+
+
+def test_the_model_it_leaves_is_the_best_not_the_last(project: Project) -> None:
+    """At a rate that ruins it, the model from before the first step is the best."""
+    params = tiny.params(train__lr=3.0, train__schedule="constant", train__grad_clip=None)
+    best = project.train(params)
+    summary = json.loads((project.root / "reports/train.json").read_bytes())
+    assert summary["best_step"] == 0
+    assert {"exploding", "lr_too_high"} <= set(summary["red_flags"])
+    validations = pd.read_csv(project.root / "reports/train.validations.csv")
+    assert best["loss"] == pytest.approx(validations["val_loss"][0])
+    model = load_model(project.root / "models/gpt")
+    torch.manual_seed(params.seed)
+    fresh = GPT(params.model, 300)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, fresh.get_parameter(name))
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, 8, 9])
+def test_an_interrupted_training_ends_like_an_undisturbed_one(
+    project: Project, undisturbed: tuple[Params, dict[str, str]], stop_at: int
+) -> None:
+    params, digests = undisturbed
+    with pytest.raises(Interrupted) as caught:
+        project.train(params, stop_at=stop_at)
+    assert caught.value.exit_code == 143
+    assert not (project.root / "models").exists()
+    assert project.checkpoints()[-1] == f"step-{stop_at:08d}"
+    project.train(params)
+    assert project.digests() == digests
+    first, second = project.records
+    assert second.run_id == first.run_id
+    assert [step for step, _, metrics in second.entries if "train/loss" in metrics] == list(range(1, 13))
+    sent = {(step, key): (time_ms, value) for step, time_ms, m in first.entries for key, value in m.items()}
+    again = {(step, key): (time_ms, value) for step, time_ms, m in second.entries for key, value in m.items()}
+    assert sent.items() <= again.items()  # replayed with the same times
+
+
+def test_kill_9_at_random_moments_leaves_no_trace(
+    toy_split: Path, undisturbed: tuple[Params, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also during recovery: the moments spread over training, saving and the writing of the results.
+
+    As many trainings as it takes for 15 kills of each optimizer; GPTPIPE_TEST_KILLS=1000 makes a long night of it.
+    """
+    params, digests = undisturbed
+    wanted, seed = int(os.environ.get("GPTPIPE_TEST_KILLS", "15")), time.time_ns()
+    rng = np.random.default_rng(seed)
+    n_killed = 0
+    while n_killed < wanted:
+        project = Project(tmp_path / str(n_killed), toy_split)
+        monkeypatch.setenv("DVC_ROOT", str(project.root))
+        process = start(params, project)
+        while n_killed < wanted and wait_for_the_lock(project, process):
+            process.join(float(rng.uniform(0, 0.4)))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            n_killed += 1
+            process = start(params, project)
+        process.join(60)
+        assert process.exitcode == 0, f"seed {seed}, after {n_killed} kills"
+        assert project.digests() == digests, f"seed {seed}, after {n_killed} kills"
+        verify(project.root / "models/gpt")
+        assert project.checkpoints()[-1] == "step-00000012"
+        assert not list(project.root.rglob("*.partial"))
+
+
+def test_a_clock_that_is_off_and_jumps_back_changes_nothing(
+    project: Project, undisturbed: tuple[Params, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, digests = undisturbed
+    now = iter(range(10**18, 0, -86_400 * 10**9))  # of 2001, and a day back at each look
+    monkeypatch.setattr("gptpipe.train.session.time.time_ns", lambda: next(now))
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=6)
+    project.train(params)
+    assert project.digests() == digests
+    times = {(step, key): time_ms for step, time_ms, metrics in project.records[0].entries for key in metrics}
+    again = {(step, key): time_ms for step, time_ms, metrics in project.records[1].entries for key in metrics}
+    assert times.items() <= again.items()
+
+
+def test_a_signal_ends_it_in_time_with_the_state_saved(project: Project) -> None:
+    params = tiny.params(train__max_steps=100_000, train__save_every=100_000, train__eval_every=100_000)
+    process = start(params, project)
+    assert wait_for_the_lock(project, process)
+    process.join(0.5)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    assert [name for name in project.checkpoints() if name.startswith("step-")]
+
+
+def test_a_second_training_of_the_same_run_is_refused(project: Project) -> None:
+    params = tiny.params(train__max_steps=100_000, train__eval_every=100_000)
+    process = start(params, project)
+    assert wait_for_the_lock(project, process)
+    try:
+        with pytest.raises(ResourceError, match=f"process {process.pid} on .* is writing it"):
+            project.train(params)
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_finished_training_is_not_repeated(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """DVC is killed before it records the stage: it removes the outputs, and runs the stage again."""
+    project.train(tiny.params())
+    made, saved = project.digests(), project.checkpoints()
+    shutil.rmtree(project.root / "models")
+    shutil.rmtree(project.root / "reports")
+    capsys.readouterr()
+    project.train(tiny.params())
+    assert project.digests() == made
+    assert project.checkpoints() == saved
+    assert "finished before, after step 12; writing its results again" in capsys.readouterr().err
+    first, second = project.records
+    assert second.run_id == first.run_id
+    assert second.entries == first.entries  # with the same times: no step was done again
+
+
+def test_a_training_finished_by_other_code_is_done_anew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.train(tiny.params())
+    describe = Runtime.describe
+    monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "training_code": "other"})
+    project.train(tiny.params())
+    first, second = project.records
+    assert second.run_id != first.run_id
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_one_run(project: Project) -> None:
+    params = tiny.params(train__max_steps=100_000, train__save_every=100_000, train__eval_every=100_000)
+    process = start(params, project)
+    deadline = time.monotonic() + 60
+    while not (names := list(project.root.glob(".gptpipe/checkpoints/*/run.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    before = names[0].read_bytes()
+    process.kill()
+    process.join()
+    assert not [name for name in project.checkpoints() if name.startswith("step-")]
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=0)
+    assert names[0].read_bytes() == before
+    assert project.records[0].run_id == json.loads(before)["name"]
+
+
+def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little memory is free by then."""
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=4)
+    monkeypatch.setattr("gptpipe.train.runtime.free_bytes", lambda _: 0)
+    project.train(tiny.params())
+    assert project.records[1].environment["micro_batch_size"] == 4
+
+
+def test_patience_ends_it_early(project: Project) -> None:
+    params = tiny.params(
+        train__lr=3.0, train__schedule="constant", train__grad_clip=None, train__eval_every=1, train__patience=2
+    )
+    project.train(params)
+    assert json.loads((project.root / "reports/train.json").read_bytes())["steps"] == 2
+    assert "step-00000002" in project.checkpoints()  # so that a rerun only writes the results again
+
+
+def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> None:
+    params = tiny.params(train__lr=1e38, train__schedule="constant", train__grad_clip=None, train__warmup_steps=6,
+                         train__eval_every=100, train__save_every=1)  # fmt: skip
+    with pytest.raises(NumericError) as caught:
+        project.train(params)
+    assert caught.value.exit_code == 6
+    assert not (project.root / "models").exists()
+    failed = int(str(caught.value).split()[2].rstrip(":"))
+    steps = sorted((project.root / ".gptpipe/checkpoints").glob("*/step-*"))
+    assert steps[-1].name == f"step-{failed - 1:08d}"
+    verify(steps[-1])
+
+
+def test_out_of_memory_in_the_update_is_a_resource_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(ResourceError, match="train: out of memory after step 0; make memory free"):
+        project.train(tiny.params())
+
+
+def test_what_was_resumed_inexactly_is_written_on_the_model(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=5)
+    describe = Runtime.describe
+    monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "threads": 99})
+    monkeypatch.setenv("GPTPIPE_ALLOW_INEXACT", "1")
+    project.train(tiny.params())
+    (said,) = json.loads((project.root / "reports/train.json").read_bytes())["resumed_inexactly"]
+    assert said.endswith("is 99")
+    assert said in (project.root / "models/gpt/README.md").read_text()
+    assert project.records[-1].tagged["resumed_inexactly"] == said
+
+
+def test_switches_reach_the_network_and_torch(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[bool, bool]] = set()
+    real = GPT.hidden
+
+    def hidden(self: GPT, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.add((self.activation_checkpointing, torch.are_deterministic_algorithms_enabled()))
+        return real(self, *rest, **options)
+
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    torch.use_deterministic_algorithms(False)
+    project.train(tiny.params(train__activation_checkpointing=True))
+    assert seen == {(True, True)}
+
+
+def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that makes the loss infinite, wherever it is met, is passed over."""
+    real = GPT.loss
+    stream = open_stream(project.split, "train")
+    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(4)
+
+    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
+        found = real(self, tokens, targets, **options)
+        return found * math.inf if torch.equal(tokens, poison) else found
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    with pytest.raises(NumericError, match="step 5"):
+        project.train(tiny.params())
+    params = tiny.params(train__on_spike="rollback")
+    project.train(params)
+    whole, record = project.digests(), project.records[-1]
+    assert [step for step, _, m in record.entries if "train/loss" in m] == list(range(1, 13))
+    assert [tag for tag in record.tagged if tag.startswith("rolled")] == ["rolled_back.00000005"]
+    shutil.rmtree(project.root / "models")
+    shutil.rmtree(project.root / ".gptpipe")
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=7)
+    project.train(params)
+    assert project.digests() == whole
+
+
+def test_what_fails_again_and_again_is_not_rolled_back_for_ever(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT, "loss", lambda self, x, y, **_: self.hidden(x).sum() * math.nan)
+    with pytest.raises(NumericError, match="step 1"):
+        project.train(tiny.params(train__on_spike="rollback"))
+
+
+def start_from(project: Project) -> str:
+    project.train(tiny.params())
+    (project.root / "models/gpt").rename(project.root / "first")
+    return str(project.root / "first")
+
+
+def test_it_can_start_from_a_model(project: Project) -> None:
+    folder = start_from(project)
+    before = json.loads((project.root / "reports/train.json").read_bytes())["val"]["loss"]
+    project.train(tiny.params(train__init_from=folder, train__max_steps=4))
+    validations = pd.read_csv(project.root / "reports/train.validations.csv")
+    assert validations["val_loss"][0] == pytest.approx(before, rel=1e-5)
+    assert f"trained from the weights in {as_text(folder)}" in (project.root / "models/gpt/README.md").read_text()
+
+
+def test_it_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_path: Path) -> None:
+    """A vocabulary of the same size, and two of its tokens the other way round."""
+    folder = Path(start_from(project))
+    (folder / "manifest.json").unlink()
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["model"]["vocab"] |= {"a": content["model"]["vocab"]["b"], "b": content["model"]["vocab"]["a"]}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="its tokens are not those of this split"):
+        project.train(tiny.params(train__init_from=str(folder)))
+    path.write_text("[]")
+    with pytest.raises(InputError, match="not a tokenizer"):
+        project.train(tiny.params(train__init_from=str(folder)))
+
+
+def test_a_warm_up_beyond_the_epochs_is_told(project: Project) -> None:
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps 100 must be below the 36 steps"):
+        project.train(tiny.params(train__epochs=1.0, train__max_steps=None, train__warmup_steps=100))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tiny.params(train__compile=True, train__z_loss=1e-3, train__document_masking=True)
+    project.train(params)
+    assert project.records[-1].environment["compiled"] is True
+    stopped = Project(tmp_path_factory.mktemp("stopped"), project.split)
+    monkeypatch.setenv("DVC_ROOT", str(stopped.root))
+    with pytest.raises(Interrupted):
+        stopped.train(params, stop_at=5)
+    stopped.train(params)
+    assert stopped.digests() == project.digests()
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
+    project: Project, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    monkeypatch.setattr("gptpipe.train.runtime.free_bytes", lambda _: 1 << 16)
+    with pytest.raises(ResourceError, match=f"micro-batches of {size or 1} need about 0.0 GiB, 0.0 are free") as caught:
+        project.train(tiny.params(train__micro_batch_size=size))
+    assert caught.value.exit_code == 5
+    assert project.records == project.checkpoints() == []
+
+
+def test_too_little_text_is_told(project: Project) -> None:
+    with pytest.raises(InputError, match=r"the train split has \d+ tokens, one window needs 10001"):
+        project.train(tiny.params(model__context_length=10_000))
+    params = split_params(val_fraction=0.0, test_fraction=0.2)
+    split(project.split.parent / "tokens", project.root / "split", params, 7)
+    project.split = project.root / "split"
+    with pytest.raises(InputError, match=r"validation split is empty; raise split\.val_fraction or add documents"):
+        project.train(tiny.params())
+    assert project.records == []
+
+
+def test_a_damaged_split_is_never_trained_on(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.split, tmp_path / "split")
+    project.split = tmp_path / "split"
+    path = project.split / "train/tokens.npy"
+    content = bytearray(path.read_bytes())
+    content[500] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match="differs from its manifest"):
+        project.train(tiny.params())
+    assert project.records == []
+
+
+def test_the_tokenizer_travels_with_the_model(project: Project) -> None:
+    project.train(tiny.params())
+    ours, theirs = Tokenizer.load(project.split / "tokenizer"), Tokenizer.load(project.root / "models/gpt")
+    assert theirs.encode("the naïve café") == ours.encode("the naïve café")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"model": []}',
+        b'{"model": {"vocab": []}}',
+        b'{"model": {"vocab": [["a", 1]]}}',
+        b"[" * 9999,
+    ],
+)
+def test_a_tokenizer_to_start_from_that_is_none_is_an_input_error(tmp_path: Path, content: bytes) -> None:
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 257)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer") as caught:
+        session._check_tokenizer(tokenizer, tmp_path)
+    assert "\n" not in str(caught.value)
