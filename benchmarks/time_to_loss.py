@@ -32,9 +32,9 @@ from gptpipe.params import load_params
 from gptpipe.score.scoring import score
 from gptpipe.train import runtime
 from gptpipe.train.batches import Batches
-from gptpipe.train.loop import Plan, optimizer_step
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.state import TrainState
+from gptpipe.train.step import Plan, optimizer_step
 
 ROOT = Path(__file__).parents[1]
 WANTED = 1.88  # nats per character

@@ -26,9 +26,9 @@ from gptpipe.model.gpt import GPT
 from gptpipe.model.params import ModelParams
 from gptpipe.params import load_params
 from gptpipe.train import runtime
-from gptpipe.train.loop import Plan, optimizer_step
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.state import TrainState
+from gptpipe.train.step import Plan, optimizer_step
 
 # name: layers, heads, width, context, batch, vocabulary
 SHAPES = {

@@ -17,9 +17,9 @@ from gptpipe.split.split import split
 from gptpipe.tokenize.encode import tokenize
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train.batches import Batches
-from gptpipe.train.loop import Plan, optimizer_step
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.state import TrainState
+from gptpipe.train.step import Plan, optimizer_step
 
 MODEL: dict[str, Any] = {
     "architecture": "qwen3",
@@ -41,6 +41,8 @@ TRAIN: dict[str, Any] = {
     "parallel": "ddp",
     "optimizer": "adamw",
     "lr": 3e-3,
+    "embedding_lr_scale": 15.0,
+    "head_lr_scale": 0.5,
     "betas": (0.9, 0.95),
     "weight_decay": 0.1,
     "grad_clip": 1.0,

@@ -11,12 +11,13 @@ from gptpipe.formats.streams import Stream
 from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
 from gptpipe.score.scoring import score
-from gptpipe.train import runtime
 from gptpipe.train.batches import Batches
-from gptpipe.train.inputs import start
-from gptpipe.train.loop import Plan, optimizer_step
+from gptpipe.train.inputs import load_inputs
+from gptpipe.train.memory import estimated_bytes, fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
+from gptpipe.train.runtime import loss_function
 from gptpipe.train.state import TrainState
+from gptpipe.train.step import Plan, optimizer_step
 
 _WARM_UP, _PROBED = 2, 5  # steps
 _COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556, table 3)
@@ -38,26 +39,26 @@ def forecast(params: Params, split: Path) -> Forecast:
     for a device that is not there, ResourceError for too little memory.
     """
     section = params.train
-    begin = start(params, split)
-    where, train, val, n_steps = begin.where, begin.train, begin.val, begin.n_steps
+    inputs = load_inputs(params, split)
+    runtime, train, val, n_steps = inputs.runtime, inputs.train, inputs.val, inputs.n_steps
     torch.manual_seed(params.seed)
-    model = GPT(params.model, begin.tokenizer.vocab_size).to(where.device)
+    model = GPT(params.model, inputs.tokenizer.vocab_size).to(runtime.device)
     model.activation_checkpointing = section.activation_checkpointing
-    free, holds_all_logits = runtime.free_bytes(where.device), where.holds_all_logits
-    micro_batch_size = runtime.micro_batch_size(section, model, free, holds_all_logits=holds_all_logits)
-    loss = runtime.loss_function(model, section, begin.tokenizer.end_of_text, compiles=where.compiles)
+    free, holds_all_logits = free_bytes(runtime.device), runtime.holds_all_logits
+    micro_batch_size = fitting_micro_batch_size(section, model, free, holds_all_logits=holds_all_logits)
+    loss = loss_function(model, section, inputs.tokenizer.end_of_text, is_compiled=runtime.is_compiled)
     state = TrainState(model, build_optimizers(model, section), micro_batch_size)
-    plan = Plan(section, n_steps, params.seed, where.precision, loss)
-    first_seconds, step_seconds = _step_seconds(state, begin.batches, plan)
-    validation_seconds = _validation_seconds(model, val, where.precision)
+    plan = Plan(section, n_steps, params.seed, runtime.precision, loss)
+    first_seconds, step_seconds = _step_seconds(state, inputs.batches, plan)
+    validation_seconds = _validation_seconds(model, val, runtime.precision)
     n_validations = 1 + -(-n_steps // section.eval_every)
     seconds = first_seconds + n_steps * step_seconds + n_validations * validation_seconds
     tokens = n_steps * section.batch_size * params.model.context_length
     passes = tokens / len(train.tokens)
     flops = tokens * model.flops_per_token()
-    needed = runtime.estimated_bytes(model, micro_batch_size, holds_all_logits=holds_all_logits)
+    needed = estimated_bytes(model, micro_batch_size, holds_all_logits=holds_all_logits)
     processes = "" if section.launcher == "python" else f" by one process, not as `{section.launcher}` has it"
-    compilation = f", {first_seconds:.0f} s to compile" if where.compiles else ""
+    compilation = f", {first_seconds:.0f} s to compile" if runtime.is_compiled else ""
     lines = {
         "parameters": f"{model.n_parameters():,}, {model.n_multiplied():,} of them multiplied with every token",
         "text": f"{len(train.tokens):,} train tokens, {train.n_bytes / max(1, len(train.tokens)):.2f} bytes each; "
@@ -67,7 +68,7 @@ def forecast(params: Params, split: Path) -> Forecast:
         "tokens per parameter": f"{tokens / model.n_parameters():.1f} (compute-optimal: about {_COMPUTE_OPTIMAL})",
         "compute": f"{flops:.3g} FLOPs, {flops / n_steps / step_seconds / 1e9:,.0f} GFLOP/s here",
         "memory": f"about {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free, micro-batches of {micro_batch_size}",
-        "time": f"about {_duration(seconds)} on {where.device}{processes}: {step_seconds * 1e3:,.0f} ms a step, "
+        "time": f"about {_duration(seconds)} on {runtime.device}{processes}: {step_seconds * 1e3:,.0f} ms a step, "
         f"{n_validations} validations of {validation_seconds:.1f} s{compilation}",
     }
     return Forecast(lines, _lopsided(params, train, val, tokens / model.n_multiplied(), passes))

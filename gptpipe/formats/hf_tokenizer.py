@@ -3,8 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from gptpipe.base.files import write_json
+from pydantic_core import from_json
+
+from gptpipe.base.files import read_bytes, write_json
 from gptpipe.formats.tokenizer import Tokenizer, byte_letters
+from gptpipe.shell.console import complain
+from gptpipe.shell.errors import ConfigError, InputError, first_line
+
+_MAX_TOKENIZER_BYTES = 1 << 27  # of a tokenizer.json; that of Llama 3 has 9 MB
 
 
 def save_tokenizer_json(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
@@ -19,6 +25,28 @@ def save_tokenizer_json(folder: Path, tokenizer: Tokenizer, context_length: int)
         "model_max_length": context_length,
     }
     write_json(folder / "tokenizer_config.json", description)
+
+
+def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Compare with the tokenizer.json of a model folder: weights learned for other tokens would be worthless.
+
+    Raises ConfigError for other tokens, InputError for a file that is not a tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        complain(f"warning: {folder} has no tokenizer.json; check that its weights are for the tokens of this split")
+        return
+    letters = byte_letters()
+    try:
+        vocabulary = from_json(read_bytes(path, _MAX_TOKENIZER_BYTES))["model"]["vocab"]
+        if not isinstance(vocabulary, dict):
+            raise TypeError("its vocabulary is not a table")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not a tokenizer: {first_line(error):.200}; fetch the model again") from error
+    if any(vocabulary.get("".join(letters[byte] for byte in token)) != i for token, i in tokenizer.ranks.items()):
+        raise ConfigError(
+            f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to its encoding"
+        )
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def uses_ray() -> bool:
     return engine == "ray"
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """This process among those of one training, in all and on this machine."""
 
     rank: int = 0
@@ -60,10 +60,10 @@ class Place(NamedTuple):
     n_local_ranks: int = 1
 
 
-def place() -> Place:
+def rank_info() -> RankInfo:
     """What torchrun says; without it, rank 0 of 1."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Place(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else Place()
+    return RankInfo(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else RankInfo()
 
 
 def attempt() -> str:

@@ -81,10 +81,10 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
 
 
 def _run_alone(name: str, main: Callable[[], None]) -> None:
-    from gptpipe.shell.environment import place
+    from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 
-    if place().rank > 0:  # rank 0 writes, and holds the lock
+    if rank_info().rank > 0:  # rank 0 writes, and holds the lock
         main()
         return
     with one_writer(Path(name)):

@@ -1,4 +1,4 @@
-"""Resumable training state on disk, in `.gptpipe/checkpoints/<key>/`, outside DVC.
+"""Resumable training state on disk, in `.gptpipe/checkpoints/KEY/`, outside DVC.
 
     run.json                 the name of the training's run in the tracking store, chosen before the first step
     best-00000400/           weights of the best model so far, by validation loss
@@ -37,21 +37,21 @@ from gptpipe.base.files import (
     write_bytes,
     write_json,
 )
-from gptpipe.model.device import shard_like, whole
+from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header
 from gptpipe.shell.console import complain
-from gptpipe.shell.environment import place
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 from gptpipe.shell.locks import disk_errors, sync_folder
+from gptpipe.train.distributed import is_writer
 from gptpipe.train.optim import Muon
-from gptpipe.train.state import VALIDATION_FIGURES, Entry, Sample, TrainState, Validation
+from gptpipe.train.state import VALIDATION_METRICS, Entry, Sample, TrainState, Validation
 
 _KEPT = 2
 _STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"
 _MAX_STATE_BYTES = 1 << 28  # the history has 150 bytes for each validation
-_OF_A_STEP = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that are read again
-_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_FIGURES}
+_OF_A_STEP = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that a resume needs
+_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_METRICS}
 _OPTIMIZER_TENSORS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     Muon: ("momentum",),
@@ -62,7 +62,7 @@ _ENTRY: TypeAdapter[Entry] = TypeAdapter(tuple[int, int, dict[str, int | FiniteF
 
 
 def run_key(determinants: dict[str, Any]) -> str:
-    """Name of the checkpoint folder: a digest of all that determines the run."""
+    """Name of the checkpoint folder: a digest of everything that decides the result of the training."""
     return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
 
 
@@ -71,10 +71,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
         self.folder, self.environment = folder, environment
-        self.inexact: list[str] = []  # where the training went on in another environment, and what differed
+        self.inexact: list[str] = []  # after which steps the environment changed, and how
 
     def run_name(self) -> str:
-        """What this training calls its run: the same name after a kill, also before the first checkpoint."""
+        """The name of this training's run: the same after a kill, even one before the first checkpoint."""
         path = self.folder / _RUN
         with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
             return str(unseal(path.read_bytes())["name"])
@@ -82,11 +82,12 @@ class Checkpoints:
         write_bytes(path, seal({"name": name}))
         return name
 
-    def save(self, state: TrainState, notes: dict[str, Any]) -> None:
+    def save(self, state: TrainState) -> None:
         """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
-        target, tensors = self.folder / _folder_name(state.step), _tensors(state)
-        if place().rank > 0:
+        tensors = _tensors(state)
+        if not is_writer():
             return
+        target = self.folder / _folder_name(state.step)
         with new_folder(target, {}) as new:
             write_bytes(new.path / _TENSORS, save(tensors))
             write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
@@ -99,39 +100,41 @@ class Checkpoints:
                 "micro_batch_size": state.micro_batch_size,
                 "environment": self.environment,
                 "inexact": self.inexact,
-                "notes": notes,
             }
             write_json(new.path / _STATE, content)
         verify(target)
         self._drop_old()
 
-    def restore(self, state: TrainState, *, allow_inexact: bool) -> dict[str, Any] | None:
-        """Load the newest sound checkpoint into `state` and return its notes; None where there never was one.
+    def restore(self, state: TrainState, *, allow_inexact: bool) -> bool:
+        """Load the newest sound checkpoint into `state`; returns False if there is no checkpoint.
 
-        Falls back to the one before with a warning. Raises IntegrityError where none is sound, ResourceError where
-        this environment could not go on bit for bit, unless `allow_inexact`.
+        If a checkpoint is damaged, warns and falls back to the previous one. Raises IntegrityError if none is sound,
+        and ResourceError if this environment cannot continue bit for bit, unless `allow_inexact`.
         """
-        for left_by_a_kill in self.folder.glob(".*.partial/") if place().rank == 0 else ():
-            with disk_errors(left_by_a_kill):
-                shutil.rmtree(left_by_a_kill)
-        for free_lock in self.folder.glob(".*.lock") if place().rank == 0 else ():  # this training holds the folder's
-            with disk_errors(free_lock):
-                free_lock.unlink()
+        if is_writer():
+            self._remove_leftovers()
         candidates = sorted(self.folder.glob("step-*/"), reverse=True)
         for i, candidate in enumerate(candidates):
             try:
                 saved = self._read(candidate, state)
             except IntegrityError as error:
-                complain(f"warning: {str(error).split(';')[0]}; trying the checkpoint before")
+                complain(f"warning: {str(error).split(';')[0]}; trying the previous checkpoint")
                 continue
             self._check_environment(saved.content, allow_inexact)
             saved.copy_to(state)
-            for unsound in candidates[:i] if place().rank == 0 else ():
+            for unsound in candidates[:i] if is_writer() else ():
                 _discard(unsound)
-            return saved.content.notes
+            return True
         if candidates:
             raise IntegrityError(f"{self.folder}: no checkpoint is sound; remove the folder to train from the start")
-        return None
+        return False
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed training left behind. The caller's lock on the folder makes all locks in it free."""
+        leftovers = [*self.folder.glob(".*.partial/"), *self.folder.glob(".*.lock")]
+        for leftover in leftovers:
+            with disk_errors(leftover):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _read(self, folder: Path, state: TrainState) -> "_Saved":
         """A checkpoint of the training that `state` belongs to, checked in full. Raises IntegrityError."""
@@ -157,21 +160,21 @@ class Checkpoints:
         folder = self._best_folder(step)
         verify(folder)
         try:
-            found = {name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()}
+            saved = {name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; remove it") from error
-        if found != {name: ("F32", tuple(p.shape)) for name, p in model.named_parameters()}:
+        if saved != {name: ("F32", tuple(p.shape)) for name, p in model.named_parameters()}:
             raise IntegrityError(f"{folder}: weights of another model; remove it")
 
     def save_best(self, model: GPT, step: int) -> None:
-        """Keep the present weights as the best ones, validated at `step`."""
+        """Keep the current weights as the best ones, validated at `step`."""
         with new_folder(self._best_folder(step), {}) as new:
             weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
             write_bytes(new.path / WEIGHTS, save(weights))
         verify(self._best_folder(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
-        """Weights of the best model by our parameter names. Raises IntegrityError."""
+        """Weights of the best model, by parameter name. Raises IntegrityError."""
         folder = self._best_folder(step)
         verify(folder)
         try:
@@ -196,7 +199,7 @@ class Checkpoints:
                 _discard(best)
 
     def _check_environment(self, content: "_Content", allow_inexact: bool) -> None:
-        """Raises ResourceError in another environment, unless `allow_inexact`; then its differences are noted."""
+        """Raises ResourceError in another environment. With `allow_inexact`, records the differences instead."""
         saved = content.environment
         different = [
             f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
@@ -206,7 +209,7 @@ class Checkpoints:
         if different and not allow_inexact:
             raise ResourceError(
                 f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. Set GPTPIPE_ALLOW_INEXACT=1 "
-                "to resume all the same, or remove the folder to train from the start"
+                "to resume anyway, or remove the folder to train from the start"
             )
         self.inexact = [*content.inexact]
         if different:
@@ -215,7 +218,7 @@ class Checkpoints:
 
 
 class _Content(BaseModel):
-    """state.json. A key that it does not know does no harm."""
+    """Content of state.json. Unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -227,12 +230,11 @@ class _Content(BaseModel):
     environment: dict[str, str | int | bool]
     samples: list[Sample] = []  # an earlier version did not save them
     inexact: list[str] = []  # an earlier version did not save it
-    notes: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """A checkpoint in memory, known to be sound."""
+    """A checkpoint in memory that has been checked."""
 
     content: _Content
     journal: list[Entry]
@@ -303,9 +305,9 @@ def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
             raise ValueError(f"{_TENSORS} lacks {name}")
         if name not in wanted:
             raise ValueError(f"{_TENSORS} has {name!r:.100}, which is unknown")
-        found = (tensors[name].shape, tensors[name].dtype)
-        if found != wanted[name]:
-            raise ValueError(f"{_TENSORS}: {name} is {found[1]} of shape {tuple(found[0])}")
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        if (shape, dtype) != wanted[name]:
+            raise ValueError(f"{_TENSORS}: {name} is {dtype} of shape {tuple(shape)}")
     try:
         torch.Generator().set_state(tensors["generator.cpu"])
     except RuntimeError as error:
@@ -317,7 +319,7 @@ def _folder_name(step: int) -> str:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder; killed in between, it is gone under its name all the same."""
+    """Remove a folder. If this is interrupted, nothing is left under the folder's name."""
     doomed = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder):
         folder.rename(doomed)
@@ -329,10 +331,10 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
-        tensors[f"model.{name}"] = whole(parameter.detach()).cpu()
+        tensors[f"model.{name}"] = gather(parameter.detach()).cpu()
         for optimizer in state.optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = whole(value).cpu()
+                tensors[f"optimizer.{name}.{key}"] = gather(value).cpu()
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""What a training starts from: the verified split, the windows to learn from, and what it computes on."""
+"""What a training starts from: the verified split, its batches, and the runtime."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,33 +11,34 @@ from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
 from gptpipe.shell.errors import ConfigError, InputError
-from gptpipe.train import runtime
 from gptpipe.train.batches import Batches
 from gptpipe.train.params import RunParams
+from gptpipe.train.runtime import Runtime, be_deterministic, resolve_runtime
 
 
 @dataclass(frozen=True)
-class Start:
-    """All that is fixed before the first weights are drawn."""
+class Inputs:
+    """Everything that is fixed before the first weights are drawn."""
 
-    made_from: Manifest
+    split: Manifest
     tokenizer: Tokenizer
     train: Stream
     val: Stream
     batches: Batches
     n_steps: int
-    where: runtime.Runtime
+    runtime: Runtime
 
 
-def start(params: RunParams, split: Path) -> Start:
-    """Look at the split and at the machine; torch computes deterministically from here on.
+def load_inputs(params: RunParams, split: Path) -> Inputs:
+    """Verify the split and choose the runtime. From here on torch computes deterministically.
 
-    Raises IntegrityError, InputError for too few tokens, ConfigError for what does not fit the data or the machine.
+    Raises IntegrityError, InputError for too few tokens, and ConfigError for values that do not fit the data or the
+    machine.
     """
     section = params.train
-    runtime.be_deterministic()
+    be_deterministic()
     keep_freed_memory()
-    made_from = verify_split(split)
+    manifest = verify_split(split)
     tokenizer = Tokenizer.load(split / TOKENIZER)
     train = open_stream(split, "train", tokenizer.vocab_size)
     val = open_stream(split, "val", tokenizer.vocab_size)
@@ -58,4 +59,5 @@ def start(params: RunParams, split: Path) -> Start:
     with torch.device("meta"):
         flops_per_token = GPT(params.model, tokenizer.vocab_size).flops_per_token()
     flops = flops_per_token * n_steps * section.batch_size * params.model.context_length
-    return Start(made_from, tokenizer, train, val, batches, n_steps, runtime.resolve(section, flops, params.model))
+    runtime = resolve_runtime(section, flops, params.model)
+    return Inputs(manifest, tokenizer, train, val, batches, n_steps, runtime)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gptpipe.model.device import shard_like, whole
+from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT, qkv_widths
 from gptpipe.train.params import TrainParams
 
@@ -14,11 +14,6 @@ from gptpipe.train.params import TrainParams
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
-
-# With Muon, an input embedding of its own takes larger steps and the head smaller ones than the matrices between: its
-# weights are about 1, not 0.02, and a row is seen only with its token. Scaling learning rates by the role of a matrix:
-# Yang et al., 2022, arXiv:2203.03466, table 3; embeddings: Hayou and Liu, 2025, arXiv:2506.15025.
-_EMBEDDING_LR, _HEAD_LR = 15.0, 0.5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -79,7 +74,8 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 heights = self._heights.get(parameter, [len(parameter)])
-                shape = (*(heights[:1] if len(set(heights)) == 1 else heights), parameter.shape[1])
+                heights = heights[:1] if len(set(heights)) == 1 else heights
+                shape = (*heights, parameter.shape[1])
                 by_shape.setdefault(shape, []).append(parameter)
             for (*heights, _), parameters in by_shape.items():
                 gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -88,7 +84,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[parameter]["momentum"] = torch.zeros_like(parameter)
                 buffers = [self.state[parameter]["momentum"] for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
-                nesterov = [whole(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
+                nesterov = [gather(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
                 updates = list(map(shard_like, _updates(nesterov, heights), parameters))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])
@@ -113,13 +109,16 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     hidden = {name: p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")}
     muon = hidden if params.optimizer == "muon" else {}
     rest = {name: p for name, p in named.items() if name not in muon}
-    scales = {"embedding.weight": _EMBEDDING_LR, "head.weight": _HEAD_LR} if _scales_lr(model, params) else {}
+    scales = _lr_scales(model, params)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # one group is one fused update
     for name, parameter in rest.items():
-        kind = (scales.get(name, 1.0), params.weight_decay if parameter.dim() == 2 else 0.0)
-        groups.setdefault(kind, []).append(parameter)
-    kinds = [{"params": found, "lr_scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(kinds, lr=params.lr, betas=params.betas, fused=True)]
+        decay = params.weight_decay if parameter.dim() == 2 else 0.0
+        groups.setdefault((scales.get(name, 1.0), decay), []).append(parameter)
+    param_groups = [
+        {"params": members, "lr_scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()
+    ]
+    adamw = torch.optim.AdamW(param_groups, lr=params.lr, betas=params.betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
         heights: dict[Tensor, list[int]] = {p: qkv_widths(model.params) for name, p in muon.items() if "qkv" in name}
         optimizers.append(Muon(list(muon.values()), params.lr, params.weight_decay, heights))
@@ -127,10 +126,18 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     return optimizers
 
 
-def _scales_lr(model: GPT, params: TrainParams) -> bool:
-    """Whether the embedding starts at a size of 1 and meets Muon: see `GPT._initialise`."""
+def _lr_scales(model: GPT, params: TrainParams) -> dict[str, float]:
+    """Factors of the learning rate, by parameter name.
+
+    With Muon, an untied input embedding takes larger steps than the matrices inside the blocks, and the output matrix
+    smaller ones: the embedding's weights are about 1, not 0.02 (see `GPT._initialise`), and a row is updated only when
+    its token occurs. Learning rates by the role of a matrix: Yang et al., 2022, arXiv:2203.03466, table 3; of
+    embeddings: Hayou and Liu, 2025, arXiv:2506.15025.
+    """
     starts_large = model.params.architecture != "gpt2" and not model.params.tie_embeddings and params.init_from is None
-    return params.optimizer == "muon" and starts_large
+    if params.optimizer != "muon" or not starts_large:
+        return {}
+    return {"embedding.weight": params.embedding_lr_scale, "head.weight": params.head_lr_scale}
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

@@ -17,6 +17,8 @@ class TrainParams(Section):
     parallel: Literal["ddp", "fsdp"]
     optimizer: Literal["adamw", "muon"]
     lr: PositiveFloat
+    embedding_lr_scale: PositiveFloat
+    head_lr_scale: PositiveFloat
     betas: tuple[Share, Share]
     weight_decay: Annotated[FiniteFloat, Field(ge=0)]
     grad_clip: PositiveFloat | None

@@ -1,4 +1,4 @@
-"""Signs of a training gone wrong, said in words."""
+"""Signs that a training is going wrong, and what to try."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from gptpipe.train.state import Validation
 
 
 def red_flags(history: Sequence[Validation], n_steps: int) -> dict[str, str]:
-    """Name -> what is seen and what to try, for a history that begins with the validation at step 0."""
+    """Warnings by name, for a history that begins with the validation at step 0."""
     flags: dict[str, str] = {}
     trained = [v for v in history if v.train_loss is not None]
     if not trained:

@@ -12,16 +12,16 @@ from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
 from gptpipe.shell.errors import one_line
 from gptpipe.train.checkpoint import Checkpoints
-from gptpipe.train.inputs import Start
+from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
-from gptpipe.train.state import VALIDATION_FIGURES, Sample, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, Metrics, Sample, TrainState
 
 
 def write_model(
     target: Path,
     params: RunParams,
-    begin: Start,
+    inputs: Inputs,
     checkpoints: Checkpoints,
     summary: dict[str, Any],
     reports: dict[str, str],
@@ -30,21 +30,21 @@ def write_model(
 
     Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
     """
-    tokenizer, made = begin.tokenizer, begin.made_from
-    with new_folder(target, made.lineage("split")) as folder:
+    tokenizer, split = inputs.tokenizer, inputs.split
+    with new_folder(target, split.lineage("split")) as folder:
         weights = checkpoints.load_best(summary["best_step"])
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(folder.path)
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
-        write_bytes(folder.path / "README.md", _card(params, summary, made).encode())
+        write_bytes(folder.path / "README.md", _card(params, summary, split).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
         folder.counts["reports"] = reports
 
 
-def _card(params: RunParams, summary: dict[str, Any], made: Manifest) -> str:
+def _card(params: RunParams, summary: dict[str, Any], split: Manifest) -> str:
     """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
-    ancestors = [(one_line(name), digest) for name, digest in sorted(made.lineage("split").items())]
+    ancestors = [(one_line(name), digest) for name, digest in sorted(split.lineage("split").items())]
     values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
     return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
@@ -59,8 +59,8 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
     contents = {
         "train.json": to_json(summary),
         "train.samples.json": samples_table(state.samples),
-        "train.steps.csv": _steps(state).to_csv(index=False).encode(),
-        "train.validations.csv": _validations(state).to_csv(index=False).encode(),
+        "train.steps.csv": _step_curves(state).to_csv(index=False).encode(),
+        "train.validations.csv": _validation_curves(state).to_csv(index=False).encode(),
     }
     for name, content in contents.items():
         write_bytes(reports / name, content)
@@ -68,31 +68,43 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
 
 
 def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
-    """What reports/train.json holds; with `inexact`, where the training went on in another environment."""
+    """The content of reports/train.json. `inexact` lists where the training continued in another environment."""
     best = state.best
     assert best is not None  # the loop validates at step 0
-    found = next(metrics for step, _, metrics in state.journal if step == best.step and "val/loss" in metrics)
-    return {
+    metrics = next(metrics for step, metrics in _validation_metrics(state) if step == best.step)
+    summary = {
         "best_step": best.step,
         "steps": state.step,
         "tokens": state.step * params.train.batch_size * params.model.context_length,
         "parameters": state.model.n_parameters(),
-        "val": {name.removeprefix("val/"): value for name, value in found.items()},
+        "val": {name.removeprefix("val/"): value for name, value in metrics.items()},
         "red_flags": red_flags(state.history, n_steps),
-        **({"resumed_inexactly": inexact} if inexact else {}),
     }
+    if inexact:
+        summary["resumed_inexactly"] = inexact
+    return summary
 
 
-def _steps(state: TrainState) -> pd.DataFrame:
+def _validation_metrics(state: TrainState) -> list[tuple[int, Metrics]]:
+    """The step and the metrics of each validation, from the journal."""
+    return [(step, metrics) for step, _, metrics in state.journal if "val/loss" in metrics]
+
+
+def _step_curves(state: TrainState) -> pd.DataFrame:
+    """Loss, gradient norm and learning rate of each step."""
     names = ("loss", "grad_norm", "lr")
-    rows = [(step, *(metrics[f"train/{name}"] for name in names))
-            for step, _, metrics in state.journal if "train/loss" in metrics]  # fmt: skip
+    rows = [
+        (step, *(metrics[f"train/{name}"] for name in names))
+        for step, _, metrics in state.journal
+        if "train/loss" in metrics
+    ]
     return pd.DataFrame(rows, columns=["step", *names])
 
 
-def _validations(state: TrainState) -> pd.DataFrame:
-    """Each validation, with the mean training loss since the one before."""
-    found = (metrics for _, _, metrics in state.journal if "val/loss" in metrics)
-    rows = [(validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_FIGURES))
-            for validation, metrics in zip(state.history, found, strict=True)]  # fmt: skip
-    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_FIGURES[1:]])
+def _validation_curves(state: TrainState) -> pd.DataFrame:
+    """Each validation, with the mean training loss since the previous one."""
+    rows = [
+        (validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_METRICS))
+        for validation, (_, metrics) in zip(state.history, _validation_metrics(state), strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_METRICS[1:]])

@@ -46,7 +46,7 @@ from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.session import _check_tokenizer
-from gptpipe.train.state import VALIDATION_FIGURES
+from gptpipe.train.state import VALIDATION_METRICS
 
 from . import mutations
 from .engine import Target
@@ -314,11 +314,11 @@ def _checkpoint_seeds(name: str) -> Callable[[Path], list[bytes]]:
     def seeds(folder: Path) -> list[bytes]:
         state, _, _ = tiny.trained_state(1, **_SMALL)
         checkpoints = Checkpoints(folder / "checkpoints", {"threads": 1})
-        state.note_validation(3.5, 1.0)
+        state.add_validation(3.5, 1.0)
         state.journal.append((1, 1_700_000_000_000, {"train/loss": 3.0, "train/grad_norm": 1.0, "train/lr": 0.1}))
-        state.journal.append((1, 1_700_000_000_000, {f"val/{name}": 3.5 for name in VALIDATION_FIGURES}))
+        state.journal.append((1, 1_700_000_000_000, {f"val/{name}": 3.5 for name in VALIDATION_METRICS}))
         checkpoints.save_best(state.model, 1)
-        checkpoints.save(state, {"run_id": "abc"})
+        checkpoints.save(state)
         return [(folder / _STEP / name).read_bytes()]
 
     return seeds

@@ -60,7 +60,7 @@ BUGS = (
     ),
     Bug(
         "two processes may write one folder",
-        FILES,
+        "gptpipe/shell/locks.py",
         "            lock.acquire(timeout=_LOCK_SECONDS)\n",
         "            pass\n",
         ("tests/base/test_files.py::test_a_second_writer_is_refused_in_seconds_and_names_the_first",),
@@ -172,8 +172,8 @@ BUGS = (
     Bug(
         "more validation takes documents from test",
         "gptpipe/formats/sides.py",
-        "position > 1 - params.val_fraction",
-        "position < params.val_fraction + params.test_fraction",
+        "position > 1 - fractions.val",
+        "position < fractions.val + fractions.test",
         ("tests/formats/test_sides.py::test_more_test_takes_from_train_alone",),
     ),
     Bug(
@@ -221,7 +221,7 @@ BUGS = (
     Bug(
         "ranks train on the same part of the batch",
         "gptpipe/train/distributed.py",
-        "return slice(here.rank * n, (here.rank + 1) * n)",
+        "return slice(rank * n, (rank + 1) * n)",
         "return slice(0, n)",
         ("tests/properties/test_order.py::test_ranks_split_each_batch_among_them",),
     ),
@@ -299,9 +299,9 @@ BUGS = (
     ),
     Bug(
         "the best model is the one with the highest loss",
-        LOOP,
-        "return min(self.history, key=lambda v: v.val_loss, default=None)",
-        "return max(self.history, key=lambda v: v.val_loss, default=None)",
+        "gptpipe/train/state.py",
+        "return min(self.history, key=lambda validation: validation.val_loss, default=None)",
+        "return max(self.history, key=lambda validation: validation.val_loss, default=None)",
         ("tests/train/test_loop.py", "tests/train/test_checkpoint.py"),
     ),
     Bug(
@@ -313,28 +313,28 @@ BUGS = (
     ),
     Bug(
         "gradients are summed over micro-batches",
-        LOOP,
+        "gptpipe/train/step.py",
         "loss = plan.loss(x, y) / n_micro_batches",
         "loss = plan.loss(x, y)",
         ("tests/train/test_loop.py::test_micro_batches_change_nothing_but_rounding",),
     ),
     Bug(
         "the seed of dropout ignores the step",
-        LOOP,
-        "torch.manual_seed(_seed(plan.seed, state.step, ",
-        "torch.manual_seed(_seed(plan.seed, 0, ",
+        "gptpipe/train/step.py",
+        "torch.manual_seed(_dropout_seed(plan.seed, state.step, ",
+        "torch.manual_seed(_dropout_seed(plan.seed, 0, ",
         ("tests/train/test_loop.py::test_each_micro_batch_and_each_step_has_dropout_of_its_own",),
     ),
     Bug(
         "a gradient that is not finite is applied",
-        LOOP,
+        "gptpipe/train/step.py",
         "    if not (math.isfinite(loss) and math.isfinite(norm)):\n",
         "    if not math.isfinite(loss):\n",
         ("tests/train/test_loop.py::test_what_is_not_finite_stops_before_the_update",),
     ),
     Bug(
         "gradients are clipped after the update",
-        LOOP,
+        "gptpipe/train/step.py",
         "    if params.grad_clip is not None and norm > params.grad_clip:\n",
         "    if params.grad_clip is not None and norm < params.grad_clip:\n",
         ("tests/train/test_loop.py",),
@@ -342,7 +342,7 @@ BUGS = (
     Bug(
         "a finished training is repeated",
         SESSION,
-        "            mark_finished(folder, run_id, where.describe())\n",
+        "            mark_finished(folder, run_id, inputs.runtime.describe())\n",
         "            pass\n",
         ("tests/train/test_session.py::test_a_finished_training_is_not_repeated",),
     ),

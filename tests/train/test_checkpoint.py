@@ -22,19 +22,19 @@ from gptpipe.base.finished import discard, discard_finished, finished_in, mark_f
 from gptpipe.shell.errors import IntegrityError, ResourceError
 from gptpipe.train import checkpoint
 from gptpipe.train.checkpoint import Checkpoints, run_key
-from gptpipe.train.loop import optimizer_step
-from gptpipe.train.state import VALIDATION_FIGURES, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, TrainState
+from gptpipe.train.step import optimizer_step
 
 SMALL = {"model__n_embd": 8, "model__n_inner": 8, "model__n_layer": 1, "model__dropout": 0.1}
-VALIDATION = [f"val/{name}" for name in VALIDATION_FIGURES]
+VALIDATION = [f"val/{name}" for name in VALIDATION_METRICS]
 ENVIRONMENT = {"threads": 1, "torch": "9.9"}
 
 
 def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> None:
     """What the session does after a validation."""
-    state.note_validation(val_loss, 1.0)
+    state.add_validation(val_loss, 1.0)
     state.journal.append((state.step, 1_700_000_000_000, dict.fromkeys(VALIDATION, val_loss)))
-    if state.best_is_now:
+    if state.is_best:
         checkpoints.save_best(state.model, state.step)
 
 
@@ -49,12 +49,12 @@ def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: A
         if step in losses:
             validated(state, checkpoints, losses[step])
         if step and step % 3 == 0:
-            checkpoints.save(state, {"run_id": "abc"})
+            checkpoints.save(state)
     return state
 
 
-def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any) -> tuple[TrainState, Any]:
-    """Into a state that began elsewhere."""
+def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any) -> tuple[TrainState, bool]:
+    """A state with other weights, after a restore, and whether there was a checkpoint."""
     state, _, _ = tiny.trained_state(2, seed=99, **changes)
     return state, Checkpoints(folder, environment).restore(state, allow_inexact=False)
 
@@ -68,8 +68,8 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -
     changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
     whole = saved_run(tmp_path / "whole", {0: 4.0, 6: 3.0}, 12, **changes)
     saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
-    state, notes = restored(tmp_path / "halves", **changes)
-    assert notes == {"run_id": "abc"}
+    state, is_restored = restored(tmp_path / "halves", **changes)
+    assert is_restored
     assert (state.step, len(state.journal), [v.step for v in state.history]) == (6, 8, [0, 6])
     _, batches, plan = tiny.trained_state(**changes)
     plan = replace(plan, loss=state.model.loss)
@@ -78,7 +78,7 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -
         metrics = optimizer_step(state, batches, plan)
         assert metrics["train/loss"] == whole.journal[step + 1][2]["train/loss"]
     state.journal = whole.journal  # its times and speeds are another's
-    Checkpoints(tmp_path / "halves", ENVIRONMENT).save(state, {"run_id": "abc"})
+    Checkpoints(tmp_path / "halves", ENVIRONMENT).save(state)
     for name in ("state.safetensors", "state.json", "journal.jsonl"):
         files = [tmp_path / half / "step-00000012" / name for half in ("whole", "halves")]
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -102,7 +102,7 @@ def test_two_steps_are_kept_and_the_best_of_each(tmp_path: Path) -> None:
 
 
 def test_without_a_checkpoint_nothing_is_restored(tmp_path: Path) -> None:
-    assert restored(tmp_path, **SMALL)[1] is None
+    assert not restored(tmp_path, **SMALL)[1]
 
 
 def flip(path: Path, rng: np.random.Generator) -> None:
@@ -213,7 +213,7 @@ NORM, MOMENT, COUNT = (
 
 FORGERIES: dict[str, Callable[[Path], object]] = {
     **{f"no {key}": state_json(**{key: ...})
-       for key in ("step", "best_step", "history", "skipped", "micro_batch_size", "environment", "notes")},
+       for key in ("step", "best_step", "history", "skipped", "micro_batch_size", "environment")},
     **{f"{key} {value!r:.9}": state_json(**{key: value})
        for key in ("step", "best_step", "skipped", "micro_batch_size")
        for value in (-1, 2**70, True, 6.0, "6")},
@@ -233,10 +233,9 @@ FORGERIES: dict[str, Callable[[Path], object]] = {
     "a validation out of order": history(step=0),
     "an environment that is a list": state_json(environment=[]),
     "an environment of lists": state_json(environment={"threads": [1], "torch": "9.9"}),
-    "notes that are a list": state_json(notes=[]),
     "inexact as a number": state_json(inexact=3),
     "deep state": content("state.json", DEEP),
-    "deep notes": content("state.json", f'{{"notes": {DEEP}}}'),
+    "deep samples": content("state.json", f'{{"samples": {DEEP}}}'),
     "empty state": content("state.json", ""),
     "state that is a list": content("state.json", "[]"),
     "an entry that is a table": journal("{}"),
@@ -316,11 +315,11 @@ def test_a_forged_checkpoint_is_not_used(
     """Its manifest is valid, its content is not what a training saves."""
     shutil.copytree(sound_run, tmp_path / "run")
     forge(tmp_path / "run" / name, change)
-    state, notes = restored(tmp_path / "run", **SMALL)
+    state, is_restored = restored(tmp_path / "run", **SMALL)
     warning = capsys.readouterr().err
-    assert (state.step, notes) == (3, {"run_id": "abc"})
+    assert (state.step, is_restored) == (3, True)
     assert len(warning.splitlines()) == 1
-    assert "trying the checkpoint before" in warning
+    assert "trying the previous checkpoint" in warning
     assert len(warning) < 1000
 
 
@@ -353,7 +352,7 @@ def test_whole_numbers_in_the_journal_stay_whole(tmp_path: Path) -> None:
     state, _, _ = tiny.trained_state(1, **SMALL)
     state.journal.append((1, 1_700_000_000_000, {"train/micro_batch_size": 2, "a": 2.0}))
     state.step = 1
-    Checkpoints(tmp_path, ENVIRONMENT).save(state, {})
+    Checkpoints(tmp_path, ENVIRONMENT).save(state)
     again, _ = restored(tmp_path, **SMALL)
     assert json.dumps(again.journal) == json.dumps(state.journal)
 
@@ -363,7 +362,7 @@ def test_a_checkpoint_that_is_damaged_later_does_not_stop_a_save(tmp_path: Path)
     state, _ = restored(tmp_path, **SMALL)
     (tmp_path / "step-00000006/state.json").write_text("{")
     state.step = 7
-    Checkpoints(tmp_path, ENVIRONMENT).save(state, {})
+    Checkpoints(tmp_path, ENVIRONMENT).save(state)
     assert names(tmp_path) == ["best-00000002", "best-00000005", "step-00000006", "step-00000007"]
 
 
@@ -373,7 +372,7 @@ def test_a_save_after_a_fallback_keeps_sound_checkpoints(tmp_path: Path) -> None
     (tmp_path / "step-00000006" / "state.json").write_text("{")
     state, _ = restored(tmp_path, **SMALL)
     state.step = 4
-    Checkpoints(tmp_path, ENVIRONMENT).save(state, {})
+    Checkpoints(tmp_path, ENVIRONMENT).save(state)
     assert names(tmp_path) == ["best-00000002", "step-00000003", "step-00000004"]
 
 
@@ -394,7 +393,7 @@ def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pyte
         restored(tmp_path, other, **SMALL)
     assert "torch" not in str(caught.value)
     state, _, _ = tiny.trained_state(**SMALL)
-    assert Checkpoints(tmp_path, other).restore(state, allow_inexact=True) is not None
+    assert Checkpoints(tmp_path, other).restore(state, allow_inexact=True)
     assert state.step == 3
     assert "not bit for bit: threads was 1, is 2" in capsys.readouterr().err
 
@@ -405,7 +404,7 @@ def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
     other = Checkpoints(tmp_path, {"threads": 2, "torch": "9.9"})
     other.restore(state, allow_inexact=True)
     state.step = 4
-    other.save(state, {})
+    other.save(state)
     again = Checkpoints(tmp_path, other.environment)
     again.restore(state, allow_inexact=False)
     assert again.inexact == other.inexact == ["after step 3: threads was 1, is 2"]
@@ -498,15 +497,15 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         shutil.copytree(sound, folder)
         checkpoints = Checkpoints(folder, ENVIRONMENT)
         doing: dict[str, Callable[[], object]] = {
-            "save": lambda c=checkpoints: c.save(state, {}),  # type: ignore[misc]
+            "save": lambda c=checkpoints: c.save(state),  # type: ignore[misc]
             "save_best again": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
             "discard": lambda: discard(folder),  # noqa: B023
         }
         done = at_change(n, doing[work]) != 9
-        again, notes = restored(folder, **SMALL)
+        again, is_restored = restored(folder, **SMALL)
         assert "warning" not in capsys.readouterr().err, f"change {n}"
-        steps.add(again.step if notes is not None else None)
-        if again.history and notes is not None:
+        steps.add(again.step if is_restored else None)
+        if again.history and is_restored:
             assert again.best is not None
             checkpoints.load_best(again.best.step)
         assert not folder.exists() or not [name for name in names(folder) if name.startswith(".")]
@@ -537,13 +536,13 @@ def test_a_change_that_fails_is_a_resource_error_and_leaves_what_can_be_resumed(
         shutil.copytree(sound, folder)
         checkpoints = Checkpoints(folder, ENVIRONMENT)
         doing: dict[str, Callable[[], object]] = {
-            "save": lambda c=checkpoints: c.save(state, {}),  # type: ignore[misc]
+            "save": lambda c=checkpoints: c.save(state),  # type: ignore[misc]
             "save_best": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
             "discard": lambda: discard(folder),  # noqa: B023
         }
         ended.append(at_change(len(ended), doing[work], code, for_ever))
-        again, notes = restored(folder, **SMALL)
+        again, is_restored = restored(folder, **SMALL)
         assert "warning" not in capsys.readouterr().err, f"change {len(ended)}"
-        assert again.step in (6, 9) or (work == "discard" and notes is None)
+        assert again.step in (6, 9) or (work == "discard" and not is_restored)
     assert {5, 0} <= set(ended) <= {5, 7, 0}
     assert len(ended) > 7

@@ -84,8 +84,8 @@ def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
     assert exit_codes(start_ranks(2, params, undisturbed, TOY_SEQUENCES="2")) == [0, 0]
     assert exit_codes(start_ranks(2, params, project, stop_at=4, TOY_SEQUENCES="2")) == [143, 143]
     assert [line for line in said(project, 0).splitlines() if "memory" in line] == [
-        "warning: out of memory; going on with micro-batches of 3",
-        "warning: out of memory; going on with micro-batches of 1",
+        "warning: out of memory; continuing with micro-batches of 3",
+        "warning: out of memory; continuing with micro-batches of 1",
     ]
     (saved,) = project.root.glob(".gptpipe/checkpoints/*/step-00000004/state.json")
     assert json.loads(saved.read_bytes())["micro_batch_size"] == 1
@@ -135,7 +135,7 @@ def test_a_stop_of_one_rank_stops_all_and_they_go_on_bit_for_bit(
     assert project.checkpoints()[-1] == "step-00000004"
     told = "".join(said(project, rank) for rank in range(n))
     assert [line for line in told.splitlines() if "error" in line] == [
-        "error: SIGTERM: train: stopped, all saved; rerun to go on from there"
+        "error: SIGTERM: train: stopped after saving; rerun to continue from there"
     ]
     assert exit_codes(start_ranks(n, params, project)) == [0] * n
     assert "resumed after step 4" in said(project, 0)
@@ -175,7 +175,7 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_checkpoint_whole(project: 
     survivor = 1 - victim
     assert exit_codes(ranks)[survivor] == 5
     errors = [line for line in said(project, survivor).splitlines() if "error" in line]
-    assert errors == [f"error: train: rank {survivor} lost another rank; rerun to go on from the last checkpoint"]
+    assert errors == [f"error: train: rank {survivor} lost another rank; rerun to continue from the last checkpoint"]
     verify(max(project.root.glob(".gptpipe/checkpoints/*/step-*")))
 
 
@@ -228,7 +228,7 @@ def test_any_number_of_ranks_sees_the_batches_of_one(n_ranks: int, monkeypatch: 
         parts = []
         for rank in range(n_ranks):
             as_rank(monkeypatch, rank, n_ranks)
-            parts.append(batches.at(step, distributed.share(plan.params)))
+            parts.append(batches.at(step, distributed.batch_slice(plan.params)))
         for found, expected in zip(zip(*parts, strict=True), batches.at(step), strict=True):
             assert torch.equal(torch.cat(found), expected)
 
@@ -240,5 +240,5 @@ def test_ranks_that_cannot_share_a_batch_are_told(
     as_rank(monkeypatch, 0, n_ranks)
     params: Params = tiny.params(train__micro_batch_size=micro_batch_size)
     with pytest.raises(ConfigError, match=rf"train\.batch_size 4 must be a multiple of {n_ranks} processes") as caught:
-        distributed.share(params.train)
+        distributed.batch_slice(params.train)
     assert caught.value.exit_code == 2

@@ -11,9 +11,10 @@ import torch
 
 from gptpipe.shell.errors import Interrupted, NumericError, ResourceError, SpikeError
 from gptpipe.train.batches import Batches
-from gptpipe.train.loop import Plan, optimizer_step, train
+from gptpipe.train.loop import train
 from gptpipe.train.schedule import learning_rate
 from gptpipe.train.state import Metrics, TrainState
+from gptpipe.train.step import Plan, optimizer_step
 
 
 class Around:
@@ -23,8 +24,17 @@ class Around:
         self.state, self.losses = state, losses
         self.calls: list[str] = []
         self.logged: list[tuple[int, Metrics]] = []
-        self.check_stop: Callable[[], None] = lambda: None
+        self.stop: Callable[[], None] = lambda: None
         self.saved: TrainState | None = None
+
+    def check_stop(self) -> None:
+        self.stop()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.logged.append((step, metrics))
+
+    def report(self) -> None:
+        self.calls.append(f"report {self.state.step}")
 
     def validate(self) -> float:
         self.calls.append(f"validate {self.state.step}")
@@ -44,17 +54,7 @@ class Around:
         self.state.step, self.state.skipped, self.state.steps = kept.step, kept.skipped, kept.steps
 
     def run(self, batches: Batches, plan: Plan) -> None:
-        train(
-            self.state,
-            batches,
-            plan,
-            validate=self.validate,
-            report=lambda: self.calls.append(f"report {self.state.step}"),
-            save=self.save,
-            roll_back=self.roll_back,
-            log=lambda step, metrics: self.logged.append((step, metrics)),
-            check_stop=lambda: self.check_stop(),
-        )
+        train(self.state, batches, plan, self)
 
 
 def weights(state: TrainState) -> list[bytes]:
@@ -243,7 +243,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(
 
     metrics = optimizer_step(state, batches, replace(plan, loss=loss))
     assert state.micro_batch_size == metrics["train/micro_batch_size"] == smaller
-    assert f"out of memory; going on with micro-batches of {smaller}" in capsys.readouterr().err
+    assert f"out of memory; continuing with micro-batches of {smaller}" in capsys.readouterr().err
     assert state.steps[0] == pytest.approx(undisturbed.steps[0], rel=1e-5)
     assert "train/micro_batch_size" not in optimizer_step(state, batches, plan)
 

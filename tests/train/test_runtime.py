@@ -17,12 +17,14 @@ import torch
 from gptpipe.model import device
 from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.train import runtime
+from gptpipe.train.memory import estimated_bytes, fitting_micro_batch_size
 from gptpipe.train.params import TrainParams
-from gptpipe.train.runtime import estimated_bytes, micro_batch_size, noted_signals, resolve
+from gptpipe.train.runtime import resolve_runtime
+from gptpipe.train.signals import deferred_signals
 
 ROOT = Path(__file__).parents[2]
 estimated = partial(estimated_bytes, holds_all_logits=True)
-fitting = partial(micro_batch_size, holds_all_logits=True)
+fitting = partial(fitting_micro_batch_size, holds_all_logits=True)
 QWEN3, GPT2 = (tiny.model_params(architecture=name, n_kv_head=4) for name in ("qwen3", "gpt2"))
 
 
@@ -66,7 +68,7 @@ import sys
 from pathlib import Path
 import torch
 from benchmarks.training_speed import ours, stepper
-from gptpipe.train.runtime import estimated_bytes
+from gptpipe.train.memory import estimated_bytes, fitting_micro_batch_size
 def resident(name):
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 sizes, cpu = {"n_layer": 3, "n_head": 4, "n_embd": 256, "context_length": 256}, torch.device("cpu")
@@ -95,10 +97,10 @@ def test_logits_of_all_tokens_count_where_a_step_holds_them() -> None:
     n_tokens = model.params.context_length * 1000
     whole, some = (estimated_bytes(model, 1000, holds_all_logits=holds) for holds in (True, False))
     assert whole - some == 4 * 3 * model.vocab_size * (n_tokens - 1024)
-    eager = resolve(section(device="cpu"), 1e9, QWEN3)
+    eager = resolve_runtime(section(device="cpu"), 1e9, QWEN3)
     assert not eager.holds_all_logits
-    assert resolve(section(device="cpu", precision="bfloat16"), 1e9, QWEN3).holds_all_logits
-    assert resolve(section(device="cpu", compile=True), 1e9, QWEN3).holds_all_logits
+    assert resolve_runtime(section(device="cpu", precision="bfloat16"), 1e9, QWEN3).holds_all_logits
+    assert resolve_runtime(section(device="cpu", compile=True), 1e9, QWEN3).holds_all_logits
 
 
 def test_limits_of_a_container_count(tmp_path: Path) -> None:
@@ -117,8 +119,8 @@ def described(folder: Path, **environment: str) -> dict[str, str]:
     program = """
 import tiny
 from gptpipe.train.params import TrainParams
-from gptpipe.train.runtime import resolve
-for key, value in resolve(TrainParams(**tiny.TRAIN), 1e9, tiny.model_params()).describe().items():
+from gptpipe.train.runtime import resolve_runtime
+for key, value in resolve_runtime(TrainParams(**tiny.TRAIN), 1e9, tiny.model_params()).describe().items():
     print(key, value)
 """
     paths = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'tests'}"}
@@ -157,7 +159,7 @@ def test_the_loss_is_as_the_switches_say() -> None:
 
     def gradient(**switches: Any) -> torch.Tensor:
         model.zero_grad()
-        runtime.loss_function(model, section(**switches), end, compiles=False)(tokens, targets).backward()
+        runtime.loss_function(model, section(**switches), end, is_compiled=False)(tokens, targets).backward()
         assert model.embedding.weight.grad is not None
         return model.embedding.weight.grad.clone()
 
@@ -170,20 +172,20 @@ def test_the_loss_is_as_the_switches_say() -> None:
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(ConfigError, match=r"train\.compile: true needs a C\+\+ compiler"):
-        resolve(section(device="cpu", compile=True), 1e9, QWEN3)
+        resolve_runtime(section(device="cpu", compile=True), 1e9, QWEN3)
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "abacus", "cpu:x"])
 def test_a_device_that_is_not_there_is_told(device: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.device"):
-        resolve(section(device=device), 1e9, QWEN3)
+        resolve_runtime(section(device=device), 1e9, QWEN3)
 
 
 def test_explicit_values_are_kept() -> None:
-    found = resolve(section(device="cpu", precision="bfloat16", compile=True), 1e9, QWEN3)
-    assert (found.device.type, found.precision, found.compiles) == ("cpu", torch.bfloat16, True)
-    plain = resolve(section(device="cpu", precision="auto", compile="auto"), 1e9, QWEN3)
-    assert (plain.precision, plain.compiles) == (torch.float32, False)
+    found = resolve_runtime(section(device="cpu", precision="bfloat16", compile=True), 1e9, QWEN3)
+    assert (found.device.type, found.precision, found.is_compiled) == ("cpu", torch.bfloat16, True)
+    plain = resolve_runtime(section(device="cpu", precision="auto", compile="auto"), 1e9, QWEN3)
+    assert (plain.precision, plain.is_compiled) == (torch.float32, False)
 
 
 def test_a_long_training_compiles_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,22 +194,22 @@ def test_a_long_training_compiles_where_a_compiler_is(monkeypatch: pytest.Monkey
     auto = section(device="cpu", compile="auto")
     an_hour = 3600 * 3e10 * 3
     shares = (0.1, 0.4, 0.6, 10)
-    assert [resolve(auto, share * an_hour, QWEN3).compiles for share in shares] == [False, False, True, True]
-    assert not resolve(auto, an_hour, GPT2).compiles
-    assert not resolve(section(device="cpu", compile=False), an_hour, QWEN3).compiles
+    assert [resolve_runtime(auto, share * an_hour, QWEN3).is_compiled for share in shares] == [False, False, True, True]
+    assert not resolve_runtime(auto, an_hour, GPT2).is_compiled
+    assert not resolve_runtime(section(device="cpu", compile=False), an_hour, QWEN3).is_compiled
     with monkeypatch.context() as ranked:
         two_ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
         for name, value in {**two_ranks, "TORCHELASTIC_RUN_ID": "test"}.items():
             ranked.setenv(name, value)
-        assert not resolve(auto, an_hour, QWEN3).compiles
+        assert not resolve_runtime(auto, an_hour, QWEN3).is_compiled
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert not resolve(auto, an_hour, QWEN3).compiles
+    assert not resolve_runtime(auto, an_hour, QWEN3).is_compiled
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_for_a_stop_and_handlers_come_back(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
-    with noted_signals() as check:
+    with deferred_signals() as check:
         check()
         os.kill(os.getpid(), signum)
         with pytest.raises(Interrupted) as caught:
@@ -219,7 +221,7 @@ def test_a_signal_asks_for_a_stop_and_handlers_come_back(signum: signal.Signals)
 def test_a_second_signal_ends_the_process_at_once() -> None:
     child = os.fork()
     if child == 0:
-        with noted_signals():
+        with deferred_signals():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)

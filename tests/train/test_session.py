@@ -252,7 +252,7 @@ def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatc
     """However little memory is free by then."""
     with pytest.raises(Interrupted):
         project.train(tiny.params(), stop_at=4)
-    monkeypatch.setattr("gptpipe.train.runtime.free_bytes", lambda _: 0)
+    monkeypatch.setattr("gptpipe.train.session.free_bytes", lambda _: 0)
     project.train(tiny.params())
     assert project.records[1].environment["micro_batch_size"] == 4
 
@@ -406,7 +406,7 @@ def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(
 def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
     project: Project, monkeypatch: pytest.MonkeyPatch, size: int | None
 ) -> None:
-    monkeypatch.setattr("gptpipe.train.runtime.free_bytes", lambda _: 1 << 16)
+    monkeypatch.setattr("gptpipe.train.session.free_bytes", lambda _: 1 << 16)
     with pytest.raises(ResourceError, match=f"micro-batches of {size or 1} need about 0.0 GiB, 0.0 are free") as caught:
         project.train(tiny.params(train__micro_batch_size=size))
     assert caught.value.exit_code == 5
