@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.base.files import MANIFEST, read_manifest, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import MANIFEST, read_manifest
 from gptpipe.base.markdown import render
 from gptpipe.evaluate import charts
 from gptpipe.formats.corpus import shard_paths, verify_corpus

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gptpipe.base.files import Manifest, verify, write_bytes, write_json
+from gptpipe.base.files import write_bytes, write_json
+from gptpipe.base.manifest import Manifest, verify
 from gptpipe.base.markdown import render
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.evaluate.reference_points import unigram_bits_per_byte, xz_bits_per_byte

@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from gptpipe.base.files import MANIFEST, Manifest, verify, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.params import Section
 from gptpipe.evaluate import charts
 from gptpipe.shell.errors import IntegrityError

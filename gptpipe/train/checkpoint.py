@@ -26,17 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from gptpipe.base.files import (
-    first_fault,
-    new_folder,
-    read_json,
-    seal,
-    to_json,
-    unseal,
-    verify,
-    write_bytes,
-    write_json,
-)
+from gptpipe.base.files import first_fault, read_json, seal, to_json, unseal, write_bytes, write_json
+from gptpipe.base.manifest import new_folder, verify
 from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header

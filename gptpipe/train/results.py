@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from gptpipe.base.files import Manifest, new_folder, to_json, write_bytes
+from gptpipe.base.files import to_json, write_bytes
+from gptpipe.base.manifest import Manifest, new_folder
 from gptpipe.base.markdown import render
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from pydantic_core import from_json
 
-from gptpipe.base.files import Manifest, read_bytes, sha256_of, write_json
-from gptpipe.base.finished import discard, finished_in, mark_finished
+from gptpipe.base.files import read_bytes, sha256_of, write_json
+from gptpipe.base.finished_training import discard, finished_in, mark_finished
+from gptpipe.base.manifest import Manifest
 from gptpipe.formats.tokenizer import Tokenizer, byte_letters
 from gptpipe.model.device import is_out_of_memory
 from gptpipe.model.generate import Sampling

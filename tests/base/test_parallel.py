@@ -14,7 +14,7 @@ import pytest
 from sections import SHIPPED, tokenize_params
 
 from gptpipe.base import parallel
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.base.parallel import in_child, map_in_order
 from gptpipe.collect import batch as shards
 from gptpipe.collect.collect import collect
@@ -96,7 +96,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 COUNT = "range(100_000)"
-VERIFY = "__import__('gptpipe.base.files').base.files.verify"
+VERIFY = "__import__('gptpipe.base.manifest').base.manifest.verify"
 ME = "__import__('os').kill(__import__('os').getpid()"
 
 

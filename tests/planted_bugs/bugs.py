@@ -12,7 +12,8 @@ class Bug:
     tests: tuple[str, ...]
 
 
-FILES, LOOP, CHECKPOINT = "gptpipe/base/files.py", "gptpipe/train/loop.py", "gptpipe/train/checkpoint.py"
+FILES, MANIFEST, RESUME = "gptpipe/base/files.py", "gptpipe/base/manifest.py", "gptpipe/base/resume.py"
+LOOP, CHECKPOINT = "gptpipe/train/loop.py", "gptpipe/train/checkpoint.py"
 SESSION, BATCHES, GPT = "gptpipe/train/session.py", "gptpipe/train/batches.py", "gptpipe/model/gpt.py"
 BUGS = (
     # Files
@@ -39,14 +40,14 @@ BUGS = (
     ),
     Bug(
         "the digest of a file is not compared",
-        FILES,
+        MANIFEST,
         "path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256",
         "path.stat().st_size != entry.n_bytes",
         ("tests/base/test_files.py::test_every_flipped_bit_is_found",),
     ),
     Bug(
         "files that the manifest does not name are not seen",
-        FILES,
+        MANIFEST,
         "present.symmetric_difference(manifest.files)",
         "set(manifest.files) - present",
         ("tests/base/test_files.py::test_truncated_missing_and_added_files_are_found",),
@@ -60,35 +61,35 @@ BUGS = (
     ),
     Bug(
         "two processes may write one folder",
-        FILES,
+        "gptpipe/shell/locks.py",
         "            lock.acquire(timeout=_LOCK_SECONDS)\n",
         "            pass\n",
         ("tests/base/test_files.py::test_a_second_writer_is_refused_in_seconds_and_names_the_first",),
     ),
     Bug(
         "leftovers of a kill are hashed as content",
-        FILES,
+        MANIFEST,
         "                _remove(leftover)\n",
         "                pass\n",
         ("tests/base/test_files.py::test_leftovers_of_a_killed_build_are_no_content",),
     ),
     Bug(
         "the old folder is removed before the new one is complete",
-        FILES,
+        MANIFEST,
         "                _finish_folder(folder, made_from)\n",
         "                _remove(target)\n                _finish_folder(folder, made_from)\n",
         ("tests/base/test_files.py::test_kill_at_every_operation",),
     ),
     Bug(
-        "notes of finished files stay in the folder",
-        FILES,
-        "        note.unlink()\n",
+        "records of finished files stay in the folder",
+        RESUME,
+        "        record.unlink()\n",
         "        pass\n",
         ("tests/base/test_files.py::test_notes_of_finished_files_are_no_content",),
     ),
     Bug(
         "finished files count although they changed",
-        FILES,
+        RESUME,
         'if done["files"] == [sha256_of(path) for path in files]:',
         "if done:",
         (
@@ -98,7 +99,7 @@ BUGS = (
     ),
     Bug(
         "a stale parent is not noticed",
-        FILES,
+        MANIFEST,
         "if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:",
         "if read_manifest(folder).made_from.get(parent.name) is None:",
         ("tests/base/test_files.py::test_a_folder_made_from_another_parent_is_refused",),
