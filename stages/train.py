@@ -9,9 +9,9 @@ from gptpipe.shell.process import run_stage
 def main() -> None:
     from gptpipe.params import load_params
     from gptpipe.shell.console import console, say
-    from gptpipe.shell.environment import place
+    from gptpipe.shell.environment import rank_info
 
-    console.quiet = place().rank > 0  # the others see and say the same
+    console.quiet = rank_info().rank > 0  # the others see and say the same
     params = load_params()
     from gptpipe.record.run import training_run  # late: fail on bad parameters before the slow imports
     from gptpipe.train.session import train_model

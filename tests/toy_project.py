@@ -22,7 +22,7 @@ from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
 from gptpipe.score.metrics import Figures
 from gptpipe.shell.console import console
-from gptpipe.shell.environment import place
+from gptpipe.shell.environment import rank_info
 from gptpipe.shell.process import run
 from gptpipe.train.session import train_model
 from gptpipe.train.state import Entry
@@ -103,10 +103,10 @@ def run_out_of_memory_above(n_sequences: int) -> None:
 def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None, environment: dict[str, str]) -> None:
     """A training as a process of its own, or one rank of it, whose words go to a file."""
     os.environ |= {"DVC_ROOT": str(root), **environment}
-    if place().n_ranks > 1:
+    if rank_info().n_ranks > 1:
         torch.set_num_threads(1)  # as torchrun
-        console.file = (root / f"rank-{place().rank}.err").open("a", buffering=1)
-        if place().rank > 0:
+        console.file = (root / f"rank-{rank_info().rank}.err").open("a", buffering=1)
+        if rank_info().rank > 0:
             console.quiet = True  # as stages/train.py
             end_at_a_write(root)
             run_out_of_memory_above(int(os.environ.get("TOY_SEQUENCES", "1000")))

@@ -51,8 +51,8 @@ def uses_ray() -> bool:
     return engine == "ray"
 
 
-class Place(NamedTuple):
-    """This process among those of one training, in all and on this machine."""
+class RankInfo(NamedTuple):
+    """Which process of a training this is, among all of them and among those of this machine."""
 
     rank: int = 0
     n_ranks: int = 1
@@ -60,10 +60,16 @@ class Place(NamedTuple):
     n_local_ranks: int = 1
 
 
-def place() -> Place:
-    """What torchrun says; without it, rank 0 of 1."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Place(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else Place()
+def rank_info() -> RankInfo:
+    """The environment variables that torchrun sets; without torchrun, rank 0 of 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return RankInfo()
+    return RankInfo(
+        rank=int(os.environ["RANK"]),
+        n_ranks=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        n_local_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
 
 
 def attempt() -> str:

@@ -81,10 +81,10 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
 
 
 def _run_alone(name: str, main: Callable[[], None]) -> None:
-    from gptpipe.shell.environment import place
+    from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 
-    if place().rank > 0:  # rank 0 writes, and holds the lock
+    if rank_info().rank > 0:  # rank 0 writes, and holds the lock
         main()
         return
     with one_writer(Path(name)):
@@ -127,6 +127,21 @@ def _end_with_parent() -> None:
         threading.Thread(target=_end_with_dvc, args=[launcher], daemon=True).start()
     elif _is_orphan(os.getpid()):
         sys.exit(128 + signal.SIGTERM)
+
+
+def end_worker_with_parent() -> None:
+    """In a worker process of `multiprocessing`: leave Ctrl-C to the parent, and end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _is_orphan(pid: int) -> bool:

@@ -32,7 +32,7 @@ from gptpipe.model.device import shard_like, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header
 from gptpipe.shell.console import complain
-from gptpipe.shell.environment import place
+from gptpipe.shell.environment import rank_info
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 from gptpipe.shell.locks import disk_errors, sync_folder
 from gptpipe.train.optim import Muon
@@ -76,7 +76,7 @@ class Checkpoints:
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
         """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
         target, tensors = self.folder / _folder_name(state.step), _tensors(state)
-        if place().rank > 0:
+        if rank_info().rank > 0:
             return
         with new_folder(target, {}) as new:
             write_bytes(new.path / _TENSORS, save(tensors))
@@ -102,10 +102,12 @@ class Checkpoints:
         Falls back to the one before with a warning. Raises IntegrityError where none is sound, ResourceError where
         this environment could not go on bit for bit, unless `allow_inexact`.
         """
-        for left_by_a_kill in self.folder.glob(".*.partial/") if place().rank == 0 else ():
+        for left_by_a_kill in self.folder.glob(".*.partial/") if rank_info().rank == 0 else ():
             with disk_errors(left_by_a_kill):
                 shutil.rmtree(left_by_a_kill)
-        for free_lock in self.folder.glob(".*.lock") if place().rank == 0 else ():  # this training holds the folder's
+        for free_lock in (
+            self.folder.glob(".*.lock") if rank_info().rank == 0 else ()
+        ):  # this training holds the folder's
             with disk_errors(free_lock):
                 free_lock.unlink()
         candidates = sorted(self.folder.glob("step-*/"), reverse=True)
@@ -117,7 +119,7 @@ class Checkpoints:
                 continue
             self._check_environment(saved.content, allow_inexact)
             saved.copy_to(state)
-            for unsound in candidates[:i] if place().rank == 0 else ():
+            for unsound in candidates[:i] if rank_info().rank == 0 else ():
                 _discard(unsound)
             return saved.content.notes
         if candidates:

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from gptpipe.model.device import autocast, is_out_of_memory, is_sharded, whole
 from gptpipe.model.gpt import GPT
 from gptpipe.shell.console import complain, console
-from gptpipe.shell.environment import attempt, place
+from gptpipe.shell.environment import attempt, rank_info
 from gptpipe.shell.errors import ConfigError, GptpipeError, Interrupted, NumericError, ResourceError
 from gptpipe.train.params import TrainParams
 
@@ -28,7 +28,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 @contextmanager
 def together() -> Iterator[None]:
     """Join the other ranks. What ends one ends all, as ResourceError: one says why, others raise SystemExit."""
-    here = place()
+    here = rank_info()
     if here.n_ranks == 1:
         yield
         return
@@ -62,21 +62,21 @@ def together() -> Iterator[None]:
 def from_first(value: T) -> T:
     """Rank 0's value, on every rank."""
     box = [value]
-    if place().n_ranks > 1:
+    if rank_info().n_ranks > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum of all ranks' tensors, or another operation on them, in place."""
-    if place().n_ranks > 1:
+    if rank_info().n_ranks > 1:
         dist.all_reduce(tensor, operation)
     return tensor
 
 
 def share(params: TrainParams) -> slice:
     """This rank's sequences of a batch. Raises ConfigError where the ranks' shares are not equal micro-batches."""
-    here, size = place(), params.micro_batch_size or 1
+    here, size = rank_info(), params.micro_batch_size or 1
     if params.batch_size % (here.n_ranks * size):
         raise ConfigError(
             f"train.batch_size {params.batch_size} must be a multiple of {here.n_ranks} processes (train.launcher) x "
@@ -91,7 +91,7 @@ def shard(model: GPT) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(model.embedding.weight.device.type, (place().n_ranks,))
+    mesh = init_device_mesh(model.embedding.weight.device.type, (rank_info().n_ranks,))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
@@ -110,7 +110,7 @@ def whole_model(model: GPT) -> GPT:
 
 def averaging(model: GPT, loss: LossFunction) -> LossFunction:
     """The loss, with gradients averaged over the ranks as they are made (DDP: Li et al., 2020, arXiv:2006.15704)."""
-    if place().n_ranks == 1 or is_sharded(model.embedding.weight):
+    if rank_info().n_ranks == 1 or is_sharded(model.embedding.weight):
         return loss
     module = nn.Module()
     module.model, module.forward = model, loss

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptpipe.model.device import autocast, is_out_of_memory, whole
-from gptpipe.shell.environment import place
+from gptpipe.shell.environment import rank_info
 from gptpipe.shell.errors import NumericError, ResourceError, SpikeError
 from gptpipe.train import distributed
 from gptpipe.train.batches import Batches
@@ -142,12 +142,12 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
                 with autocast(tokens.device, plan.precision):
                     loss = plan.loss(x, y) / n_micro_batches
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() / place().n_ranks
+            total += loss.detach() / rank_info().n_ranks
         return total
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if place().n_ranks > 1:  # the others wait for its gradients
+        if rank_info().n_ranks > 1:  # the others wait for its gradients
             raise ResourceError(
                 f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; lower "
                 "train.micro_batch_size or the model, or set train.activation_checkpointing to true"

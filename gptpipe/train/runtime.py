@@ -18,7 +18,7 @@ from gptpipe.base.code import code_digest
 from gptpipe.model.device import available_memory, best_device, is_sharded
 from gptpipe.model.gpt import GPT, LinearCrossEntropy
 from gptpipe.model.params import ModelParams
-from gptpipe.shell.environment import place
+from gptpipe.shell.environment import rank_info
 from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.train import distributed
 from gptpipe.train.params import TrainParams
@@ -77,8 +77,8 @@ def resolve(params: TrainParams, flops: float, model: ModelParams) -> Runtime:
     """
     try:
         device = best_device() if params.device == "auto" else torch.device(params.device)
-        if device.type == "cuda" and place().n_ranks > 1:
-            device = torch.device("cuda", place().local_rank)
+        if device.type == "cuda" and rank_info().n_ranks > 1:
+            device = torch.device("cuda", rank_info().local_rank)
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -86,7 +86,7 @@ def resolve(params: TrainParams, flops: float, model: ModelParams) -> Runtime:
     precision = params.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    ranks = "1" if place().n_ranks == 1 else f"{place().n_ranks} by {params.parallel}"
+    ranks = "1" if rank_info().n_ranks == 1 else f"{rank_info().n_ranks} by {params.parallel}"
     compiles = _compiling_pays(params, device, flops, model) if params.compile == "auto" else params.compile
     if compiles and device.type == "cpu" and not _has_compiler():
         raise ConfigError("train.compile: true needs a C++ compiler on a CPU; install g++, or set it to auto")
@@ -98,7 +98,7 @@ def _compiling_pays(params: TrainParams, device: torch.device, flops: float, mod
 
     On a CPU a twelfth of the steps' time or more, but nothing of GPT-2's, whose eager kernels are as fast.
     """
-    if place().n_ranks > 1 and (device.type == "cpu" or params.parallel == "fsdp"):  # never tried
+    if rank_info().n_ranks > 1 and (device.type == "cpu" or params.parallel == "fsdp"):  # never tried
         return False
     match device.type:
         case "cpu":
@@ -143,7 +143,7 @@ def estimated_bytes(model: GPT, sequences: int, *, holds_all_logits: bool) -> in
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on the device for this process."""
-    return available_memory(device) // (1 if device.type == "cuda" else place().n_local_ranks)
+    return available_memory(device) // (1 if device.type == "cuda" else rank_info().n_local_ranks)
 
 
 def micro_batch_size(params: TrainParams, model: GPT, free: int, *, holds_all_logits: bool) -> int:

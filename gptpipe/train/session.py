@@ -22,7 +22,7 @@ from gptpipe.score.continuations import continue_text
 from gptpipe.score.metrics import Figures, figures
 from gptpipe.score.scoring import score
 from gptpipe.shell.console import Progress, complain, say
-from gptpipe.shell.environment import allow_inexact, place, project_root
+from gptpipe.shell.environment import allow_inexact, project_root, rank_info
 from gptpipe.shell.errors import ConfigError, InputError, Interrupted, NumericError, ResourceError, first_line
 from gptpipe.shell.locks import one_writer
 from gptpipe.train import distributed, runtime
@@ -76,14 +76,14 @@ def train_model(params: RunParams, source: Path, target: Path, reports: Path, op
     determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
     determinants |= {"split": begin.made_from.digest, "init_from": initial}
     folder = project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
-    if place().rank == 0 and finished_in(folder).get("environment", where.describe()) != where.describe():
+    if rank_info().rank == 0 and finished_in(folder).get("environment", where.describe()) != where.describe():
         discard(folder)  # finished elsewhere or by other code: it cannot say what this training would give
     distributed.from_first(None)  # the other ranks look at the folder only now
-    with one_writer(folder) if place().rank == 0 else nullcontext():
+    with one_writer(folder) if rank_info().rank == 0 else nullcontext():
         checkpoints = Checkpoints(folder, where.describe())
         notes = checkpoints.restore(state, allow_inexact=allow_inexact()) or {}
         if distributed.from_first((folder.name, state.step)) != (folder.name, state.step):
-            raise ResourceError(f"{folder}: rank {place().rank} sees other content than rank 0; share the folder")
+            raise ResourceError(f"{folder}: rank {rank_info().rank} sees other content than rank 0; share the folder")
         if finished_in(folder):
             say(f"train: finished before, after step {state.step:,}; writing its results again")
         elif notes:
@@ -105,10 +105,10 @@ def train_model(params: RunParams, source: Path, target: Path, reports: Path, op
         plan = Plan(section, n_steps, params.seed, where.precision, loss)
         environment = {**where.describe(), "micro_batch_size": state.micro_batch_size}
         opened: Any = nullcontext()
-        if place().rank == 0:
+        if rank_info().rank == 0:
             opened = open_record(notes.get("run_id") or checkpoints.run_name(), begin.made_from, environment)
         with opened as record:
-            if checkpoints.inexact and place().rank == 0:
+            if checkpoints.inexact and rank_info().rank == 0:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
             with (
                 runtime.noted_signals() as check_stop,
@@ -118,13 +118,13 @@ def train_model(params: RunParams, source: Path, target: Path, reports: Path, op
                 training = _Training(params, plan, state, begin, checkpoints, record, progress, check_stop, saved_step)
                 training.run()
             summary = summarise(params, state, n_steps, checkpoints.inexact)
-            if place().rank == 0:
+            if rank_info().rank == 0:
                 run_id = record.run_id  # once: the store may answer in between, and give the run its own id
                 digests = write_reports(reports, state, summary)
                 write_model(target, params, begin, checkpoints, summary, digests)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
                 record.tags({"best_step": str(summary["best_step"])})
-        if place().rank == 0:
+        if rank_info().rank == 0:
             mark_finished(folder, run_id, where.describe())
     best: Figures = summary["val"]
     return best
@@ -155,7 +155,7 @@ def _new_state(params: RunParams, tokenizer: Tokenizer, where: runtime.Runtime) 
         _check_tokenizer(tokenizer, folder)
         digests = {path.name: sha256_of(path) for path in weight_files(folder)}
     model.to(where.device)
-    if place().n_ranks > 1 and params.train.parallel == "fsdp":
+    if rank_info().n_ranks > 1 and params.train.parallel == "fsdp":
         distributed.shard(model)
     return TrainState(model, build_optimizers(model, params.train), params.train.batch_size), digests
 
@@ -219,7 +219,7 @@ class _Training:
         self._send()
 
     def validate(self) -> float:
-        model, part = distributed.whole_model(self.state.model), place()[:2]
+        model, part = distributed.whole_model(self.state.model), rank_info()[:2]
         scores = score(
             model, self.begin.val, precision=self.plan.precision, part=part, advance=lambda _: self.check_stop()
         )
@@ -232,7 +232,7 @@ class _Training:
     def report(self) -> None:
         """After each validation: keep the best weights, say what is seen, sample, send."""
         validation, model = self.state.history[-1], distributed.whole_model(self.state.model)
-        if place().rank > 0:
+        if rank_info().rank > 0:
             return
         if self.state.best_is_now:
             self.checkpoints.save_best(model, self.state.step)
@@ -268,7 +268,7 @@ class _Training:
         if self._rolled_back_to.count(self.state.step) > _ROLL_BACKS:
             raise error
         complain(f"warning: {str(error).split(';')[0]}; going on from step {self.state.step:,} with other batches")
-        if place().rank == 0:
+        if rank_info().rank == 0:
             self.record.tags({f"rolled_back.{failed:08d}": str(error)})
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -280,6 +280,6 @@ class _Training:
         say(f"train: step {step:,}: {', '.join(f'{key} {value:.6g}' for key, value in metrics.items())}", "verbose")
 
     def _send(self) -> None:
-        if place().rank == 0:
+        if rank_info().rank == 0:
             self.record.metrics(self.state.journal[self._n_sent :])
         self._n_sent = len(self.state.journal)
