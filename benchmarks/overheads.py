@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from benchmarks import machine
-from gptpipe.base.files import read_manifest
+from gptpipe.base.manifest import read_manifest
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.gpt import GPT

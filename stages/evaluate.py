@@ -6,13 +6,13 @@ from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.base.files import check_parent, read_manifest
+    from gptpipe.base.manifest import check_parent, read_manifest
     from gptpipe.params import load_params
     from gptpipe.shell.console import say
     from gptpipe.shell.environment import project_root
 
     params = load_params()
-    from gptpipe.base.finished import discard_finished
+    from gptpipe.base.finished_training import discard_finished
     from gptpipe.evaluate.evaluate import evaluate_model  # late: fail on bad parameters before the slow imports
     from gptpipe.evaluate.registry import record_evaluation
     from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page

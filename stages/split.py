@@ -6,7 +6,7 @@ from gptpipe.shell.process import run_stage
 
 
 def main() -> None:
-    from gptpipe.base.files import check_parent
+    from gptpipe.base.manifest import check_parent
     from gptpipe.params import load_params
     from gptpipe.shell.console import say
     from gptpipe.split.overlap import report_contamination

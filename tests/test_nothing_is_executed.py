@@ -14,7 +14,8 @@ import pytest
 import tiny
 import torch
 
-from gptpipe.base.files import FileEntry, read_manifest, sha256_of, write_bytes
+from gptpipe.base.files import sha256_of, write_bytes
+from gptpipe.base.manifest import FileEntry, read_manifest
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.evaluate.evaluate import evaluate_model

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from sections import SHIPPED
 
-from gptpipe.base.files import FileEntry, Manifest, new_folder
+from gptpipe.base.manifest import FileEntry, Manifest, new_folder
 from gptpipe.collect.collect import collect
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import save_model

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from gptpipe.base.files import Manifest, sha256_of
+from gptpipe.base.files import sha256_of
+from gptpipe.base.manifest import Manifest
 from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
 from gptpipe.score.metrics import Figures

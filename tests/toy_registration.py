@@ -14,7 +14,7 @@ import sqlalchemy
 from sqlalchemy import event
 from tiny import LINEAGE, make_model
 
-from gptpipe.base.files import read_manifest
+from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.registry import record_evaluation
 from gptpipe.params import Params

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.base.files import Manifest, new_file, verify
+from gptpipe.base.files import new_file
+from gptpipe.base.manifest import Manifest, verify
 from gptpipe.shell.errors import IntegrityError, first_line
 
 _READ_ROWS = 8192  # per record batch

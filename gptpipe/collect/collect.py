@@ -16,9 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gptpipe.base.files import finish, finished, key_of, new_folder
+from gptpipe.base.manifest import new_folder
 from gptpipe.base.parallel import map_in_order
 from gptpipe.base.parquet import read_parquet, strings
+from gptpipe.base.resume import finish, finished, key_of
 from gptpipe.collect.batch import Batch, Rejected, rows_of_shards
 from gptpipe.collect.cleaning import clean
 from gptpipe.collect.dedup import Seen, near_duplicates

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gptpipe.base.files import sha256_of
-from gptpipe.base.parallel import OpenFile, in_child
+from gptpipe.base.isolated import OpenFile, isolated
 from gptpipe.collect.batch import Rejected
 from gptpipe.collect.cleaning import cut, plain_line_ends
 from gptpipe.collect.downloads import download
@@ -68,7 +68,7 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
     if isinstance(source, HuggingFace):
         address = _hub_address(source)
         about = (source.dataset, source.name, source.split, source.revision, source.text_column)
-        yield from in_child(address, dataset_rows, address, *about)
+        yield from isolated(address, dataset_rows, address, *about)
         return
     for address in _addresses(source):
         with read_errors(address):
@@ -248,7 +248,7 @@ def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParam
         limit = growth_limit(n_in, params.max_expansion)
         memory = _MEMORY + _MEMORY_PER_BYTE * n_in
         arguments = (name, OpenFile(whole), column, params.encoding_errors, limit, params.max_expansion)
-        yield from in_child(name, parquet_rows, *arguments, memory=memory)
+        yield from isolated(name, parquet_rows, *arguments, memory=memory)
 
 
 def _hub_address(source: HuggingFace) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptpipe.base.files import write_bytes
-from gptpipe.base.markdown import render
+from gptpipe.base.pages import render_markdown
 from gptpipe.collect.batch import Rejected
 from gptpipe.shell.errors import one_line, printable
 
@@ -49,5 +49,5 @@ class Tally(Counter[str]):
 
     def write(self, path: Path) -> None:
         """Write the sources, and what they lost, as Markdown."""
-        page = render(Path(__file__).with_name("report.jinja"), counts=self.by_source, examples=self.examples)
+        page = render_markdown(Path(__file__).with_name("report.jinja"), counts=self.by_source, examples=self.examples)
         write_bytes(path, page.encode())

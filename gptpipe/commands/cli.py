@@ -114,7 +114,7 @@ def _generate(options: argparse.Namespace) -> None:
     """Continue a prompt with a trained model."""
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}; set it to 1 or more")
-    from gptpipe.base.files import verify
+    from gptpipe.base.manifest import verify
     from gptpipe.model.device import best_device, memory_errors
     from gptpipe.model.generate import Sampling
     from gptpipe.score.continuations import continue_text, load_generator  # late: --help must not wait for torch

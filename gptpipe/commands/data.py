@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gptpipe.base.files import MANIFEST, read_manifest, write_bytes
-from gptpipe.base.markdown import render
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import MANIFEST, read_manifest
+from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate import charts
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 
@@ -42,8 +43,8 @@ def view_data(root: Path, seed: int) -> str:
     reports = root / "reports"
     overlap = json.loads((reports / "split.json").read_bytes()) if (reports / "split.json").exists() else None
     lost = (reports / "collect.md").read_text(encoding="utf-8") if (reports / "collect.md").exists() else ""
-    page = render(
-        Path(__file__).with_name("templates") / "data.md",
+    page = render_markdown(
+        Path(__file__).with_name("data.md.jinja"),
         made=made, sources=sources, histogram=histogram, overlap=overlap, lost=lost.partition("\n\n")[2],
         shown={name: [texts[i] for i in rows.tolist()] for name, rows in shown.items()},
     )  # fmt: skip

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from gptpipe import __version__
-from gptpipe.base.files import read_manifest, verify
+from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.commands import dvc_state
 from gptpipe.evaluate.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME, stored_model
 from gptpipe.evaluate.report import read_training_reports

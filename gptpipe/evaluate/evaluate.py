@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gptpipe.base.files import Manifest, verify, write_bytes, write_json
-from gptpipe.base.markdown import render
+from gptpipe.base.files import write_bytes, write_json
+from gptpipe.base.manifest import Manifest, verify
+from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.evaluate.reference_points import unigram_bits_per_byte, xz_bits_per_byte
 from gptpipe.formats.sides import Side
@@ -86,8 +87,8 @@ def evaluate_model(
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     samples = {p: "".join(continue_text(model, tokenizer, p, params.max_new_tokens, sampling)) for p in params.prompts}
     trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
-    card = render(_TEMPLATES / "model_card.md", card=trained_card, results=results, sides=list(held_out))
-    page = render(_TEMPLATES / "samples.md", samples=samples, continuations=continuations)
+    card = render_markdown(_TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out))
+    page = render_markdown(_TEMPLATES / "samples.md.jinja", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
     by_source = results["by_source"].items()
     sources = [{"split": side, "source": name, **found} for side, of in by_source for name, found in of.items()]

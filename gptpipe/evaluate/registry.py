@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.tracking import MlflowClient
 
-from gptpipe.base.files import read_manifest, verify
+from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.base.params import Section
 from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.params import EvaluateParams

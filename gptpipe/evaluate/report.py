@@ -8,21 +8,16 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
-from gptpipe.base.files import MANIFEST, Manifest, verify, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import MANIFEST, Manifest, verify
+from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
 from gptpipe.evaluate import charts
 from gptpipe.shell.errors import IntegrityError
 
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=jinja2.select_autoescape(["html"]),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    keep_trailing_newline=True,
-)
+_TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,8 @@ def write_page(
 ) -> str:
     """Write report.html and return it; `lineage` is the split's manifest, `collected` the counts of stage collect."""
     results = json.loads((reports / "eval.json").read_bytes())
-    page = TEMPLATES.get_template("report.html").render(
+    page = render_html(
+        _TEMPLATE,
         results=results,
         trained=trained.summary,
         samples=trained.samples,

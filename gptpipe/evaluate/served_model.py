@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.model.generate import Sampling
 from gptpipe.score.continuations import continue_text, load_generator
 from gptpipe.shell.errors import ConfigError

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gptpipe.base.files import Manifest
+from gptpipe.base.manifest import Manifest
 from gptpipe.base.parquet import GROUP_ROWS, new_parquet, verify_rows
 
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])

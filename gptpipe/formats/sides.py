@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from gptpipe.base.hashing import GAMMA, mix64
+
 Side = Literal["train", "val", "test"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
@@ -18,16 +20,13 @@ class Fractions(NamedTuple):
 
 
 def sides_of(document_ids: Sequence[str], fractions: Fractions, seed: int) -> npt.NDArray[np.intp]:
-    """Each document's place in SIDES. More validation takes documents from train only, never from test, and the
-    reverse.
+    """The index in SIDES of each document.
 
-    An id is a digest, so its first 8 bytes are as good as random; SplitMix64 (Steele, Lea, Flood, 2014) gives them
-    another order for each seed.
+    Each document has a position in [0, 1], which depends on its id and the seed. Test takes the lowest positions and
+    val the highest, so a larger fraction of one takes documents from train only, never from the other. An id is a
+    digest, so its first 8 bytes are uniformly distributed; SplitMix64 permutes them with the seed.
     """
-    x = np.frombuffer(bytes.fromhex("".join(document_ids)), ">u8")[::4].astype(np.uint64)
-    x += np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    position = (x ^ x >> np.uint64(31)) / 2.0**64  # in [0, 1]
-    found = np.where(position > 1 - fractions.val, SIDES.index("val"), SIDES.index("train"))
-    return np.where(position < fractions.test, SIDES.index("test"), found)
+    first_bytes = np.frombuffer(bytes.fromhex("".join(document_ids)), ">u8")[::4].astype(np.uint64)
+    position = mix64(first_bytes + np.uint64((seed + 1) * GAMMA % 2**64)) / 2.0**64
+    side = np.where(position > 1 - fractions.val, SIDES.index("val"), SIDES.index("train"))
+    return np.where(position < fractions.test, SIDES.index("test"), side)

@@ -13,7 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gptpipe.base.files import Manifest, new_file
+from gptpipe.base.files import new_file
+from gptpipe.base.manifest import Manifest
 from gptpipe.base.parquet import ParquetRows, new_parquet, read_parquet, verify_rows
 from gptpipe.formats.sides import SIDES, Side
 from gptpipe.shell.errors import IntegrityError, first_line

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from gptpipe.base.files import MANIFEST, read_bytes, read_json, verify, write_bytes, write_json
+from gptpipe.base.files import read_bytes, read_json, write_bytes, write_json
+from gptpipe.base.manifest import MANIFEST, verify
 from gptpipe.model.device import available_memory, memory_errors
 from gptpipe.model.gpt import GPT, qkv_widths
 from gptpipe.model.params import ModelParams

@@ -23,7 +23,8 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
-from gptpipe.base.files import Manifest, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import Manifest
 from gptpipe.base.params import Section
 from gptpipe.record.store import (
     RUN_ID,

@@ -30,7 +30,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from sqlalchemy.exc import SQLAlchemyError
 
-from gptpipe.base.files import Manifest, to_json
+from gptpipe.base.files import to_json
+from gptpipe.base.manifest import Manifest
 from gptpipe.base.params import PARAMS, Section
 from gptpipe.shell.console import complain
 from gptpipe.shell.environment import experiment_name, git, project_root, provenance, tracking_uri

@@ -52,7 +52,7 @@ def uses_ray() -> bool:
 
 
 class RankInfo(NamedTuple):
-    """This process among those of one training, in all and on this machine."""
+    """Which process of a training this is, among all of them and among those of this machine."""
 
     rank: int = 0
     n_ranks: int = 1
@@ -61,9 +61,15 @@ class RankInfo(NamedTuple):
 
 
 def rank_info() -> RankInfo:
-    """What torchrun says; without it, rank 0 of 1."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return RankInfo(*(int(os.environ[name]) for name in names)) if "TORCHELASTIC_RUN_ID" in os.environ else RankInfo()
+    """The environment variables that torchrun sets; without torchrun, rank 0 of 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return RankInfo()
+    return RankInfo(
+        rank=int(os.environ["RANK"]),
+        n_ranks=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        n_local_ranks=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
 
 
 def attempt() -> str:

@@ -129,6 +129,21 @@ def _end_with_parent() -> None:
         sys.exit(128 + signal.SIGTERM)
 
 
+def end_worker_with_parent() -> None:
+    """In a worker process of `multiprocessing`: leave Ctrl-C to the parent, and end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _is_orphan(pid: int) -> bool:
     """Whether `dvc`, which started this process, has ended.
 

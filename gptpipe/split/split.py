@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gptpipe.base.files import new_folder
+from gptpipe.base.manifest import new_folder
 from gptpipe.base.parquet import read_parquet, strings, verify_rows
 from gptpipe.formats.sides import SIDES, sides_of
 from gptpipe.formats.streams import new_stream

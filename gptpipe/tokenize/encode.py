@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gptpipe.base.files import key_of, new_folder, once
+from gptpipe.base.manifest import new_folder
 from gptpipe.base.parallel import map_in_order
 from gptpipe.base.parquet import new_parquet, read_parquet, strings
+from gptpipe.base.resume import key_of, once
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 from gptpipe.formats.sides import SIDES, Fractions, sides_of
 from gptpipe.formats.tokenizer import ENCODING, RANKS, TOKENIZER, Tokenizer

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gptpipe.base.hashing import mix64
 from gptpipe.shell.errors import InputError
 
 _ROUNDS = 6  # of a balanced Feistel network; four already pass for a random permutation (Luby and Rackoff, 1988)
@@ -40,15 +41,8 @@ class Permutation:
     def _encipher(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         left, right = values >> self._half_bits, values & self._mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+            left, right = right, left ^ (mix64(right ^ key) & self._mask)
         return (left << self._half_bits) | right
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Finalizer of SplitMix64 (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class Batches:

@@ -28,15 +28,14 @@ from torch import Tensor
 
 from gptpipe.base.files import (
     first_fault,
-    new_folder,
     read_json,
     seal,
     to_json,
     unseal,
-    verify,
     write_bytes,
     write_json,
 )
+from gptpipe.base.manifest import new_folder, verify
 from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from gptpipe.base.files import Manifest
+from gptpipe.base.manifest import Manifest
 from gptpipe.formats.streams import Stream, open_stream, verify_split
 from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.device import keep_freed_memory

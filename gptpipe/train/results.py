@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from gptpipe.base.files import Manifest, new_folder, to_json, write_bytes
-from gptpipe.base.markdown import render
+from gptpipe.base.files import to_json, write_bytes
+from gptpipe.base.manifest import Manifest, new_folder
+from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
 from gptpipe.shell.errors import one_line
@@ -46,7 +47,7 @@ def _card(params: RunParams, summary: dict[str, Any], split: Manifest) -> str:
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
     ancestors = [(one_line(name), digest) for name, digest in sorted(split.lineage("split").items())]
     values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
-    return render(Path(__file__).with_name("card.jinja"), **dict(params), **values)
+    return render_markdown(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
 def samples_table(samples: list[Sample]) -> bytes:

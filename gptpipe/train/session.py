@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from gptpipe.base.files import Manifest, sha256_of, write_json
-from gptpipe.base.finished import discard, finished_in, mark_finished
+from gptpipe.base.files import sha256_of, write_json
+from gptpipe.base.finished_training import discard, finished_in, mark_finished
+from gptpipe.base.manifest import Manifest
 from gptpipe.formats.hf_tokenizer import check_same_tokens
 from gptpipe.model.device import memory_errors
 from gptpipe.model.generate import Sampling

@@ -17,22 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from gptpipe.base.files import (
-    check_parent,
-    finished,
-    new_file,
-    new_folder,
-    once,
-    read_manifest,
-    seal,
-    sha256_of,
-    to_json,
-    unseal,
-    verify,
-    write_bytes,
-    write_json,
-)
+from gptpipe.base.files import new_file, seal, sha256_of, to_json, unseal, write_bytes, write_json
+from gptpipe.base.manifest import check_parent, new_folder, read_manifest, verify
 from gptpipe.base.parquet import new_parquet
+from gptpipe.base.resume import finished, once
 from gptpipe.shell.errors import IntegrityError, ResourceError
 
 

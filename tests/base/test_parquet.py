@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptpipe.base import parquet
-from gptpipe.base.files import new_folder, verify
+from gptpipe.base.manifest import new_folder, verify
 from gptpipe.base.parquet import new_parquet, read_parquet, verify_rows
 from gptpipe.shell.errors import IntegrityError
 

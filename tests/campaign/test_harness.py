@@ -12,7 +12,8 @@ from campaign.checks import broken_promises_of_files, leftovers, unsound
 from campaign.damage import WAYS, damage
 from campaign.faults import Counters, Fault, install, read_trace
 from campaign.powercut import MODES, cut_power
-from gptpipe.base.files import new_folder, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import new_folder
 
 WRITERS = {
     "as the project does": lambda path: write_bytes(path, b"content"),

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptpipe.base.files import sha256_of, verify
+from gptpipe.base.files import sha256_of
+from gptpipe.base.manifest import verify
 from gptpipe.collect import batch as shards
 from gptpipe.collect import collect as collecting
 from gptpipe.collect.collect import collect

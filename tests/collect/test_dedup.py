@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.collect import batch as shards
 from gptpipe.collect import dedup
 from gptpipe.collect.batch import Batch, rows_of_shards

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.collect import open_files as opening
 from gptpipe.collect import readers as sources
 from gptpipe.collect.collect import collect

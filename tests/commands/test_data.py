@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import make_split
 
-from gptpipe.base.files import read_manifest
+from gptpipe.base.manifest import read_manifest
 from gptpipe.commands.cli import main
 from gptpipe.commands.data import view_data
 from gptpipe.formats.corpus import shard_paths

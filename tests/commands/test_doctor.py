@@ -16,7 +16,8 @@ import tiny
 from filelock import FileLock
 from mlflow.tracking import MlflowClient
 
-from gptpipe.base.files import new_folder, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import new_folder
 from gptpipe.commands import doctor as module
 from gptpipe.commands.doctor import doctor
 from gptpipe.evaluate.registry import CHAMPION, MODEL_NAME

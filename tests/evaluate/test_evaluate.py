@@ -9,7 +9,7 @@ import pytest
 import tiny
 from toy_project import Project
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.evaluate.evaluate import documents_digest, evaluate_model
 from gptpipe.formats.streams import open_stream
 from gptpipe.shell.errors import IntegrityError

@@ -21,7 +21,8 @@ from mlflow.pyfunc.scoring_server import init
 from tiny import LINEAGE, make_model
 from toy_registration import evaluate
 
-from gptpipe.base.files import new_folder, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import new_folder
 from gptpipe.params import Params
 from gptpipe.record.run import training_run
 from gptpipe.record.store import connect

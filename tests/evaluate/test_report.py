@@ -11,7 +11,7 @@ from browser import browser  # noqa: F401  (a fixture)
 from markdown_it import MarkdownIt
 from toy_project import Project
 
-from gptpipe.base.files import read_manifest
+from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate import charts
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from browser import browser  # noqa: F401  (a fixture)
 
-from gptpipe.base.files import read_manifest
+from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.registry import record_evaluation
 from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from sections import side_of, split_params
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.collect import batch as shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams

@@ -21,18 +21,9 @@ import pyarrow.parquet as pq
 import tiny
 from sections import SHIPPED, filters
 
-from gptpipe.base.files import (
-    MANIFEST,
-    SCHEMA,
-    FileEntry,
-    Manifest,
-    finished,
-    new_folder,
-    read_manifest,
-    seal,
-    sha256_of,
-    verify,
-)
+from gptpipe.base.files import seal, sha256_of
+from gptpipe.base.manifest import MANIFEST, SCHEMA, FileEntry, Manifest, new_folder, read_manifest, verify
+from gptpipe.base.resume import finished
 from gptpipe.collect.cleaning import clean
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.readers import read

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptpipe.base.files import new_folder
+from gptpipe.base.manifest import new_folder
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model import hf_weights as layout

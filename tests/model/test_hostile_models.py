@@ -258,7 +258,7 @@ def main(folder: Path) -> None:
     """Run every case and print the results as JSON: exit code and what was printed, of both uses."""
     import tiny
 
-    from gptpipe.base.files import new_folder
+    from gptpipe.base.manifest import new_folder
     from gptpipe.commands import cli
     from gptpipe.model.hf_weights import initialise_from
     from gptpipe.shell.process import run

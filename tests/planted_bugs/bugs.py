@@ -12,7 +12,8 @@ class Bug:
     tests: tuple[str, ...]
 
 
-FILES, LOOP, CHECKPOINT = "gptpipe/base/files.py", "gptpipe/train/loop.py", "gptpipe/train/checkpoint.py"
+FILES, MANIFEST, RESUME = "gptpipe/base/files.py", "gptpipe/base/manifest.py", "gptpipe/base/resume.py"
+LOOP, CHECKPOINT = "gptpipe/train/loop.py", "gptpipe/train/checkpoint.py"
 SESSION, BATCHES, GPT = "gptpipe/train/session.py", "gptpipe/train/batches.py", "gptpipe/model/gpt.py"
 BUGS = (
     # Files
@@ -39,14 +40,14 @@ BUGS = (
     ),
     Bug(
         "the digest of a file is not compared",
-        FILES,
+        MANIFEST,
         "path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256",
         "path.stat().st_size != entry.n_bytes",
         ("tests/base/test_files.py::test_every_flipped_bit_is_found",),
     ),
     Bug(
         "files that the manifest does not name are not seen",
-        FILES,
+        MANIFEST,
         "present.symmetric_difference(manifest.files)",
         "set(manifest.files) - present",
         ("tests/base/test_files.py::test_truncated_missing_and_added_files_are_found",),
@@ -67,28 +68,28 @@ BUGS = (
     ),
     Bug(
         "leftovers of a kill are hashed as content",
-        FILES,
+        MANIFEST,
         "                _remove(leftover)\n",
         "                pass\n",
         ("tests/base/test_files.py::test_leftovers_of_a_killed_build_are_no_content",),
     ),
     Bug(
         "the old folder is removed before the new one is complete",
-        FILES,
+        MANIFEST,
         "                _finish_folder(folder, made_from)\n",
         "                _remove(target)\n                _finish_folder(folder, made_from)\n",
         ("tests/base/test_files.py::test_kill_at_every_operation",),
     ),
     Bug(
-        "notes of finished files stay in the folder",
-        FILES,
-        "        note.unlink()\n",
+        "records of finished files stay in the folder",
+        RESUME,
+        "        record.unlink()\n",
         "        pass\n",
         ("tests/base/test_files.py::test_notes_of_finished_files_are_no_content",),
     ),
     Bug(
         "finished files count although they changed",
-        FILES,
+        RESUME,
         'if done["files"] == [sha256_of(path) for path in files]:',
         "if done:",
         (
@@ -98,7 +99,7 @@ BUGS = (
     ),
     Bug(
         "a stale parent is not noticed",
-        FILES,
+        MANIFEST,
         "if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:",
         "if read_manifest(folder).made_from.get(parent.name) is None:",
         ("tests/base/test_files.py::test_a_folder_made_from_another_parent_is_refused",),
@@ -164,9 +165,8 @@ BUGS = (
     Bug(
         "sides depend on the neighbours of a document",
         "gptpipe/formats/sides.py",
-        "    position = (x ^ x >> np.uint64(31)) / 2.0**64  # in [0, 1]\n",
-        "    position = ((x ^ x >> np.uint64(31)) + np.arange(len(x), dtype=np.uint64)) / 2.0**64\n"
-        "    position = (position + np.arange(len(x)) * 0.01) % 1\n",
+        "    side = np.where(position > 1",
+        "    position = (position + np.arange(len(position)) * 0.01) % 1\n    side = np.where(position > 1",
         ("tests/properties/test_documents.py::test_a_side_depends_on_the_document_and_the_seed_alone",),
     ),
     Bug(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptpipe.base.files import MANIFEST, new_folder, read_manifest, verify
+from gptpipe.base.manifest import MANIFEST, new_folder, read_manifest, verify
 from gptpipe.shell.errors import IntegrityError
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=12).filter(

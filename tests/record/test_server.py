@@ -38,7 +38,7 @@ WRITERS = """
 import os, sys
 from pathlib import Path
 from gptpipe.params import load_params
-from gptpipe.base.files import Manifest
+from gptpipe.base.manifest import Manifest
 from gptpipe.record.run import training_run
 params, lineage = load_params(Path(sys.argv[1])), Manifest.model_validate_json(sys.argv[2])
 writers = []

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 STAGE = """
 import time
 from pathlib import Path
-from gptpipe.base.files import new_folder, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import new_folder
 from gptpipe.shell.process import run_stage
 
 def main():
@@ -70,7 +71,8 @@ def test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made(stage: Path) 
 BUSY = """
 import hashlib
 from pathlib import Path
-from gptpipe.base.files import new_folder, write_bytes
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import new_folder
 from gptpipe.shell.process import ended_by_signals, run_stage
 
 def main():

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from sections import side_of, split_params, tokenize_params
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.collect import batch as shards
 from gptpipe.formats.corpus import id_of, shard_paths
 from gptpipe.formats.tokenizer import Tokenizer

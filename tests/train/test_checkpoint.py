@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptpipe.base.files import new_folder
-from gptpipe.base.finished import discard, discard_finished, finished_in, mark_finished
+from gptpipe.base.finished_training import discard, discard_finished, finished_in, mark_finished
+from gptpipe.base.manifest import new_folder
 from gptpipe.shell.errors import IntegrityError, ResourceError
 from gptpipe.train import checkpoint
 from gptpipe.train.checkpoint import Checkpoints, run_key

@@ -16,7 +16,7 @@ import tiny
 import torch
 from toy_project import Project, start_ranks
 
-from gptpipe.base.files import verify
+from gptpipe.base.manifest import verify
 from gptpipe.model.hf_weights import load_model
 from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError

@@ -17,8 +17,9 @@ import torch
 from sections import split_params
 from toy_project import Project, start, wait_for_the_lock
 
-from gptpipe.base.files import sha256_of, verify
-from gptpipe.base.markdown import as_text
+from gptpipe.base.files import sha256_of
+from gptpipe.base.manifest import verify
+from gptpipe.base.pages import as_text
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.gpt import GPT
