@@ -172,15 +172,15 @@ BUGS = (
     Bug(
         "more validation takes documents from test",
         "gptpipe/formats/sides.py",
-        "position > 1 - params.val_fraction",
-        "position < params.val_fraction + params.test_fraction",
+        "position > 1 - fractions.val",
+        "position < fractions.val + fractions.test",
         ("tests/formats/test_sides.py::test_more_test_takes_from_train_alone",),
     ),
     Bug(
         "the tokenizer is trained on all documents",
         "gptpipe/tokenize/encode.py",
-        'pa.array(is_drawn & (sides_of(ids, fractions, seed) == SIDES.index("train")))',
-        "pa.array(is_drawn)",
+        "pa.array(is_train & is_chosen)",
+        "pa.array(is_chosen)",
         ("tests/tokenize/test_encode.py::test_words_of_val_and_test_alone_do_not_shape_the_vocabulary",),
     ),
     Bug(
