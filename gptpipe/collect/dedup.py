@@ -20,8 +20,8 @@ _VALUES = 128  # of a signature, 4 bytes each
 _BAND = 4  # values that agree between candidates: 32 bands find 99.9% of the pairs of similarity 0.7, 87% of 0.5
 _SHINGLE = 5  # words
 _ROWS = 1 << 14  # signatures in memory at once
-CHARACTERS = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # each a word: their scripts put no space between words
-_WORD = re.compile(f"[{CHARACTERS}]|[^\\W{CHARACTERS}]+")
+UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # characters of scripts without spaces; each counts as a word
+_WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
 
 Indices = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]

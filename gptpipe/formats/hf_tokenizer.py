@@ -1,4 +1,4 @@
-"""The tokenizer as the Hugging Face ecosystem reads it: tokenizer.json and tokenizer_config.json."""
+"""The tokenizer in the files of the Hugging Face libraries: tokenizer.json and tokenizer_config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ _MAX_TOKENIZER_BYTES = 1 << 27  # of a tokenizer.json; that of Llama 3 has 9 MB
 
 
 def save_tokenizer_json(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write both files; `tokenizers` then gives the ids that tiktoken gives."""
+    """Write both files. With them `tokenizers` returns the same ids as tiktoken."""
     write_json(folder / "tokenizer.json", to_tokenizer_json(tokenizer))
     end = tokenizer.encoding.decode([tokenizer.end_of_text])
-    description = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
     }
-    write_json(folder / "tokenizer_config.json", description)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
@@ -50,7 +50,7 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Byte-level BPE in the form of `tokenizers`: tokens as text, with a printable character for each byte."""
+    """Byte-level BPE in the format of `tokenizers`: tokens are strings, with a printable character for each byte."""
     letters = byte_letters()
 
     def spell(token: bytes) -> str:
@@ -60,14 +60,17 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     merges = [[spell(left), spell(right)] for left, right in merges_of(tokenizer.ranks)]
     special = [
         {
-            "id": i,
+            "id": token_id,
             "content": text,
             "special": True,
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
         }
-        for text, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+        for text, token_id in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     ]
-    # In their regular expressions `$` also matches before a line feed; tiktoken's means the very end.
+    # In the regular expressions of `tokenizers`, `$` also matches before a final line feed; in tiktoken's it does not.
     pattern = tokenizer.pattern.replace("$", r"\z")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     to_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -88,7 +91,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a piece that is a token is that token, as in tiktoken
+            "ignore_merges": True,  # as in tiktoken, a piece that is a token is not split and merged
             "vocab": vocabulary,
             "merges": merges,
         },
@@ -96,7 +99,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each longer token was merged from, in the order of ranks."""
+    """The two tokens that each token of several bytes was merged from, in the order of ranks."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
@@ -107,7 +110,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _encode(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """Byte pair encoding of a piece with the merges of a lower rank only."""
+    """Byte pair encoding of a piece, with only the merges whose rank is below `below`."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while True:
         candidates = [(ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1)]

@@ -1,4 +1,9 @@
-"""Token streams: for each side one flat, memory-mapped array of tokens and a table of the documents in it."""
+"""Token streams on disk, data/split: a folder for each of train, val and test.
+
+`tokens.npy` is one flat array of uint16 or uint32 in numpy's file format: the documents one after another, each with
+its end-of-text token. It is opened memory-mapped. `documents.parquet` has a row for each document: `id`, `source`,
+`offset` (of its first token in the array), `n_tokens` (end-of-text included) and `n_bytes` (of its text in UTF-8).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,35 +27,45 @@ from gptpipe.shell.errors import IntegrityError, first_line
 TOKENS = "tokens.npy"
 DOCUMENTS = "documents.parquet"
 _HEADER_BYTES = 128  # of an .npy file with one dimension
-_PART = 1 << 22  # tokens
+_CHECKED_TOKENS = 1 << 22  # read into memory at once
+_MAX_DOCUMENT_BYTES = (1 << 31) - 1
 _SCHEMA = pa.schema(
-    [("id", pa.string()), ("source", pa.string()), *((name, pa.int64()) for name in ("offset", "n_tokens", "n_bytes"))]
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("offset", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("n_bytes", pa.int64()),
+    ]
 )
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One side: `tokens` (n_tokens,) on disk; `documents` with id, source, offset, n_tokens, n_bytes in its order."""
+    """One side of a split: `tokens` (n_tokens,) stay on disk; `documents` has one row for each, in their order."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     documents: pd.DataFrame
 
     @property
     def n_bytes(self) -> int:
-        """UTF-8 bytes of all documents; end-of-text tokens have none."""
+        """UTF-8 bytes of all documents; an end-of-text token has none."""
         return int(self.documents["n_bytes"].sum())
 
 
 class StreamWriter:
-    """Appends documents to one side's token array and table."""
+    """Appends documents to the token array and to the table of one side."""
 
     def __init__(self, tokens: BinaryIO, documents: ParquetRows) -> None:
-        self._tokens, self._documents = tokens, documents
+        self._tokens = tokens
+        self._documents = documents
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
     def extend(self, batch: pa.RecordBatch) -> None:
-        lists, n_bytes = batch.column("tokens"), batch.column("n_bytes")
-        tokens, n_tokens = lists.flatten().to_numpy(), lists.value_lengths().to_numpy().astype(np.int64)
+        """Append the documents of a batch of token shards."""
+        tokens = batch.column("tokens").flatten().to_numpy()
+        n_tokens = batch.column("tokens").value_lengths().to_numpy().astype(np.int64)
+        n_bytes = batch.column("n_bytes")
         offset = self.counts["tokens"] + n_tokens.cumsum() - n_tokens
         columns = [batch.column("id"), batch.column("source"), pa.array(offset), pa.array(n_tokens), n_bytes]
         self._documents.extend(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
@@ -62,16 +77,17 @@ class StreamWriter:
 
 @contextmanager
 def new_stream(folder: Path, dtype: np.dtype[Any]) -> Iterator[StreamWriter]:
+    """Write the two files of one side; they appear when the block ends without an error."""
     with new_file(folder / TOKENS) as tokens, new_parquet(folder / DOCUMENTS, _SCHEMA) as documents:
-        tokens.write(_header(dtype, 0))
-        side = StreamWriter(tokens, documents)
-        yield side
+        tokens.write(_header(dtype, 0))  # reserves its space; the length is known at the end
+        writer = StreamWriter(tokens, documents)
+        yield writer
         tokens.seek(0)
-        tokens.write(_header(dtype, side.counts["tokens"]))
+        tokens.write(_header(dtype, writer.counts["tokens"]))
 
 
 def _header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
-    """The head of an .npy file; numpy pads it, so that it has one size for every length of the array."""
+    """The header of an .npy file. numpy pads it to the same size for every length of the array."""
     file = BytesIO()
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n_tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -86,53 +102,60 @@ def verify_split(folder: Path) -> Manifest:
 def open_stream(folder: Path, side: Side, vocab_size: int | None = None) -> Stream:
     """One side of the split, its tokens memory-mapped. The caller has verified the folder.
 
-    With a `vocab_size`, reads all tokens once to see that each is below it. Raises IntegrityError for a stream that no
-    split has written.
+    With a `vocab_size`, reads all tokens once to check that each is below it. Raises IntegrityError for files that
+    stage split cannot have written.
     """
-    path, table = folder / side / TOKENS, folder / side / DOCUMENTS
+    tokens_path = folder / side / TOKENS
     try:
-        tokens = _map_tokens(path)
-        if vocab_size is not None and (largest := _largest(tokens)) >= vocab_size:
-            raise ValueError(f"token {largest:,} is in it, the tokenizer has {vocab_size:,} tokens")
+        tokens = _map_tokens(tokens_path)
+        if vocab_size is not None:
+            _check_tokens(tokens, vocab_size)
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path}: not a token stream ({first_line(error)}); run `dvc repro -f`") from error
+        raise IntegrityError(f"{tokens_path}: not a token stream ({first_line(error)}); run `dvc repro -f`") from error
+    documents_path = folder / side / DOCUMENTS
     try:
-        documents = pa.Table.from_batches(read_parquet(table, _SCHEMA.names), _SCHEMA)
+        documents = pa.Table.from_batches(read_parquet(documents_path, _SCHEMA.names), _SCHEMA)
         _check_documents(documents, len(tokens))
     except (pa.ArrowException, ValueError) as error:
-        raise IntegrityError(
-            f"{table}: not the documents of {TOKENS} ({first_line(error)}); run `dvc repro -f`"
-        ) from error
+        reason = first_line(error)
+        raise IntegrityError(f"{documents_path}: does not fit {TOKENS} ({reason}); run `dvc repro -f`") from error
     return Stream(tokens, documents.to_pandas())
 
 
 def _map_tokens(path: Path) -> npt.NDArray[np.unsignedinteger]:
-    """The array in an .npy file as `StreamWriter` makes it. Raises OSError, ValueError.
+    """The array in an .npy file that `new_stream` wrote. Raises OSError, ValueError.
 
-    The header is compared with the two that can be, not parsed: numpy evaluates it as Python.
+    The header is compared with the two possible ones. It is not parsed, because numpy evaluates it as Python.
     """
     with path.open("rb") as file:
-        start = file.read(_HEADER_BYTES)
+        header = file.read(_HEADER_BYTES)
     n_bytes = path.stat().st_size - _HEADER_BYTES
     for dtype in (np.dtype(np.uint16), np.dtype(np.uint32)):
         n_tokens = max(0, n_bytes) // dtype.itemsize
-        if n_bytes % dtype.itemsize == 0 and start == _header(dtype, n_tokens):
+        if n_bytes % dtype.itemsize == 0 and header == _header(dtype, n_tokens):
             return np.memmap(path, dtype, mode="r", offset=_HEADER_BYTES, shape=(n_tokens,))
-    raise ValueError("its header is not that of its tokens")
+    raise ValueError("its header does not match its size")
 
 
-def _largest(tokens: npt.NDArray[np.unsignedinteger]) -> int:
-    """The largest id, or -1; holds a part of the stream in memory at a time."""
-    return max((int(tokens[i : i + _PART].max()) for i in range(0, len(tokens), _PART)), default=-1)
+def _check_tokens(tokens: npt.NDArray[np.unsignedinteger], vocab_size: int) -> None:
+    """Raise ValueError if a token is not in the vocabulary; keeps only a part of the stream in memory."""
+    for start in range(0, len(tokens), _CHECKED_TOKENS):
+        largest = int(tokens[start : start + _CHECKED_TOKENS].max())
+        if largest >= vocab_size:
+            raise ValueError(f"it contains token {largest:,}, the tokenizer has {vocab_size:,} tokens")
 
 
 def _check_documents(documents: pa.Table, n_tokens: int) -> None:
-    """Raises ValueError unless the documents lie one behind the other and fill the stream."""
+    """Raise ValueError unless the documents follow each other without a gap and fill the stream."""
     if any(column.null_count for column in documents.columns):
         raise ValueError("values are missing")
-    lengths, offsets, n_bytes = (documents.column(name).to_numpy() for name in ("n_tokens", "offset", "n_bytes"))
-    if ((lengths < 1) | (lengths > n_tokens) | (n_bytes < 0) | (n_bytes >= 1 << 31)).any():
-        raise ValueError("a document has an impossible length")
+    offsets = documents.column("offset").to_numpy()
+    lengths = documents.column("n_tokens").to_numpy()
+    n_bytes = documents.column("n_bytes").to_numpy()
+    if (lengths < 1).any() or (lengths > n_tokens).any():
+        raise ValueError("a document has an impossible number of tokens")
+    if (n_bytes < 0).any() or (n_bytes > _MAX_DOCUMENT_BYTES).any():
+        raise ValueError("a document has an impossible number of bytes")
     ends = lengths.cumsum()
-    if (offsets != ends - lengths).any() or (ends[-1] if len(ends) else 0) != n_tokens:
+    if (offsets != ends - lengths).any() or lengths.sum() != n_tokens:
         raise ValueError(f"offsets and lengths do not fill {n_tokens:,} tokens")

@@ -1,4 +1,9 @@
-"""Byte pair encoding: a tiktoken encoding, or one trained here, stored in tiktoken's own rank-file format."""
+"""A byte pair encoding, and its folder on disk: data/tokens/tokenizer, copied to data/split and to the model.
+
+`ranks.tiktoken` is tiktoken's own format: one line for each token, its bytes in base64, a space, and its id. The ids
+are also the order in which BPE merges. `encoding.json` has the encoding's name, the regular expression that cuts text
+into pieces before merging, and the ids of special tokens.
+"""
 
 import base64
 import re
@@ -16,17 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from gptpipe.base.files import read_bytes, read_json, to_json, write_bytes
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, first_line
 
-TOKENIZER = "tokenizer"  # name of its folder, beside the tokens
+TOKENIZER = "tokenizer"  # name of the folder
 RANKS = "ranks.tiktoken"
 ENCODING = "encoding.json"
 END_OF_TEXT = "<|endoftext|>"
 
-# How a trained encoding cuts text before merging: words with a leading space, digits by twos, runs of punctuation.
-# GPT-4's pattern (cl100k_base) with shorter numbers, which a small vocabulary cannot afford to keep by threes.
+# How a trained encoding cuts text into pieces: words with a leading space, up to two digits, runs of punctuation.
+# This is GPT-4's pattern (cl100k_base) with two digits instead of three, which would fill a small vocabulary.
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
-# The patterns that a tokenizer folder may name: ours, and those of GPT-2, GPT-4 and GPT-4o. They cut every text into
-# pieces that join to the same text. Another pattern may lose text, or make tiktoken panic.
+# The patterns that are accepted: ours, GPT-2's, GPT-4's and GPT-4o's. The pieces of any text join to the same text.
+# Other patterns may lose text, or make tiktoken panic.
 PATTERNS = (
     PATTERN,
     tiktoken_ext.openai_public.r50k_pat_str,
@@ -37,11 +42,11 @@ PATTERNS = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-_MAX_RANKS_BYTES = 1 << 26  # about 4 million tokens; o200k_base has 0.2 million
+_MAX_RANKS_BYTES = 1 << 26  # about 4 million tokens; o200k_base has 200,000
 _MAX_ENCODING_BYTES = 1 << 20
-_TOO_MUCH_SPACE = re.compile(r"\s{100001}")  # tiktoken panics at a million white characters in a row
+_TOO_MUCH_SPACE = re.compile(r"\s{100001}")  # tiktoken panics at a million whitespace characters in a row
 
-_JOINED = 1 << 17  # characters in one call of tiktoken: more cost time for fresh memory
+_JOINED = 1 << 17  # characters in one call of tiktoken; larger calls lose time allocating memory
 
 
 class Tokenizer:
@@ -52,89 +57,89 @@ class Tokenizer:
         self.vocab_size = encoding.n_vocab
         self.pattern: str = encoding._pat_str
         self.special_tokens: dict[str, int] = encoding._special_tokens
-        self.ranks: dict[bytes, int] = encoding._mergeable_ranks  # bytes of each ordinary token, with its id
-        self._of_thread = {get_ident(): encoding}
-        self._bytes_of = {rank: token for token, rank in self.ranks.items()}
+        self.ranks: dict[bytes, int] = encoding._mergeable_ranks  # bytes of each ordinary token -> its id
+        self._bytes_by_id = {rank: token for token, rank in self.ranks.items()}
+        self._encodings = {get_ident(): encoding}  # thread -> its copy
         self.dtype = np.dtype(np.uint16 if encoding.n_vocab < 1 << 16 else np.uint32)
         try:
             self.end_of_text = encoding.eot_token
         except KeyError as error:
             raise ConfigError(
-                f"tokenize.encoding {encoding.name} has no {END_OF_TEXT} token to close documents with; use another"
+                f"tokenize.encoding {encoding.name} has no {END_OF_TEXT} token to end documents with; use another one"
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone. Raises InputError for over 100,000 white characters in a row."""
+        """Ids of the text, without end-of-text. Raises InputError for over 100,000 whitespace characters in a row."""
         if _TOO_MUCH_SPACE.search(text):
-            raise InputError("a text with more than 100,000 white characters in a row cannot be encoded; shorten them")
+            raise InputError("cannot encode more than 100,000 whitespace characters in a row; shorten them")
         return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts: Sequence[str]) -> npt.NDArray[np.unsignedinteger]:
-        """Ids of whole documents one behind the other, each closed by the end-of-text token.
+        """Ids of documents one after another, each followed by the end-of-text token.
 
-        A call for many is much faster than one for each: the token's own text stands between them, and tiktoken
-        encodes what lies between special tokens by itself. A document that spells the token needs the other way.
+        Texts are passed to tiktoken joined, since one call for each is much slower.
         """
-        size = sum(map(len, texts)) + 1
-        step = 1 + len(texts) * _JOINED // size
-        return np.concatenate([self._encode_joined(texts[i : i + step]) for i in range(0, max(1, len(texts)), step)])
+        n_characters = sum(map(len, texts)) + 1
+        n_texts = 1 + len(texts) * _JOINED // n_characters  # of average length
+        starts = range(0, max(1, len(texts)), n_texts)
+        return np.concatenate([self._encode_joined(texts[start : start + n_texts]) for start in starts])
 
     def _encode_joined(self, texts: Sequence[str]) -> npt.NDArray[np.unsignedinteger]:
+        """Join the texts by the text of the end-of-text token. tiktoken encodes the parts between special tokens
+        independently, so each text gets the ids that it has alone, unless one of them contains `<|endoftext|>`.
+        """
         joined = END_OF_TEXT.join([*texts, ""])
-        ids = self._encoding_of_thread().encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
+        encoding = self._encoding_of_this_thread()
+        ids = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
         if np.count_nonzero(ids == self.end_of_text) > len(texts):
             ids = np.array([i for text in texts for i in (*self.encode(text), self.end_of_text)])
         return ids.astype(self.dtype)
 
-    def _encoding_of_thread(self) -> tiktoken.Encoding:
-        """Threads that share one wait for each other at its regular expressions: a third of two threads' time."""
-        if (thread := get_ident()) not in self._of_thread:
-            self._of_thread[thread] = tiktoken.Encoding(
+    def _encoding_of_this_thread(self) -> tiktoken.Encoding:
+        """One copy for each thread. Two threads that share one wait for each other a third of the time."""
+        thread = get_ident()
+        if thread not in self._encodings:
+            self._encodings[thread] = tiktoken.Encoding(
                 self.encoding.name,
                 pat_str=self.pattern,
                 mergeable_ranks=self.ranks,
                 special_tokens=self.special_tokens,
             )
-        return self._of_thread[thread]
+        return self._encodings[thread]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, as `decode_bytes` has it; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `decode_bytes`; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; special tokens, and ids that are no token (cl100k_base has some), have none."""
-        return b"".join(self._bytes_of.get(i, b"") for i in ids)
+        """The bytes of the tokens. Special tokens have none, nor have unused ids, such as some of cl100k_base."""
+        return b"".join(self._bytes_by_id.get(i, b"") for i in ids)
 
     def save(self, folder: Path) -> None:
-        """Write the rank file (a line per token: its bytes in base64, a space, its id) and a small JSON beside it."""
+        """Write the two files."""
         by_id = sorted(self.ranks.items(), key=lambda item: item[1])
         lines = (base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in by_id)
         write_bytes(folder / RANKS, b"".join(lines))
-        description = {"name": self.encoding.name, "pattern": self.pattern, "special_tokens": self.special_tokens}
-        write_bytes(folder / ENCODING, to_json(description))
+        encoding = {"name": self.encoding.name, "pattern": self.pattern, "special_tokens": self.special_tokens}
+        write_bytes(folder / ENCODING, to_json(encoding))
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises IntegrityError for a folder that cannot encode and decode every text."""
+        """Read what `save` wrote. Raises IntegrityError for a tokenizer that cannot encode and decode every text."""
         try:
-            description = read_json(folder / ENCODING, _Description, _MAX_ENCODING_BYTES)
+            content = read_json(folder / ENCODING, _EncodingFile, _MAX_ENCODING_BYTES)
             ranks = _parse_ranks(read_bytes(folder / RANKS, _MAX_RANKS_BYTES))
-            _check(description, ranks)
+            _check(content, ranks)
         except (OSError, ValueError) as error:
-            raise IntegrityError(
-                f"{folder}: holds no usable tokenizer: {first_line(error)}; make the folder again with `dvc repro -f`"
-            ) from error
-        return cls(
-            tiktoken.Encoding(
-                description.name,
-                pat_str=description.pattern,
-                mergeable_ranks=ranks,
-                special_tokens=description.special_tokens,
-            )
+            reason = first_line(error)
+            raise IntegrityError(f"{folder}: contains no usable tokenizer: {reason}; run `dvc repro -f`") from error
+        encoding = tiktoken.Encoding(
+            content.name, pat_str=content.pattern, mergeable_ranks=ranks, special_tokens=content.special_tokens
         )
+        return cls(encoding)
 
 
-class _Description(BaseModel):
+class _EncodingFile(BaseModel):
     """encoding.json."""
 
     model_config = ConfigDict(extra="forbid")
@@ -145,7 +150,7 @@ class _Description(BaseModel):
 
 
 def _parse_ranks(content: bytes) -> dict[bytes, int]:
-    """The tokens of a rank file with their ids. Raises ValueError."""
+    """Token -> id, from the content of a rank file. Raises ValueError."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         token, _, rank = line.partition(b" ")
@@ -157,26 +162,27 @@ def _parse_ranks(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _check(description: _Description, ranks: dict[bytes, int]) -> None:
-    """Raises ValueError unless every text can be encoded, and every id means one token."""
-    special = description.special_tokens
+def _check(content: _EncodingFile, ranks: dict[bytes, int]) -> None:
+    """Raise ValueError unless every text can be encoded, and every id has one token."""
+    special = content.special_tokens
     ids = {*ranks.values(), *special.values()}
-    if description.pattern not in PATTERNS:
-        raise ValueError(f"{ENCODING}: the pattern is none that gptpipe knows")
+    if content.pattern not in PATTERNS:
+        raise ValueError(f"{ENCODING}: gptpipe does not know the pattern")
     if END_OF_TEXT not in special:
         raise ValueError(f"{ENCODING}: there is no special token {END_OF_TEXT}")
     if "" in special or b"" in ranks:
         raise ValueError("a token is empty")
-    if missing := {bytes([byte]) for byte in range(256)} - ranks.keys():
+    missing = {bytes([byte]) for byte in range(256)} - ranks.keys()
+    if missing:
         raise ValueError(f"{RANKS}: {len(missing)} of the 256 single bytes have no token")
     if len(ids) < len(ranks) + len(special):
-        raise ValueError("two tokens have one id")
-    if max(ids) >= 2 * len(ids):  # a few ids may be unused, as in cl100k_base; the network has a row for each
-        raise ValueError(f"the ids go up to {max(ids):,}, there are {len(ids):,} tokens")
+        raise ValueError("two tokens have the same id")
+    if max(ids) >= 2 * len(ids):  # cl100k_base has a few unused ids; each is a row of the embedding
+        raise ValueError(f"the largest id is {max(ids):,}, but there are only {len(ids):,} tokens")
 
 
 def byte_letters() -> dict[int, str]:
-    """A printable character for each byte, as GPT-2 assigns them: its own where Latin-1 has one, else from U+0100."""
+    """GPT-2's printable character for each byte: the one of Latin-1 if it is printable, else one from U+0100 up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,12 +1,30 @@
-"""Contamination: runs of words that held-out text shares with train (Brown et al., 2020, arXiv:2005.14165, app. C)."""
+"""How many held-out documents share a run of `split.ngram` words with a train document ("contamination").
 
-import re
+Held-out are val, test and the texts of `split.benchmarks`. The measure is that of GPT-3 (Brown et al., 2020,
+arXiv:2005.14165, appendix C), in words, so it does not depend on the tokenizer:
+
+- A held-out document is contaminated if one of its n-grams occurs in a train document.
+- A train document is contaminated if one of its n-grams occurs in a held-out document.
+- A document of fewer than n words has no n-gram. It is counted, but not examined.
+
+The texts are read three times. Only 64-bit hashes of n-grams are kept in memory:
+
+1. `_held_out_ngrams` collects the distinct n-grams of the held-out documents.
+2. `_search` in train finds which of them occur there, and the train documents that contain one.
+3. `_search` in the held-out documents finds those that contain an n-gram that occurs in train.
+
+Step 1 keeps at most `_MAX_NGRAMS`. If there are more, it keeps those of one in 2, 4, 8, ... held-out documents, and
+step 3 examines the same documents: the shares are then estimates. Whole documents are sampled, because a contaminated
+document may share a single n-gram, which a sample of n-grams would miss.
+"""
+
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,212 +35,214 @@ from gptpipe.base.files import write_json
 from gptpipe.base.parallel import map_in_order
 from gptpipe.base.parquet import read_parquet, strings
 from gptpipe.collect.batch import Rejected
-from gptpipe.collect.dedup import CHARACTERS
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.readers import read
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 from gptpipe.formats.sides import SIDES, sides_of
 from gptpipe.shell.errors import InputError
+from gptpipe.split.ngrams import Hashes, Indices, hash_ngrams
 from gptpipe.split.params import SplitParams
 
-_LARGEST = 1 << 20  # n-grams of held-out text in memory; of text with more, each 2nd, 4th, ... document is examined
-_BLOCK = 1 << 18  # characters that a thread hashes at once, 60 bytes of memory each; a document is never cut
-_BASES = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93)  # of bytes in words, words in n-grams; odd: with inverses mod 2**64
-# Bytes of UTF-8 as they are compared: ASCII letters small, what is in no word as a space; a document ends with a line.
-_PLAIN = bytes(c if c > 127 or c in b"\n_" or chr(c).isalnum() else 32 for c in range(256)).lower()
-_BETWEEN, _ALONE = re.compile(f"[^\\w\x00-\x7f{CHARACTERS}]+"), re.compile(f"[{CHARACTERS}]")
-_LISTED = 20  # ids of a group, for the report
-
-Hashes = npt.NDArray[np.uint64]
-Indices = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
+_MAX_NGRAMS = 1 << 20  # of held-out documents in memory, 16 bytes each
+_BLOCK_CHARACTERS = 1 << 18  # that a thread hashes at once, with 60 bytes of memory for each character
+_MAX_IDS = 20  # of contaminated documents that the report lists, for each group
+_RANK_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so different sums stay different
 
 
-class _Texts(NamedTuple):
-    """About _BLOCK characters together."""
+class _Block(NamedTuple):
+    """Texts that are hashed together, about _BLOCK_CHARACTERS unless one text alone is longer."""
 
-    groups: Indices  # of each text: its place in SIDES, or behind them its benchmark's
+    groups: Indices  # of each text: its index in the names of the report's groups
     ids: list[str]
     texts: list[str]
 
 
-Job = Callable[[], Iterator[_Texts]]  # reads a shard, in a thread or on another machine, or has a few texts with it
+ReadBlocks = Callable[[], Iterator[_Block]]  # one unit of work, for a thread or for another machine
 
 
-class _Found(NamedTuple):
-    is_there: Mask  # of each key, whether a text has it
-    counts: Indices  # (groups, 3): documents; of them, examined: with an n-gram; of those, contaminated: with a key
-    ids: dict[int, list[str]]  # the first contaminated ones by group
+@dataclass
+class _Matches:
+    """What a search finds in some documents."""
+
+    occurs: npt.NDArray[np.bool_]  # for each n-gram that is searched for: whether a document contains it
+    counts: Indices  # (groups, 3): documents, examined documents, contaminated documents
+    ids: dict[int, list[str]]  # the first contaminated documents of each group
+
+    @classmethod
+    def none(cls, n_ngrams: int, n_groups: int) -> "_Matches":
+        return cls(np.zeros(n_ngrams, np.bool_), np.zeros((n_groups, 3), np.int64), {})
+
+    def add(self, other: "_Matches") -> None:
+        self.occurs |= other.occurs
+        self.counts += other.counts
+        for group, ids in other.ids.items():
+            self.ids[group] = [*self.ids.get(group, []), *ids][:_MAX_IDS]
 
 
 def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
-    """Write to `path` how many documents of val, test and each benchmark share `split.ngram` words in a row with train.
+    """Write to `path` how many documents of each group are contaminated; `raw` is the corpus.
 
-    Words in lower case, without punctuation: the figure is the same under every tokenizer and layout, as one in tokens
-    would not be. Of very much held-out text one in `every_nth` documents, drawn by its words, is examined: the shares
-    are estimates then, and memory is bounded. Reads `raw`, the corpus, three times. Raises InputError for a share above
-    `split.max_contamination`.
+    Raises InputError if a held-out group has a larger share than `split.max_contamination`.
     """
     verify_corpus(raw)
     shards = shard_paths(raw)
-    names = [*SIDES, *(f"benchmark-{i}" for i in range(len(params.benchmarks)))]
+    groups = [*SIDES, *(f"benchmark-{i}" for i in range(len(params.benchmarks)))]
 
-    def held_out() -> Iterator[Job]:
-        yield from (partial(_of_shard, shard, params, seed, is_train=False) for shard in shards)
-        for group, source in enumerate(params.benchmarks, len(SIDES)):
-            yield from _of_benchmark(chain.from_iterable(read(source, collect, Counter(), {})), group)
+    def train() -> Iterator[ReadBlocks]:
+        return (partial(_shard_blocks, shard, params, seed, is_train=True) for shard in shards)
 
-    keys, step = _sample(map_in_order(partial(_ranked_hashes, n=params.ngram), held_out(), threads=True))
-    train = (partial(_of_shard, shard, params, seed, is_train=True) for shard in shards)
-    in_train = _find(keys, train, params.ngram, len(names), 1)
-    found = _find(keys[in_train.is_there], held_out(), params.ngram, len(names), step)
-    report, shares = dict[str, int](), dict[str, float]()
-    for name, (documents, examined, contaminated) in zip(names, (in_train.counts + found.counts).tolist(), strict=True):
-        if documents:
-            report |= {f"{name}_documents": documents, f"{name}_examined": examined}
-            report |= {f"{name}_contaminated": contaminated}
-            shares[name] = contaminated / max(1, examined)
-    ids = {names[group]: some for group, some in found.ids.items()}
-    write_json(path, {**report, "share": shares, "ids": ids, "every_nth": step})
-    for name, share in shares.items():
-        if params.max_contamination is not None and name != "train" and share > params.max_contamination:
-            raise InputError(f"split: {share:.2%} of {name} share {params.ngram} words in a row with train, above "
-                             f"split.max_contamination; remove {', '.join(ids[name])}, or raise it")  # fmt: skip
+    def held_out() -> Iterator[ReadBlocks]:
+        yield from (partial(_shard_blocks, shard, params, seed, is_train=False) for shard in shards)
+        for group, source in enumerate(params.benchmarks, start=len(SIDES)):
+            yield from _benchmark_work(chain.from_iterable(read(source, collect, Counter(), {})), group)
+
+    ngrams, every_nth = _held_out_ngrams(held_out(), params.ngram)
+    in_train = _search(train(), ngrams, params.ngram, len(groups))
+    in_held_out = _search(held_out(), ngrams[in_train.occurs], params.ngram, len(groups), every_nth)
+
+    report = _report(groups, in_train.counts + in_held_out.counts)
+    report["ids"] = {groups[group]: ids for group, ids in in_held_out.ids.items()}
+    report["every_nth"] = every_nth
+    write_json(path, report)
+    _check_shares(report, params)
 
 
-def _of_shard(shard: Path, params: SplitParams, seed: int, *, is_train: bool) -> Iterator[_Texts]:
-    """The train documents of a shard, or the others."""
+def _report(groups: list[str], counts: Indices) -> dict[str, Any]:
+    """Counts of each group that has documents, and the contaminated share of its examined documents."""
+    report: dict[str, Any] = {}
+    shares: dict[str, float] = {}
+    for group, (n_documents, n_examined, n_contaminated) in zip(groups, counts.tolist(), strict=True):
+        if n_documents:
+            report[f"{group}_documents"] = n_documents
+            report[f"{group}_examined"] = n_examined
+            report[f"{group}_contaminated"] = n_contaminated
+            shares[group] = n_contaminated / max(1, n_examined)
+    return {**report, "share": shares}
+
+
+def _check_shares(report: dict[str, Any], params: SplitParams) -> None:
+    if params.max_contamination is None:
+        return
+    for group, share in report["share"].items():
+        if group != "train" and share > params.max_contamination:
+            ids = ", ".join(report["ids"][group])
+            raise InputError(
+                f"split: {share:.2%} of the documents of {group} share {params.ngram} words in a row with train, above "
+                f"split.max_contamination; remove these documents, or raise the limit: {ids}"
+            )
+
+
+def _shard_blocks(shard: Path, params: SplitParams, seed: int, *, is_train: bool) -> Iterator[_Block]:
+    """The train documents of a shard of the corpus, or its val and test documents."""
     for batch in read_parquet(shard, ["id", "text"]):
         sides = sides_of(strings(batch, "id"), params.fractions, seed)
-        chosen = (sides == SIDES.index("train")) == is_train
-        documents = batch.filter(pa.array(chosen))
-        yield from _blocks(sides[chosen], strings(documents, "id"), strings(documents, "text"))
+        is_chosen = (sides == SIDES.index("train")) == is_train
+        documents = batch.filter(pa.array(is_chosen))
+        yield from _cut_into_blocks(sides[is_chosen], strings(documents, "id"), strings(documents, "text"))
 
 
-def _of_benchmark(source: Iterable[str | Rejected], group: int) -> Iterator[Job]:
-    ids, texts, size = list[str](), list[str](), 0
-    for number, text in enumerate(chain(source, [None]), 1):
-        if isinstance(text, str):
-            ids.append(f"number {number}")
-            texts.append(text.replace("\0", " "))
-            size += len(text)
-        if ids and (text is None or size >= _BLOCK):
-            yield partial(_blocks, np.full(len(ids), group), ids, texts)
-            ids, texts, size = [], [], 0
+def _benchmark_work(source: Iterable[str | Rejected], group: int) -> Iterator[ReadBlocks]:
+    """The texts of a benchmark in units of about one block. Their ids are their numbers in the source."""
+    ids: list[str] = []
+    texts: list[str] = []
+    n_characters = 0
+    for number, text in enumerate(source, start=1):
+        if isinstance(text, Rejected):
+            continue
+        ids.append(f"number {number}")
+        texts.append(text.replace("\0", " "))
+        n_characters += len(text)
+        if n_characters >= _BLOCK_CHARACTERS:
+            yield partial(_cut_into_blocks, np.full(len(ids), group), ids, texts)
+            ids, texts, n_characters = [], [], 0
+    if ids:
+        yield partial(_cut_into_blocks, np.full(len(ids), group), ids, texts)
 
 
-def _blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Texts]:
-    of_block = np.cumsum([len(text) for text in texts]) // _BLOCK
-    for start, end in pairwise([0, *np.flatnonzero(np.diff(of_block)) + 1, len(texts)]):
-        yield _Texts(groups[start:end], ids[start:end], texts[start:end])
+def _cut_into_blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Block]:
+    """No text is cut."""
+    block_of_text = np.cumsum([len(text) for text in texts]) // _BLOCK_CHARACTERS
+    first_of_block = np.flatnonzero(np.diff(block_of_text)) + 1
+    for start, end in pairwise([0, *first_of_block, len(texts)]):
+        yield _Block(groups[start:end], ids[start:end], texts[start:end])
 
 
-def _ranked_hashes(job: Job, *, n: int) -> Hashes:
-    """Ranks and hashes (2, some) of the distinct n-grams."""
-    return _lowest([np.stack([_ranks(hashes, owners), hashes]) for _, hashes, owners in _ngrams(job(), n)])
+def _held_out_ngrams(work: Iterator[ReadBlocks], n: int) -> tuple[Hashes, int]:
+    """Distinct n-grams of the held-out documents, or of one in `every_nth`, the second result."""
+    sample = np.empty((2, 0), np.uint64)
+    every_nth = 1
+    for ranked in map_in_order(partial(_ranked_ngrams, n=n), work, threads=True):
+        sample = np.concatenate([sample, ranked[:, _is_sampled(ranked[0], every_nth)]], axis=1)
+        if sample.shape[1] > 3 * _MAX_NGRAMS // 2:  # not at each excess: sorting takes longer than hashing
+            sample, every_nth = _shrink(sample, every_nth)
+    sample, every_nth = _shrink(sample, every_nth)
+    return sample[1], every_nth
 
 
-def _ranks(hashes: Hashes, owners: Indices) -> Hashes:
-    """For each n-gram a number as good as drawn, which depends on the words of its whole document alone."""
-    starts = np.flatnonzero(np.diff(owners, prepend=-1))
-    ranks = np.add.reduceat(hashes, starts) * np.uint64(_BASES[0])
-    return np.repeat(ranks, np.diff(starts, append=len(owners)))
+def _ranked_ngrams(read_blocks: ReadBlocks, *, n: int) -> Hashes:
+    """Rank of the document and hash (2, n-grams) of each distinct n-gram."""
+    ranked = [np.empty((2, 0), np.uint64)]
+    for block in read_blocks():
+        hashes, text_of_ngram = hash_ngrams(block.texts, n)
+        ranked.append(np.stack([_document_ranks(hashes, text_of_ngram), hashes]))
+    return _distinct(np.concatenate(ranked, axis=1))
 
 
-def _lowest(ranked: list[Hashes]) -> Hashes:
-    """Each distinct hash with the lowest of its ranks. Empties the list: memory is short."""
-    pairs = np.concatenate([np.empty((2, 0), np.uint64), *ranked], axis=1)
-    ranked.clear()
-    pairs = pairs[:, np.argsort(pairs[0])]
-    return pairs[:, np.unique(pairs[1], return_index=True)[1]]
+def _document_ranks(hashes: Hashes, text_of_ngram: Indices) -> Hashes:
+    """For each n-gram the pseudo-random rank of its document, derived from all n-grams of the document."""
+    _, starts, n_ngrams = np.unique(text_of_ngram, return_index=True, return_counts=True)
+    ranks = np.add.reduceat(hashes, starts) * _RANK_FACTOR
+    return np.repeat(ranks, n_ngrams)
 
 
-def _sample(arrays: Iterable[Hashes]) -> tuple[Hashes, int]:
-    """The distinct hashes; of more than _LARGEST those in documents of low rank, and that these are one in how many."""
-    some, step = [np.empty((2, 0), np.uint64)], 1
-    for ranked in chain(arrays, [None]):
-        if ranked is not None:
-            some.append(ranked[:, ranked[0] <= _highest(step)])
-        if ranked is None or sum(part.shape[1] for part in some) > 3 * _LARGEST // 2:
-            some = [_lowest(some)]
-            while some[0].shape[1] > _LARGEST:
-                step *= 2
-                some = [some[0][:, some[0][0] <= _highest(step)]]
-    return some[0][1], step
+def _is_sampled(ranks: Hashes, every_nth: int) -> npt.NDArray[np.bool_]:
+    return np.asarray(ranks <= np.uint64((2**64 - 1) // every_nth))
 
 
-def _highest(step: int) -> np.uint64:
-    """Rank of one document in `step`."""
-    return np.uint64((2**64 - 1) // step)
+def _shrink(sample: Hashes, every_nth: int) -> tuple[Hashes, int]:
+    """The distinct n-grams, of as many documents as _MAX_NGRAMS allows."""
+    sample = _distinct(sample)
+    while sample.shape[1] > _MAX_NGRAMS:
+        every_nth *= 2
+        sample = sample[:, _is_sampled(sample[0], every_nth)]
+    return sample, every_nth
 
 
-def _find(keys: Hashes, jobs: Iterable[Job], n: int, n_groups: int, step: int) -> _Found:
-    """Which keys the texts have, examining one in `step` of them."""
-    table = pd.Index(keys)
-    table.get_indexer(table[:1])  # builds it: two threads at once could see half of it (under Ray each task builds one)
-    total = _nothing(keys, n_groups)
-    for found in map_in_order(partial(_find_in, keys=table, n=n, n_groups=n_groups, step=step), jobs, threads=True):
-        total.is_there[:] |= found.is_there
-        total.counts[:] += found.counts
-        for group, ids in found.ids.items():
-            total.ids[group] = [*total.ids.get(group, []), *ids][:_LISTED]
-    return total
+def _distinct(ranked: Hashes) -> Hashes:
+    """Each distinct n-gram with the lowest rank of the documents that contain it."""
+    by_rank = ranked[:, np.argsort(ranked[0])]
+    _, first = np.unique(by_rank[1], return_index=True)
+    return by_rank[:, first]
 
 
-def _find_in(job: Job, *, keys: pd.Index, n: int, n_groups: int, step: int) -> _Found:
-    total = _nothing(keys, n_groups)
-    for texts, hashes, owners in _ngrams(job(), n):
-        if step > 1:
-            examined = _ranks(hashes, owners) <= _highest(step)
-            hashes, owners = hashes[examined], owners[examined]
-        at = keys.get_indexer(pd.Index(hashes))
-        total.is_there[at[at >= 0]] = True
-        contaminated = _distinct(owners[at >= 0])
-        for column, groups in enumerate((texts.groups, texts.groups[_distinct(owners)], texts.groups[contaminated])):
-            total.counts[:, column] += np.bincount(groups, minlength=n_groups)
+def _search(work: Iterator[ReadBlocks], ngrams: Hashes, n: int, n_groups: int, every_nth: int = 1) -> _Matches:
+    """Search for n-grams in all documents, or in the same one in `every_nth` whose n-grams were collected."""
+    index = pd.Index(ngrams)
+    index.get_indexer(index[:1])  # builds its table before threads share it; two at once could see half a table
+    matches = _Matches.none(len(ngrams), n_groups)
+    search = partial(_search_blocks, ngrams=index, n=n, n_groups=n_groups, every_nth=every_nth)
+    for part in map_in_order(search, work, threads=True):
+        matches.add(part)
+    return matches
+
+
+def _search_blocks(read_blocks: ReadBlocks, *, ngrams: pd.Index, n: int, n_groups: int, every_nth: int) -> _Matches:
+    matches = _Matches.none(len(ngrams), n_groups)
+    for block in read_blocks():
+        hashes, text_of_ngram = hash_ngrams(block.texts, n)
+        if every_nth > 1:
+            is_sampled = _is_sampled(_document_ranks(hashes, text_of_ngram), every_nth)
+            hashes, text_of_ngram = hashes[is_sampled], text_of_ngram[is_sampled]
+        positions = ngrams.get_indexer(pd.Index(hashes))
+        is_match = positions >= 0
+        examined, contaminated = np.unique(text_of_ngram), np.unique(text_of_ngram[is_match])
+
+        occurs = np.zeros(len(ngrams), np.bool_)
+        occurs[positions[is_match]] = True
+        texts_of_columns = (block.groups, block.groups[examined], block.groups[contaminated])
+        counts = np.stack([np.bincount(groups, minlength=n_groups) for groups in texts_of_columns], axis=1)
+        ids: dict[int, list[str]] = {}
         for i in contaminated:
-            if len(ids := total.ids.setdefault(int(texts.groups[i]), [])) < _LISTED:
-                ids.append(texts.ids[i])
-    return total
-
-
-def _nothing(keys: Sized, n_groups: int) -> _Found:
-    return _Found(np.zeros(len(keys), bool), np.zeros((n_groups, 3), np.int64), {})
-
-
-def _distinct(ascending: Indices) -> Indices:
-    return ascending[np.flatnonzero(np.diff(ascending, prepend=-1))]
-
-
-def _ngrams(blocks: Iterable[_Texts], n: int) -> Iterator[tuple[_Texts, Hashes, Indices]]:
-    """Each block of texts, hashes of their runs of n words, and the index of the text of each."""
-    for block in blocks:
-        plain = (text if text.isascii() else _plain(text) for text in block.texts)
-        joined = "\0".join(plain).replace("\n", " ").replace("\0", "\n")  # no clean text has that character
-        data = np.frombuffer(joined.encode().translate(_PLAIN), np.uint8)
-        is_word = np.concatenate([[False], data > 32, [False]])
-        starts, ends = np.flatnonzero(is_word[1:] > is_word[:-1]), np.flatnonzero(is_word[1:] < is_word[:-1])
-        owners = np.searchsorted(np.flatnonzero(data == 10), starts)
-        first = np.arange(max(0, len(starts) - n + 1))
-        inside = owners[first] == owners[first + n - 1]
-        hashes = _runs(_runs(data.astype(np.uint64), starts, ends, _BASES[0]), first, first + n, _BASES[1])
-        yield block, hashes[inside], owners[first][inside]
-
-
-def _plain(text: str) -> str:
-    """Small letters, spaces for what is in no word and around what is one by itself, as far as it is not ASCII."""
-    return _ALONE.sub(r" \g<0> ", _BETWEEN.sub(" ", text.lower()))
-
-
-def _runs(values: Hashes, starts: Indices, ends: Indices, base: int) -> Hashes:
-    """A polynomial modulo 2**64 of the values from each start to its end, by differences of one running sum."""
-    size = 1 << len(values).bit_length()
-    powers, inverses = _powers(base, size)[: len(values)], _powers(pow(base, -1, 1 << 64), size)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
-    return np.asarray((sums[ends] - sums[starts]) * inverses[starts], np.uint64)
-
-
-@lru_cache(32)
-def _powers(base: int, n: int) -> Hashes:
-    powers: Hashes = np.cumprod(np.full(n, base, np.uint64), dtype=np.uint64)
-    return powers
+            ids.setdefault(int(block.groups[i]), []).append(block.ids[i])
+        matches.add(_Matches(occurs, counts, ids))
+    return matches

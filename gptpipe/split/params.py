@@ -10,11 +10,11 @@ from gptpipe.formats.sides import Fractions
 
 
 class SplitParams(Section):
-    """Which share of the documents is held out, and how overlap is measured."""
+    """What fraction of the documents is held out, and how overlap with train is measured."""
 
     val_fraction: Share
     test_fraction: Share
-    ngram: Annotated[int, Field(ge=2)]  # words
+    ngram: Annotated[int, Field(ge=2)]  # words in a row; see split/overlap.py
     benchmarks: tuple[Source, ...]
     max_contamination: Ratio | None
 

@@ -1,4 +1,4 @@
-"""Stage tokenize as one function: documents in, token shards and the tokenizer out."""
+"""Stage tokenize: reads the corpus, writes token shards and the tokenizer that made them."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +15,7 @@ from gptpipe.base.parquet import new_parquet, read_parquet, strings
 from gptpipe.base.resume import key_of, once
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 from gptpipe.formats.sides import SIDES, Fractions, sides_of
+from gptpipe.formats.token_shards import token_schema, token_shard_path
 from gptpipe.formats.tokenizer import ENCODING, RANKS, TOKENIZER, Tokenizer
 from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import InputError
@@ -24,67 +25,71 @@ from gptpipe.tokenize.tokenizers import build_tokenizer
 
 
 def tokenize(source: Path, target: Path, params: TokenizeParams, fractions: Fractions, seed: int) -> dict[str, int]:
-    """Encode every document of `source` into `target` and return the counts.
+    """Encode every document of the corpus `source` into `target`, and return the counts.
 
-    A trained tokenizer is fitted on the documents that the split will put into train, so no byte of the others can
-    shape the vocabulary. After a kill, shards that were finished are not made again. Raises InputError, IntegrityError.
+    A tokenizer is trained only on documents that the split puts into train, so held-out text cannot shape the
+    vocabulary. After a kill, finished shards are kept. Raises InputError, IntegrityError.
     """
     parent = verify_corpus(source)
     shards = shard_paths(source)
-    lineage = parent.lineage(source.name)
-    key = key_of("tokenize", [lineage, params.model_dump(), fractions, seed], "pyarrow", "rustbpe", "tiktoken")
-    share = params.training_bytes / max(1, parent.counts["bytes"])
-    with new_folder(target, lineage, key) as folder:
-        own = folder.path / TOKENIZER
+    made_from = parent.lineage(source.name)
+    key = key_of("tokenize", [made_from, params.model_dump(), fractions, seed], "pyarrow", "rustbpe", "tiktoken")
+    with new_folder(target, made_from, key) as folder:
+        tokenizer_folder = folder.path / TOKENIZER
 
         def make_tokenizer() -> None:
+            share = params.training_bytes / max(1, parent.counts["bytes"])
+            texts = _training_texts(shards, fractions, seed, share)
             with ended_by_signals():
-                tokenizer = build_tokenizer(params, _train_texts(shards, fractions, seed, share))
-            tokenizer.save(own)
+                tokenizer = build_tokenizer(params, texts)
+            tokenizer.save(tokenizer_folder)
 
-        once([own / RANKS, own / ENCODING], make_tokenizer)
-        tokenizer = Tokenizer.load(own)
-        work = partial(_finished_shard, tokenizer=tokenizer, target=folder.path)
+        once([tokenizer_folder / RANKS, tokenizer_folder / ENCODING], make_tokenizer)
+        tokenizer = Tokenizer.load(tokenizer_folder)
+        encode = partial(_encode_shard_once, tokenizer=tokenizer, folder=folder.path)
         with Progress("tokenize", unit="shards", total=len(shards)) as progress:
-            counts = list(progress.track(map_in_order(work, shards, threads=True)))
-        total = {key: sum(count[key] for count in counts) for key in counts[0]}
-        folder.counts = {**total, "vocab_size": tokenizer.vocab_size}
-    return {**total, "vocab_size": tokenizer.vocab_size}
+            shard_counts = list(progress.track(map_in_order(encode, shards, threads=True)))
+        folder.counts = {name: sum(counts[name] for counts in shard_counts) for name in shard_counts[0]}
+        folder.counts["vocab_size"] = tokenizer.vocab_size
+    return folder.counts
 
 
-def _train_texts(shards: list[Path], fractions: Fractions, seed: int, share: float) -> Iterator[str]:
-    """The train documents' texts, or about a share of them, drawn by id."""
+def _training_texts(shards: list[Path], fractions: Fractions, seed: int, share: float) -> Iterator[str]:
+    """The texts of all train documents, or of about a `share` of them, chosen by id."""
 
-    def chosen(batch: pa.RecordBatch) -> pa.RecordBatch:
-        ids = strings(batch, "id")
-        is_drawn = np.array([int(id_[16:24], 16) < share * 2**32 for id_ in ids])
-        return batch.filter(pa.array(is_drawn & (sides_of(ids, fractions, seed) == SIDES.index("train"))))
+    def read() -> Iterator[str]:
+        for shard in shards:
+            for batch in read_parquet(shard, ["id", "text"]):
+                ids = strings(batch, "id")
+                is_train = sides_of(ids, fractions, seed) == SIDES.index("train")
+                is_chosen = np.array([int(id_[16:24], 16) < share * 2**32 for id_ in ids])
+                yield from strings(batch.filter(pa.array(is_train & is_chosen)), "text")
 
-    batches = chain.from_iterable(read_parquet(shard, ["id", "text"]) for shard in shards)
-    texts = chain.from_iterable(strings(chosen(batch), "text") for batch in batches)
+    texts = read()
     first = next(texts, None)
     if first is None:
-        raise InputError("no document falls on the train side: add documents, or change split's fractions or the seed")
+        raise InputError(
+            "tokenize: no document is on the train side; add documents, lower split.val_fraction and "
+            "split.test_fraction, or change the seed"
+        )
     return chain([first], texts)
 
 
-def _finished_shard(shard: Path, *, tokenizer: Tokenizer, target: Path) -> dict[str, int]:
-    """Counts of one shard, encoded now or before a kill; runs in a thread."""
-    path = target / shard.name.replace("docs", "tokens")
+def _encode_shard_once(shard: Path, *, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
+    """Counts of one shard, which is encoded unless it was finished before a kill; runs in a thread."""
+    path = token_shard_path(folder, shard)
     return once([path], lambda: _encode_shard(shard, path, tokenizer))
 
 
 def _encode_shard(shard: Path, path: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    token = pa.uint16() if tokenizer.dtype.itemsize == 2 else pa.uint32()
-    schema = pa.schema(
-        [("id", pa.string()), ("source", pa.string()), ("n_bytes", pa.int64()), ("tokens", pa.list_(token))]
-    )
+    schema = token_schema(tokenizer.dtype)
     counts = {"documents": 0, "tokens": 0, "bytes": 0}
     with new_parquet(path, schema) as rows:
         for batch in read_parquet(shard, ["id", "source", "n_bytes", "text"]):
             ids = tokenizer.encode_documents(strings(batch, "text"))
-            ends = np.concatenate([[0], np.flatnonzero(ids == tokenizer.end_of_text) + 1])
-            tokens = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(ids))
+            ends = np.flatnonzero(ids == tokenizer.end_of_text) + 1
+            bounds = pa.array(np.concatenate([[0], ends]), pa.int32())
+            tokens = pa.ListArray.from_arrays(bounds, pa.array(ids))
             columns = [batch.column("id"), batch.column("source"), batch.column("n_bytes"), tokens]
             rows.extend(pa.RecordBatch.from_arrays(columns, schema=schema))
             counts["documents"] += len(batch)

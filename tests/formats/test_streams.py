@@ -132,7 +132,7 @@ def test_splitting_twice_gives_the_same_bytes(tmp_path: Path, tokens: Path, fift
 
 
 def test_a_side_that_is_asked_for_and_stays_empty_is_an_input_error(tmp_path: Path, tokens: Path) -> None:
-    with pytest.raises(InputError, match=r"no document fell to test \(documents: train \d+, val \d+, test 0\)"):
+    with pytest.raises(InputError, match=r"test has no document \(documents: train \d+, val \d+, test 0\)"):
         split(tokens, tmp_path / "split", split_params(val_fraction=0.1, test_fraction=1e-9), SEED)
     assert not (tmp_path / "split").exists()
 
@@ -237,13 +237,13 @@ def test_a_token_beyond_the_vocabulary_is_an_integrity_error(
     tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in the last part of the stream: it would be an index beyond the embedding."""
-    monkeypatch.setattr(streams, "_PART", 100)
+    monkeypatch.setattr(streams, "_CHECKED_TOKENS", 100)
     shutil.copytree(toy_split / "val", tmp_path / "val")
     tokens = np.load(tmp_path / "val/tokens.npy")
     assert len(open_stream(tmp_path, "val", 300).tokens) == len(tokens)
     tokens[-2] = 300
     np.save(tmp_path / "val/tokens.npy", tokens)
-    with pytest.raises(IntegrityError, match="token 300 is in it, the tokenizer has 300 tokens"):
+    with pytest.raises(IntegrityError, match="it contains token 300, the tokenizer has 300 tokens"):
         open_stream(tmp_path, "val", 300)
 
 

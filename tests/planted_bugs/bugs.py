@@ -179,8 +179,8 @@ BUGS = (
     Bug(
         "the tokenizer is trained on all documents",
         "gptpipe/tokenize/encode.py",
-        'pa.array(is_drawn & (sides_of(ids, fractions, seed) == SIDES.index("train")))',
-        "pa.array(is_drawn)",
+        "pa.array(is_train & is_chosen)",
+        "pa.array(is_chosen)",
         ("tests/tokenize/test_encode.py::test_words_of_val_and_test_alone_do_not_shape_the_vocabulary",),
     ),
     Bug(

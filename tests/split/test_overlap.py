@@ -17,7 +17,7 @@ from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import id_of
 from gptpipe.formats.sides import Side
 from gptpipe.shell.errors import InputError
-from gptpipe.split import overlap as contamination
+from gptpipe.split import overlap
 from gptpipe.split.overlap import report_contamination
 
 SEED = 7
@@ -55,7 +55,7 @@ def test_it_finds_what_a_plain_count_finds(
     texts = [random_.choice((" ", "\n", ", ")).join(random_.choices(words, k=random_.randrange(30))) + f" {i}"
              for i in range(300)]  # fmt: skip
     monkeypatch.setattr(shards, "SHARD_BYTES", 9_000)
-    monkeypatch.setattr(contamination, "_BLOCK", 500)
+    monkeypatch.setattr(overlap, "_BLOCK_CHARACTERS", 500)
     expected: dict[str, set[tuple[str, ...]]] = {}
     sides = {id_of(text.encode()): side_of(id_of(text.encode()), split_params(**FIFTHS), SEED) for text in texts}
     ngrams: dict[str, set[tuple[str, ...]]] = {}
@@ -107,8 +107,8 @@ def test_benchmarks_are_looked_for_and_a_threshold_stops(tmp_path: Path, look: C
     with pytest.raises(InputError) as caught:
         look(texts, benchmarks=(benchmark,), max_contamination=0.49)
     assert str(caught.value) == (
-        "split: 50.00% of benchmark-0 share 13 words in a row with train, above split.max_contamination; remove "
-        "number 1, or raise it"
+        "split: 50.00% of the documents of benchmark-0 share 13 words in a row with train, above "
+        "split.max_contamination; remove these documents, or raise the limit: number 1"
     )
     assert json.loads((tmp_path / "split.json").read_text()) == found
 
@@ -122,13 +122,13 @@ def test_of_very_much_held_out_text_some_documents_are_examined_whole(
     texts = [*(on_side("train", [f"t{i}", *run]) for i, run in enumerate(runs)), *held_out]
     whole = look(texts)
     assert (whole["every_nth"], whole["val_examined"], whole["share"]["val"]) == (1, 200, 0.5)
-    overlap = {id_of(text.encode()) for text in held_out[1::2]}
-    monkeypatch.setattr(contamination, "_LARGEST", 900)
+    contaminated = {id_of(text.encode()) for text in held_out[1::2]}
+    monkeypatch.setattr(overlap, "_MAX_NGRAMS", 900)
     found = look(texts)
     assert (found["every_nth"], found["val_documents"]) == (4, 200)
     assert 30 < found["val_examined"] < 70
     assert 0.35 < found["share"]["val"] < 0.65
-    assert set(found["ids"]["val"]) <= overlap
+    assert set(found["ids"]["val"]) <= contaminated
     with pytest.raises(InputError, match=r"of val share 13 words in a row"):
         look(texts, max_contamination=0.35)
 

@@ -217,7 +217,7 @@ def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
 def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:
     held_out = split_params(val_fraction=0.5, test_fraction=0.499)
     text = next(str(i) for i in range(100) if side(str(i), held_out) != "train")
-    with pytest.raises(InputError, match="no document falls on the train side"):
+    with pytest.raises(InputError, match="no document is on the train side"):
         tokenize(corpus([text]), tmp_path / "tokens", trained, held_out.fractions, SEED)
     assert not (tmp_path / "tokens").exists()
 
