@@ -1,17 +1,18 @@
-"""What tests of several rooms share: the shipped parameters, and an environment that nothing leaks into."""
+"""Fixtures shared by several test folders, and how the suite is ordered and reported."""
 
 import os
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from sections import SHIPPED, filters, split_params, tokenize_params
-from toy_pipeline import commit, make_project, run
+from toy_pipeline import commit, copy_project, make_project, run
 
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
@@ -19,18 +20,91 @@ from gptpipe.params import Params, load_params
 from gptpipe.split.params import SplitParams
 from gptpipe.tokenize.params import TokenizeParams
 
+SharedFolder = Callable[[str, Callable[[Path], object]], Path]
 ROOT = Path(__file__).parents[1]
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: tests run on all cores, and threads of several would wait in turns
+# Each file of tests runs on one worker (`--dist loadfile`). The longest come first, so that all workers end together.
+LONGEST_FILES = (
+    "tests/test_experiments.py",
+    "tests/test_pipeline.py",
+    "tests/train/test_distributed.py",
+    "tests/campaign/test_campaign.py",
+    "tests/record/test_server.py",
+    "tests/train/test_session.py",
+    "tests/train/test_runtime.py",
+    "tests/campaign/test_processes.py",
+    "tests/collect/test_collect.py",
+    "tests/commands/test_cli.py",
+    "tests/fuzz/test_fuzz.py",
+)
+SETTINGS = (
+    "DVC_ROOT",
+    "DVC_EXP_NAME",
+    "DVC_EXP_BASELINE_REV",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_EXPERIMENT_NAME",
+    "GPTPIPE_VERBOSITY",
+    "GPTPIPE_ENGINE",
+    "RAY_ADDRESS",
+)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several workers with several threads each slow down
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if missing := [name for name in LONGEST_FILES if not (ROOT / name).is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py: LONGEST_FILES: no such file: {', '.join(missing)}")
+    positions = {ROOT / name: position for position, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: positions.get(item.path, len(positions)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_if_skipped(report)
+    return report
+
+
+def fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skipped test into a failure in CI, where `.ci/run` has installed everything that tests need."""
+    if os.environ.get("GPTPIPE_CI") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"GPTPIPE_CI is set, but {report.nodeid} was skipped: {reason}"
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tiktoken caches below the test's own folder, and no setting of the caller's shell reaches a test."""
+def _clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep settings of the caller's shell away from tests, and the cache of tiktoken in the test's own folder."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
-    for name in ("DVC_ROOT", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME",
-                 "GPTPIPE_VERBOSITY", "GPTPIPE_ENGINE", "RAY_ADDRESS"):  # fmt: skip
+    for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GPTPIPE_WORKERS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
+    """Makes folders that all workers of this run of pytest share: the first worker that needs one builds it."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        folder, done = root / f"shared-{name}", root / f"shared-{name}.done"
+        with FileLock(root / f"shared-{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture
@@ -41,7 +115,7 @@ def params() -> Params:
 
 @pytest.fixture
 def collect_params() -> Callable[..., CollectParams]:
-    """Makes section `collect` from sources and what differs from: keep everything, drop equal texts."""
+    """Makes section `collect`: by default it keeps every document and removes exact duplicates."""
 
     def make(*sources: dict[str, Any], **changed: Any) -> CollectParams:
         values = {
@@ -59,12 +133,21 @@ def collect_params() -> Callable[..., CollectParams]:
 
 
 @pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project after its first `dvc repro`, committed."""
-    project = make_project(tmp_path_factory.mktemp("project"))
-    run(project, "dvc", "repro")
-    commit(project)
-    return project
+def reproduced(shared_folder: SharedFolder) -> Path:
+    """A project after its first `dvc repro`, committed. All workers share it: run nothing in it, use `project_copy`."""
+
+    def build(folder: Path) -> None:
+        make_project(folder)
+        run(folder, "dvc", "repro")
+        commit(folder)
+
+    return shared_folder("project", build)
+
+
+@pytest.fixture
+def project_copy(reproduced: Path, tmp_path: Path) -> Path:
+    """A copy of `reproduced` that the test may change."""
+    return copy_project(reproduced, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")
@@ -105,23 +188,29 @@ def fifths() -> SplitParams:
 
 
 @pytest.fixture(scope="session")
-def toy_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of made-up sentences, through the real stages."""
-    import tiny  # late: torch takes seconds, and not every test needs it
+def toy_split(shared_folder: SharedFolder) -> Path:
+    """A split of made-up sentences, made by the real stages. All workers share it, so no test may change it."""
 
-    return tiny.make_split(tmp_path_factory.mktemp("toy"))
+    def build(folder: Path) -> None:
+        import tiny  # late: torch takes seconds, and not every test needs it
+
+        tiny.make_split(folder)
+
+    return shared_folder("toy", build) / "split"
 
 
 @pytest.fixture(scope="session")
-def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without an experiment of ours. Making one takes seconds, so tests share this one as a copy."""
-    from mlflow.tracking import MlflowClient
+def fresh_store(shared_folder: SharedFolder) -> Path:
+    """A store without an experiment of ours. Making one takes seconds, so tests copy this one."""
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}")
-    with closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA journal_mode=WAL")
-    return path
+    def build(folder: Path) -> None:
+        from mlflow.tracking import MlflowClient
+
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+
+    return shared_folder("store", build) / "mlflow.db"
 
 
 @pytest.fixture

@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 from browser import browser  # noqa: F401  (a fixture)
-from toy_pipeline import digests, documents, make_project, run, set_params
+from campaign.processes import RealProjects, try_out_for_real
+from toy_pipeline import digests, documents, run, set_params
 
 
-def test_two_runs_give_the_same_bytes(reproduced: Path, tmp_path: Path) -> None:
-    other = make_project(tmp_path)
-    run(other, "dvc", "repro")
-    made = digests(reproduced)
-    assert len(made) > 20
-    assert digests(other) == made
+@pytest.mark.slow
+def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(reproduced: Path, tmp_path: Path) -> None:
+    """The same files, the same record in MLflow, and nothing left behind."""
+    assert len(digests(reproduced)) > 20
+    trial = {"kind": "repro", "signal": "SIGKILL", "to": "dvc", "at": 0.6}
+    assert try_out_for_real(trial, RealProjects(tmp_path, reproduced))["differences"] == []
 
 
-def test_a_second_repro_has_nothing_to_do(reproduced: Path) -> None:
-    assert "Data and pipelines are up to date." in run(reproduced, "dvc", "repro").stdout
+def test_a_second_repro_has_nothing_to_do(project_copy: Path) -> None:
+    assert "Data and pipelines are up to date." in run(project_copy, "dvc", "repro").stdout
 
 
-def test_every_artefact_names_its_ancestors(reproduced: Path) -> None:
+def test_the_model_names_all_its_ancestors(reproduced: Path) -> None:
     model = json.loads((reproduced / "models/gpt/manifest.json").read_bytes())
     expected = {
         name: hashlib.sha256((reproduced / "data" / name / "manifest.json").read_bytes()).hexdigest()
@@ -34,39 +35,38 @@ def test_every_artefact_names_its_ancestors(reproduced: Path) -> None:
     assert model["made_from"] == {**expected, "data/sources/animals.txt": source}
 
 
-def test_the_doctor_finds_nothing_then_what_was_changed(reproduced: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_doctor_finds_no_fault_and_then_a_missing_file(project_copy: Path) -> None:
     def doctor() -> tuple[int, dict[str, str]]:
-        result = run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", check=False)
+        result = run(project_copy, sys.executable, "-m", "gptpipe.commands.cli", "doctor", check=False)
         return result.returncode, {line[9:21].strip(): line.split()[0] for line in result.stdout.splitlines()}
 
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
     code, marks = doctor()
     assert code == 0
-    assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}  # of versions, the user's choice
+    assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}  # the user chooses the versions
     assert len(marks) == 24
-    (project / "models/gpt/config.json").unlink()
+    (project_copy / "models/gpt/config.json").unlink()
     code, marks = doctor()
     assert (code, marks["pipeline"], marks["models/gpt"]) == (4, "warning", "error")
 
 
-def test_figures_are_declared_to_dvc(reproduced: Path) -> None:
-    shown = json.loads(run(reproduced, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
+def test_metrics_and_plots_are_declared_to_dvc(project_copy: Path) -> None:
+    shown = json.loads(run(project_copy, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
     assert {f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run")} == set(shown)
     assert shown["reports/eval.json"]["data"]["val"]["bits_per_byte"] > 0
-    plots = run(reproduced, "dvc", "plots", "show", "--json").stdout
+    plots = run(project_copy, "dvc", "plots", "show", "--json").stdout
     for name in ("loss", "learning_rate", "gradient_norm", "loss_by_position", "bits_per_byte_by_source"):
         assert f'"{name}"' in plots
 
 
 @pytest.mark.browser
-def test_the_page_of_plots_is_drawn_without_a_network(reproduced: Path, browser: Any) -> None:  # noqa: F811
-    shown = run(reproduced, "dvc", "plots", "show", "-o", "shown").stdout
-    assert "<script src" not in (reproduced / "shown/index.html").read_text()
+def test_the_page_of_plots_is_drawn_without_a_network(project_copy: Path, browser: Any) -> None:  # noqa: F811
+    shown = run(project_copy, "dvc", "plots", "show", "-o", "shown").stdout
+    assert "<script src" not in (project_copy / "shown/index.html").read_text()
     browser.execute_cdp_cmd("Network.enable", {})
     browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*"]})
     browser.get(shown.strip().splitlines()[-1])
-    assert browser.get_log("browser") == []  # nothing refused, nothing missing
+    assert browser.get_log("browser") == []  # no request was refused, no file is missing
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     drawn = {}
     for plot in browser.find_elements("css selector", "body > div"):
@@ -81,62 +81,55 @@ def test_the_page_of_plots_is_drawn_without_a_network(reproduced: Path, browser:
         "validation_bits_per_byte": (1, "", True),
         "loss_by_position": (2, sides, True),
         "accuracy_by_position": (2, sides, True),
-        "calibration": (2, sides, drawn["calibration"][2]),  # a tiny model may be equally sure of everything
+        "calibration": (2, sides, drawn["calibration"][2]),  # a tiny model may be equally sure of all tokens
         "bits_per_byte_by_source": (2, sides, True),
     }
 
 
-def test_evaluate_refuses_reports_that_stage_train_did_not_write(reproduced: Path, tmp_path: Path) -> None:
-    """One line and exit code 4; what it recommends helps, and trains nothing anew."""
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    made = digests(project)
+@pytest.mark.slow
+def test_evaluate_refuses_reports_that_stage_train_did_not_write(project_copy: Path) -> None:
+    """It prints one line and exits with code 4. The recommended command helps, and trains nothing again."""
+    outputs = digests(project_copy)
     for name, content in (("train.steps.csv", b"step,loss\n1,0.1\n"), ("mlflow_run.json", b'{"run_id": "' + b"0" * 20)):
-        path = project / "reports" / name
-        path.unlink()  # a hard link into DVC's cache stays as it was
+        path = project_copy / "reports" / name
+        path.unlink()  # it may be a hard link into DVC's cache
         path.write_bytes(content)
-        result = run(project, sys.executable, "-m", "stages.evaluate", check=False)
+        result = run(project_copy, sys.executable, "-m", "stages.evaluate", check=False)
         assert (result.returncode, len(result.stderr.splitlines())) == (4, 1), result.stderr
         assert f"reports/{name}: " in result.stderr
         assert "`dvc repro` restores it" in result.stderr
-    output = run(project, "dvc", "repro").stdout
+    output = run(project_copy, "dvc", "repro").stdout
     assert "Stage 'train' is cached - skipping run, checking out outputs" in output
-    assert digests(project) == made
+    assert digests(project_copy) == outputs
 
 
-def test_the_doctor_helps_after_a_kill_while_dvc_writes_its_lock(reproduced: Path, tmp_path: Path) -> None:
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    made, lock = digests(project), (project / "dvc.lock").read_bytes()
-    (project / "dvc.lock").write_bytes(b"")
-    assert run(project, "dvc", "repro", check=False).returncode != 0
-    result = run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", check=False)
-    assert (result.returncode, "Traceback" in result.stderr) == (4, False)
-    assert "dvc.lock: damaged (it is empty)" in result.stdout
-    run(project, sys.executable, "-m", "gptpipe.commands.cli", "doctor", "--fix")
-    assert "Running stage 'train'" not in run(project, "dvc", "repro").stdout
-    assert digests(project) == made
-    assert (project / "dvc.lock").read_bytes() == lock
+@pytest.mark.slow
+def test_the_doctor_repairs_a_lock_file_that_dvc_was_killed_while_writing(project_copy: Path) -> None:
+    outputs = digests(project_copy)
+    lock = (project_copy / "dvc.lock").read_bytes()
+    (project_copy / "dvc.lock").write_bytes(b"")
+    assert run(project_copy, "dvc", "repro", check=False).returncode != 0
+    result = run(project_copy, sys.executable, "-m", "gptpipe.commands.cli", "doctor", "--fix")
+    assert "dvc.lock" in result.stdout
+    assert "Running stage 'train'" not in run(project_copy, "dvc", "repro").stdout
+    assert digests(project_copy) == outputs
+    assert (project_copy / "dvc.lock").read_bytes() == lock
 
 
-def test_what_is_pushed_to_a_remote_comes_back(reproduced: Path, tmp_path: Path) -> None:
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    run(project, "dvc", "remote", "add", "-d", "shelf", str(tmp_path / "shelf"))
-    run(project, "dvc", "push")
-    made = digests(project)
+def test_what_is_pushed_to_a_remote_comes_back(project_copy: Path, tmp_path: Path) -> None:
+    run(project_copy, "dvc", "remote", "add", "-d", "shelf", str(tmp_path / "shelf"))
+    run(project_copy, "dvc", "push")
+    outputs = digests(project_copy)
     for lost in (".dvc/cache", "data/raw", "data/tokens", "data/split", "models/gpt"):
-        shutil.rmtree(project / lost)
-    assert digests(project) != made
-    run(project, "dvc", "pull")
-    assert digests(project) == made
+        shutil.rmtree(project_copy / lost)
+    assert digests(project_copy) != outputs
+    run(project_copy, "dvc", "pull")
+    assert digests(project_copy) == outputs
 
 
-def test_a_wrong_parameter_is_told_in_one_line(reproduced: Path, tmp_path: Path) -> None:
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    set_params(project, {"train.lr": "fast", "train.stride": 0})
-    result = run(project, sys.executable, "-m", "stages.train", check=False)
+def test_each_wrong_parameter_is_one_line(project_copy: Path) -> None:
+    set_params(project_copy, {"train.lr": "fast", "train.stride": 0})
+    result = run(project_copy, sys.executable, "-m", "stages.train", check=False)
     assert result.returncode == 2
     assert [line.removeprefix("error: ").split(": ")[:2] for line in result.stderr.splitlines()] == [
         ["params.yaml", "train.lr"],
@@ -144,25 +137,21 @@ def test_a_wrong_parameter_is_told_in_one_line(reproduced: Path, tmp_path: Path)
     ]
 
 
-def test_a_flipped_bit_stops_the_stage_that_reads_it(reproduced: Path, tmp_path: Path) -> None:
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    stream = project / "data/split/train/tokens.npy"
+def test_a_flipped_bit_stops_the_stage_that_reads_it(project_copy: Path) -> None:
+    stream = project_copy / "data/split/train/tokens.npy"
     content = bytearray(stream.read_bytes())
     content[-1] ^= 1
-    stream.unlink()  # a hard link into DVC's cache stays as it was
+    stream.unlink()  # it may be a hard link into DVC's cache
     stream.write_bytes(content)
-    result = run(project, sys.executable, "-m", "stages.train", check=False)
+    result = run(project_copy, sys.executable, "-m", "stages.train", check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (4, False)
     assert "data/split/train/tokens.npy" in result.stderr
 
 
-def test_tokens_of_another_corpus_are_not_split(reproduced: Path, tmp_path: Path) -> None:
-    """The overlap would be of the documents in data/raw, the split of others."""
-    project = tmp_path / "copy"
-    shutil.copytree(reproduced, project, symlinks=True)
-    set_params(project, {"collect.max_document_bytes": 64})
-    run(project, sys.executable, "-m", "stages.collect")
-    result = run(project, sys.executable, "-m", "stages.split", check=False)
+def test_tokens_of_another_corpus_are_not_split(project_copy: Path) -> None:
+    """Otherwise the overlap would describe the documents in data/raw, and the split would contain others."""
+    set_params(project_copy, {"collect.max_document_bytes": 64})
+    run(project_copy, sys.executable, "-m", "stages.collect")
+    result = run(project_copy, sys.executable, "-m", "stages.split", check=False)
     assert result.returncode == 4
     assert "data/tokens: made from another data/raw than the present one" in result.stderr

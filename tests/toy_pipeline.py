@@ -1,10 +1,12 @@
-"""A whole project with tiny parameters and a dozen documents made here, run as a user would."""
+"""A whole project with tiny parameters and a dozen generated documents, run as a user runs it."""
 
 import hashlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -29,24 +31,41 @@ SECTIONS = {
     "evaluate.max_new_tokens": 4,
     "evaluate.continuation_tokens": 4,
 }
-MADE = ("data/raw", "data/tokens", "data/split", "models/gpt", "reports/eval.json", "reports/train.json",
-        "reports/train.steps.csv", "reports/train.validations.csv", "reports/samples.md")  # fmt: skip
+# Outputs of the stages that must not differ between two runs.
+REPRODUCIBLE = (
+    "data/raw",
+    "data/tokens",
+    "data/split",
+    "models/gpt",
+    "reports/eval.json",
+    "reports/train.json",
+    "reports/train.steps.csv",
+    "reports/train.validations.csv",
+    "reports/samples.md",
+)
+# Columns of MLflow's store that contain absolute paths.
+PATHS_IN_STORE = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
 
 
 def documents() -> str:
-    """A dozen documents of some sentences each, different from one another."""
+    """A dozen different documents of six sentences each."""
     animals = ["cat", "dog", "owl", "fox", "cow", "hen", "bee", "ant", "eel", "emu", "yak", "elk"]
     places = ["garden", "river", "forest", "valley"]
-    return "\n\n\n".join(
-        " ".join(
-            f"On day {day} the {animal} walked from the {places[day % 4]} to the {places[i % 4]}." for day in range(6)
-        )
-        for i, animal in enumerate(animals)
-    )
+
+    def document(i: int, animal: str) -> str:
+        walks = ((day, places[day % 4], places[i % 4]) for day in range(6))
+        return " ".join(f"On day {day} the {animal} walked from the {start} to the {end}." for day, start, end in walks)
+
+    return "\n\n\n".join(document(i, animal) for i, animal in enumerate(animals))
 
 
 def environment() -> dict[str, str]:
-    """Ours, with the interpreter of the tests first on the path and nothing of an outer DVC or MLflow."""
+    """The environment of a project's commands: the tests' interpreter comes first in PATH, and no setting leaks in."""
     outer = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))}
     return {**outer, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{outer['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -58,10 +77,10 @@ def run(project: Path, *command: str, check: bool = True) -> subprocess.Complete
 
 
 def make_project(folder: Path) -> Path:
-    """A clone of this project, as committed or not, with tiny parameters and a corpus of its own."""
+    """A copy of this project, with uncommitted changes, tiny parameters and its own corpus; committed to git."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    made = {"dvc.lock", *(f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run"))}
-    for name in sorted(set(listed.stdout.splitlines()) - made):
+    outputs = {"dvc.lock", *(f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run"))}
+    for name in sorted(set(listed.stdout.splitlines()) - outputs):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "benchmarks/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -73,8 +92,19 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
+def copy_project(project: Path, target: Path) -> Path:
+    """Copy a project and let MLflow's store refer to the artifacts of the copy."""
+    shutil.copytree(project, target, symlinks=True)
+    if (target / "mlflow.db").exists():
+        with closing(sqlite3.connect(target / "mlflow.db")) as database, database:
+            for table, column in PATHS_IN_STORE:
+                change = f"update {table} set {column} = replace({column}, ?, ?)"
+                database.execute(change, (f"{project}/", f"{target}/"))
+    return target
+
+
 def set_params(project: Path, values: dict[str, object]) -> None:
-    """Change values of params.yaml, its comments kept."""
+    """Change values of params.yaml and keep its comments."""
     yaml = YAML()
     params = yaml.load((project / "params.yaml").read_text())
     for name, value in values.items():
@@ -90,6 +120,7 @@ def commit(project: Path) -> None:
 
 
 def digests(project: Path) -> dict[str, str]:
-    """SHA-256 of all that the stages make and that must not differ between two runs."""
-    files = [file for name in MADE for file in sorted([project / name, *(project / name).rglob("*")]) if file.is_file()]
+    """SHA-256 of each file that must not differ between two runs."""
+    paths = [path for name in REPRODUCIBLE for path in [project / name, *sorted((project / name).rglob("*"))]]
+    files = [path for path in paths if path.is_file()]
     return {file.relative_to(project).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

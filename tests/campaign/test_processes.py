@@ -1,4 +1,4 @@
-"""Real processes, a few of them: an orphaned stage, and a killed `dvc repro`. The long campaign has more."""
+"""A stage whose parent is killed, with real processes. The long campaign has more trials of this kind."""
 
 from pathlib import Path
 
@@ -15,9 +15,3 @@ def projects(tmp_path_factory: pytest.TempPathFactory, reproduced: Path) -> Real
 @pytest.mark.parametrize("at", [0.15, 0.6, 1.0])
 def test_a_stage_whose_parent_is_killed_does_not_disturb_the_next(projects: RealProjects, at: float) -> None:
     assert try_out_for_real({"kind": "orphan", "at": at}, projects)["differences"] == []
-
-
-@pytest.mark.slow
-def test_a_repro_whose_dvc_is_killed_ends_as_if_nothing_had_been(projects: RealProjects) -> None:
-    trial = {"kind": "repro", "signal": "SIGKILL", "to": "dvc", "at": 0.6}
-    assert try_out_for_real(trial, projects)["differences"] == []

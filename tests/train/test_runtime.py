@@ -1,7 +1,7 @@
 """What a training runs on: the size of micro-batches, and signals."""
 
+import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -72,8 +72,8 @@ from gptpipe.train.memory import estimated_bytes, fitting_micro_batch_size
 def resident(name):
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 sizes, cpu = {"n_layer": 3, "n_head": 4, "n_embd": 256, "context_length": 256}, torch.device("cpu")
-model = ours(sizes, sys.argv[1], 30_000)
-tokens, targets = torch.randint(30_000, (2, 16, 256))
+model = ours(sizes, sys.argv[1], 8_000)
+tokens, targets = torch.randint(8_000, (2, 8, 256))
 small = ours({**sizes, "n_layer": 1, "n_embd": 64}, sys.argv[1], 100)
 warm = stepper(small, small.loss, cpu, torch.float32, False)
 warm(tokens[:1] % 100, targets[:1] % 100)
@@ -81,11 +81,12 @@ before = resident("VmRSS") - 4 * sum(p.numel() for p in model.parameters())
 step = stepper(model, model.loss, cpu, torch.float32, False)
 step(tokens, targets)
 step(tokens, targets)
-print(estimated_bytes(model, 16, holds_all_logits=False) / (resident("VmHWM") - before))
+print(estimated_bytes(model, 8, holds_all_logits=False) / (resident("VmHWM") - before))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_the_estimate_is_about_what_a_step_takes(architecture: str) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, architecture], cwd=ROOT, capture_output=True, text=True)
@@ -115,42 +116,55 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
     assert list(device._left_to_cgroups(tmp_path, tmp_path / "none")) == []
 
 
-def described(folder: Path, **environment: str) -> dict[str, str]:
-    program = """
-import tiny
+DESCRIBE = """
+import ast, json, sys
+from pathlib import Path
+from gptpipe.base.code import code_digest
+from gptpipe.model.params import ModelParams
 from gptpipe.train.params import TrainParams
 from gptpipe.train.runtime import resolve_runtime
-for key, value in resolve_runtime(TrainParams(**tiny.TRAIN), 1e9, tiny.model_params()).describe().items():
-    print(key, value)
+train, model, *changed_files = ast.literal_eval(sys.argv[1])
+runtime = resolve_runtime(TrainParams(**train), 1e9, ModelParams(**model))
+print(json.dumps(runtime.describe()))
+for name in changed_files:
+    with Path(name).open("a") as file:
+        file.write("# a comment\\n")
+    code_digest.cache_clear()
+    print(json.dumps(runtime.describe()))
 """
-    paths = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True,
-                          env={**os.environ, **paths, **environment})  # fmt: skip
-    return dict(re.findall(r"(\S+) (.*)\n", done.stdout))
+
+
+def described(folder: Path, *changed_files: str, **environment: str) -> list[dict[str, Any]]:
+    """A training's environment as recorded in its checkpoints: at first, and after a change of each file."""
+    arguments = repr([tiny.TRAIN, tiny.MODEL, *changed_files])
+    done = subprocess.run(
+        [sys.executable, "-c", DESCRIBE, arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_what_a_resumed_training_needs_the_same(tmp_path: Path) -> None:
-    """The threads, the library, whatever changes how sums are rounded, and the code of a step."""
-    usual = described(ROOT, OMP_NUM_THREADS="1")
-    assert usual["threads"] == "1"
-    assert usual["torch"] == torch.__version__
-    assert usual["compiled"] == "False"
-    assert usual["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
-    assert described(ROOT, OMP_NUM_THREADS="1") == usual
-
-    def differing(folder: Path, **environment: str) -> set[str]:
-        return {key for key, value in described(folder, **environment).items() if value != usual[key]}
-
-    assert differing(ROOT, OMP_NUM_THREADS="2") - {"arithmetic"} == {"threads"}
-    assert differing(ROOT, OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="default") == {"arithmetic", "cpu_capability"}
+    """The number of threads, the libraries, whatever changes how sums are rounded, and the code of a step."""
     shutil.copytree(ROOT / "gptpipe", tmp_path / "gptpipe")
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    with (tmp_path / "gptpipe/commands/cli.py").open("a") as file:
-        file.write("# changes no step\n")
-    assert differing(tmp_path, OMP_NUM_THREADS="1") == set()
-    with (tmp_path / "gptpipe/model/gpt.py").open("a") as file:
-        file.write("# who knows\n")
-    assert differing(tmp_path, OMP_NUM_THREADS="1") == {"training_code"}
+    usual, *changed = described(tmp_path, "gptpipe/commands/cli.py", "gptpipe/model/gpt.py", OMP_NUM_THREADS="1")
+    assert usual["threads"] == 1
+    assert usual["torch"] == torch.__version__
+    assert usual["compiled"] is False
+    assert usual["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+
+    def differing(description: dict[str, Any]) -> set[str]:
+        return {key for key, value in description.items() if value != usual[key]}
+
+    assert [differing(description) for description in changed] == [set(), {"training_code"}]
+    (two_threads,) = described(ROOT, OMP_NUM_THREADS="2")
+    assert differing(two_threads) - {"arithmetic"} == {"threads"}
+    (plain_kernels,) = described(ROOT, OMP_NUM_THREADS="1", ATEN_CPU_CAPABILITY="default")
+    assert differing(plain_kernels) == {"arithmetic", "cpu_capability"}
 
 
 def test_the_loss_is_as_the_switches_say() -> None:
