@@ -90,8 +90,8 @@ BUGS = (
     Bug(
         "finished files count although they changed",
         RESUME,
-        'if done["files"] == [sha256_of(path) for path in files]:',
-        "if done:",
+        'if record["files"] == [sha256_of(path) for path in files]:',
+        "if record:",
         (
             "tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",
             "tests/tokenize/test_encode.py::test_after_a_kill_finished_shards_are_not_made_again",
