@@ -1,6 +1,6 @@
-"""params.yaml as one frozen object. Each section is declared beside the code of its stage.
+"""params.yaml as one frozen object. Each section is declared next to the code of its stage.
 
-No stage depends on this file: DVC compares the values themselves.
+No stage depends on this file, because DVC compares the values themselves.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from gptpipe.train.params import RunParams
 
 
 class Params(RunParams):
-    """All of params.yaml."""
+    """All sections of params.yaml."""
 
     collect: CollectParams
     tokenize: TokenizeParams
@@ -23,5 +23,5 @@ class Params(RunParams):
 
 
 def load_params(path: Path = PARAMS) -> Params:
-    """Read and check params.yaml. Raises ConfigError that lists every fault, one per line."""
+    """Read and check params.yaml. Raises ConfigError that lists all errors, one per line."""
     return read_params(path, Params)

@@ -1,1 +1,1 @@
-"""The pipeline's stages, one module each; dvc.yaml says what each reads and writes."""
+"""The stages of the pipeline, one module each. dvc.yaml lists what each reads and writes."""

@@ -1,4 +1,4 @@
-"""collect: text from every source, cleaned, filtered with counted reasons, deduplicated."""
+"""collect: clean, filter and deduplicate the text of all sources."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ def main() -> None:
 
     params = load_params()
     counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))
-    rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
-    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected:,} rejected", "quiet")
+    n_rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
+    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {n_rejected:,} rejected", "quiet")
 
 
 if __name__ == "__main__":

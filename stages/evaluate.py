@@ -1,4 +1,4 @@
-"""evaluate: what the model is worth on the validation and test splits; registers it."""
+"""evaluate: measure the model on the validation and test documents, and register it."""
 
 from pathlib import Path
 
@@ -18,18 +18,22 @@ def main() -> None:
     from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
     from gptpipe.record.store import read_run_id
 
-    raw, split, model, reports = Path("data/raw"), Path("data/split"), Path("models/gpt"), Path("reports")
+    raw = Path("data/raw")
+    split = Path("data/split")
+    model = Path("models/gpt")
+    reports = Path("reports")
     run_id = read_run_id(reports / "mlflow_run.json")
     trained = read_training_reports(reports, model)
     check_parent(split, raw)
-    found = evaluate_model(model, split, reports, params.evaluate, params.seed)
-    figures = draw_figures(reports, trained)
-    page = write_page(reports, trained, params, found.lineage, read_manifest(raw).counts, run_id, figures)
-    champion = record_evaluation(params, params.evaluate, found, run_id, page, figures, model)
+    evaluation = evaluate_model(model, split, reports, params.evaluate, params.seed)
+    charts = draw_figures(reports, trained)
+    page = write_page(reports, trained, params, evaluation.lineage, read_manifest(raw).counts, run_id, charts)
+    champion = record_evaluation(params, params.evaluate, evaluation, run_id, page, charts, model)
     discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)  # DVC has recorded the training
     for side in ("val", "test"):
-        if side in found.results:
-            result, xz = found.results[side], found.results["reference_bits_per_byte"][side]["xz"]
+        if side in evaluation.results:
+            result = evaluation.results[side]
+            xz = evaluation.results["reference_bits_per_byte"][side]["xz"]
             bits = f"{result['bits_per_byte']:.4f} ± {result['bits_per_byte_standard_error']:.4f} bits per byte"
             say(f"evaluate: {side} {bits} (xz -9e: {xz:.4f}), perplexity {result['perplexity']:.2f}", "quiet")
     say(f"evaluate: {champion}", "quiet")

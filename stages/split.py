@@ -1,4 +1,4 @@
-"""split: whole documents to train, val and test, one memory-mappable token stream each."""
+"""split: assign whole documents to train, val and test, and write a token stream for each."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""tokenize: documents to token shards, by a tiktoken encoding or one trained on the train side."""
+"""tokenize: encode documents, by a tiktoken encoding or by one that is trained on the train documents."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def main() -> None:
     params = load_params()
     counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split.fractions, params.seed)
     say(
-        f"tokenize: {counts['tokens']:,} tokens of a vocabulary of {counts['vocab_size']:,}, "
+        f"tokenize: {counts['tokens']:,} tokens, vocabulary of {counts['vocab_size']:,}, "
         f"{counts['bytes'] / counts['tokens']:.2f} bytes per token",
         "quiet",
     )

@@ -1,4 +1,4 @@
-"""train: a GPT from scratch; keeps the best model by validation loss."""
+"""train: train a GPT, and keep the model with the lowest validation loss."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ def main() -> None:
     from gptpipe.shell.console import console, say
     from gptpipe.shell.environment import rank_info
 
-    console.quiet = rank_info().rank > 0  # the others see and say the same
+    console.quiet = rank_info().rank > 0  # all ranks would print the same lines
     params = load_params()
     from gptpipe.record.run import training_run  # late: fail on bad parameters before the slow imports
     from gptpipe.train.session import train_model

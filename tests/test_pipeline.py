@@ -154,4 +154,4 @@ def test_tokens_of_another_corpus_are_not_split(project_copy: Path) -> None:
     run(project_copy, sys.executable, "-m", "stages.collect")
     result = run(project_copy, sys.executable, "-m", "stages.split", check=False)
     assert result.returncode == 4
-    assert "data/tokens: made from another data/raw than the present one" in result.stderr
+    assert "data/tokens: made from another version of data/raw than the current one" in result.stderr

@@ -1,1 +1,1 @@
-"""What every stage needs: durable files, manifests, parameters, Parquet, parallel work, pages."""
+"""Used by every stage: durable files, manifests, parameters, Parquet, parallel work, pages."""

@@ -1,8 +1,9 @@
-"""The code that decides the result of each stage: one list for everything that must notice when it changes.
+"""The code that affects the result of each stage, in one list.
 
-dvc.yaml names the same folders (a test compares them), so `dvc repro` reruns what an edit affects. The digest is part
-of the key of an unfinished folder and of the identity of a checkpoint, so other code continues neither. Packages that
-change no result are not listed: `shell`, `record` and `commands`, and `gptpipe/params.py`, whose values DVC compares.
+dvc.yaml lists the same folders (a test compares them), so `dvc repro` reruns the stages that an edit affects. The
+digest of the code is part of the key of an unfinished folder and of the identity of a checkpoint, so changed code
+resumes neither. Not listed, because they affect no result: the packages `shell`, `record` and `commands`, and
+`gptpipe/params.py`, whose values DVC compares itself.
 """
 
 import hashlib
@@ -17,12 +18,12 @@ STAGE_CODE = {
     "evaluate": ("base", "formats", "model", "score", "evaluate"),
 }
 _PACKAGE = Path(__file__).parents[1]
-_SUFFIXES = {".py", ".jinja"}  # not those of editors and compilers; .dvcignore excludes them for DVC
+_SUFFIXES = {".py", ".jinja"}  # other files come from editors and compilers; .dvcignore lists them for DVC
 
 
 @cache
 def code_digest(stage: str) -> str:
-    """SHA-256 of the names and the content of all files that decide the result of a stage, as hex digits."""
+    """SHA-256 of the names and contents of all files that affect the result of a stage, as hex digits."""
     digest = hashlib.sha256()
     for folder in STAGE_CODE[stage]:
         for path in sorted((_PACKAGE / folder).rglob("*")):

@@ -1,7 +1,7 @@
-"""Durable single files: every byte that the project writes to disk goes through here.
+"""Durable single files. The project writes every file through this module.
 
-A file appears under its final name only when it is complete and on disk (temporary name in the same folder, flush,
-fsync, rename, fsync of the folder).
+A file gets its final name only when it is complete and on disk: temporary name in the same folder, flush, fsync,
+rename, fsync of the folder.
 """
 
 import errno
@@ -22,17 +22,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def to_json(value: Any) -> bytes:
-    """The one JSON form used on disk: sorted keys, two spaces, no NaN, a line feed at the end."""
+    """The JSON form of all files: sorted keys, an indent of two spaces, no NaN, a line feed at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """JSON of `content` that also contains its own SHA-256, so `unseal` notices any change, such as a flipped bit."""
+    """JSON of `content` and its SHA-256, so that `unseal` detects any change, such as a flipped bit."""
     return to_json({**content, "sha256": hashlib.sha256(to_json(content)).hexdigest()})
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """The content of what `seal` returned. Raises ValueError if any byte is different."""
+    """The content that was passed to `seal`. Raises ValueError if any byte of the JSON has changed."""
     try:
         content: dict[str, Any] = json.loads(data)
         del content["sha256"]
@@ -45,7 +45,7 @@ def unseal(data: bytes) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file whose size is limited. Raises OSError, and ValueError for any other file."""
+    """The content of a file. Raises OSError; ValueError if it is no regular file or larger than `max_bytes`."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
@@ -55,7 +55,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, kind: type[Model], max_bytes: int) -> Model:
-    """A JSON file as an object of `kind`, types taken strictly. Raises OSError, and ValueError of one short line."""
+    """Read a JSON file as an object of `kind`, with strict types. Raises OSError, or ValueError of one short line."""
     try:
         return kind.model_validate_json(read_bytes(path, max_bytes), strict=True)
     except ValidationError as error:
@@ -63,10 +63,10 @@ def read_json(path: Path, kind: type[Model], max_bytes: int) -> Model:
 
 
 def first_fault(error: ValidationError) -> str:
-    """What is wrong with the first wrong value, in one short line; its place may be a key from the file."""
+    """The first error of a validation in one short line: its key, which may come from the file, and the reason."""
     fault = error.errors()[0]
-    place = ".".join(map(str, fault["loc"]))
-    return f"{place!r:.100}: {fault['msg']:.200}" if place else f"{fault['msg']:.200}"
+    key = ".".join(map(str, fault["loc"]))
+    return f"{key!r:.100}: {fault['msg']:.200}" if key else f"{fault['msg']:.200}"
 
 
 def sha256_of(path: Path) -> str:
@@ -76,7 +76,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def new_file(path: Path, n_bytes: int = 0) -> Iterator[BinaryIO]:
-    """Write a file that appears whole under `path`, or not at all; `n_bytes` is its size if known.
+    """Write a file that appears under `path` only if it is complete. `n_bytes` is its size, if known.
 
     Raises ResourceError.
     """

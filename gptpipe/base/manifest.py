@@ -1,8 +1,8 @@
-"""Folders with a manifest: built whole or not at all, and verified before use.
+"""Folders with a manifest. They are built as a whole and verified before use.
 
-`manifest.json` is the last file of a folder: schema version, the SHA-256 and size of every file, counts, the digests
-of everything that the folder was made from, and the SHA-256 of all this. A folder appears under its final name only
-when it is complete and on disk. Only one process at a time may build it.
+`manifest.json` contains the schema version, the SHA-256 and size of every file, counts, the digests of everything
+that the folder was made from, and the SHA-256 of all this. It is written last. A folder gets its final name only
+when it is complete and on disk. Only one process at a time can build it.
 """
 
 import glob
@@ -35,12 +35,12 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a folder contains and what it was made from. It contains no time, so equal content gives equal bytes."""
+    """The content and the origin of a folder. It contains no time, so that equal folders have equal manifests."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int
-    made_from: dict[str, str]  # every ancestor, back to the sources: name -> digest
+    made_from: dict[str, str]  # name -> digest of every ancestor, back to the sources
     counts: dict[str, Any]
     files: dict[str, FileEntry]
 
@@ -49,16 +49,16 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest's bytes; it names the folder's whole content."""
+        """SHA-256 of the manifest's bytes. It identifies the whole content of the folder."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def lineage(self, name: str) -> dict[str, str]:
-        """`made_from` of what is made from this folder, whose name is `name`."""
+        """`made_from` for a folder that is made from this one. `name` is the name of this folder."""
         return {**self.made_from, name: self.digest}
 
 
 class NewFolder:
-    """A folder under construction: write files into `path`, and set `counts`."""
+    """A folder that is being built: write files into `path`, and set `counts`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,19 +67,20 @@ class NewFolder:
 
 @contextmanager
 def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterator[NewFolder]:
-    """Build a folder that appears whole under `target`, manifest included, and replaces what was there.
+    """Build a folder and its manifest. When complete, it replaces the folder at `target`; if anything fails, not.
 
-    If anything fails, the previous folder stays. `made_from` maps the name of each ancestor to its digest. `key` names
-    everything that determines the content: with it, a killed or stopped build continues from the files that it left
-    in `path`, see `once`. Raises ResourceError, also if another process builds the folder.
+    `made_from` maps the name of each ancestor to its digest. `key` is a digest of everything that determines the
+    content. With a key, an interrupted build leaves its files in place, and the next build with the same key can
+    reuse them, see `gptpipe.base.resume`. Raises ResourceError, also if another process is building the folder.
     """
+    partial = target.with_name(f".{target.name}.{key}.partial" if key else f".{target.name}.partial")
+    old = target.with_name(f".{target.name}.old.partial")
+    keep = partial if key else None
     with one_writer(target):
-        partial, old = (target.with_name(f".{target.name}{s}.partial") for s in (f".{key}" if key else "", ".old"))
-        keep = partial if key else None
         with disk_errors(target):
             _clear_up(target, old, keep)
             make_folder(partial)
-            for leftover in sorted(partial.rglob(".*.partial")):  # of a killed build
+            for leftover in sorted(partial.rglob(".*.partial")):  # half-written files of a killed build
                 _remove(leftover)
         try:
             folder = NewFolder(partial)
@@ -99,7 +100,7 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
 
 
 def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
-    """Remove the records of `finish`, write the manifest, and make all names durable."""
+    """Remove the records of `finish`, write the manifest, and sync all names to disk."""
     remove_records(folder.path)
     files: dict[str, FileEntry] = {}
     for name in _files_below(folder.path):
@@ -107,12 +108,13 @@ def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
         files[name] = FileEntry(sha256=sha256_of(path), n_bytes=path.stat().st_size)
     manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
     write_bytes(folder.path / MANIFEST, manifest.to_bytes())
-    for below in sorted(path for path in folder.path.rglob("*") if path.is_dir()):
-        sync_folder(below)
+    for path in sorted(folder.path.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, without looking at its files. Raises IntegrityError."""
+    """The manifest of a folder, without checking its files. Raises IntegrityError."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -122,18 +124,18 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(unseal(data), strict=True)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}; make the folder again with `dvc repro`") from error
-    except ValueError as error:  # pydantic's too
+    except ValueError as error:  # also the ValidationError of pydantic
         raise IntegrityError(f"{path}: damaged; make the folder again with `dvc repro -f`") from error
 
 
 def check_parent(folder: Path, parent: Path) -> None:
-    """Raise IntegrityError unless `folder` was made from the present content of `parent`."""
+    """Raise IntegrityError unless `folder` was made from the current content of `parent`."""
     if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:
-        raise IntegrityError(f"{folder}: made from another {parent} than the present one; run `dvc repro`")
+        raise IntegrityError(f"{folder}: made from another version of {parent} than the current one; run `dvc repro`")
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a folder, after checking every file against it (one full read). Raises IntegrityError."""
+    """Check every file of a folder against its manifest, and return it. Reads all files. Raises IntegrityError."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     for name in sorted(present.symmetric_difference(manifest.files)):
@@ -151,23 +153,23 @@ def verify(folder: Path) -> Manifest:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Relative names of all files but the folder's own manifest, sorted."""
+    """Relative names of all files except the folder's own manifest, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != MANIFEST)
 
 
 def _clear_up(target: Path, old: Path, keep: Path | None) -> None:
-    """Remove what this build and killed builds left behind, except `keep`; restore `old` if it was not replaced."""
-    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*partial")):
-        if left not in (old, keep):
-            _remove(left)
+    """Remove the leftovers of this build and of killed builds, except `keep`; restore `old` if it has no successor."""
+    for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.*partial")):
+        if leftover not in (old, keep):
+            _remove(leftover)
     if old.exists() and not target.exists():
         old.replace(target)
     elif old.exists():
-        aside = target.with_name(f".{target.name}.partial")
-        old.replace(aside)  # renamed first, for good: a half-removed folder never comes back
-        sync_folder(aside.parent)
-        _remove(aside)
+        doomed = target.with_name(f".{target.name}.partial")
+        old.replace(doomed)  # so that a folder that is removed only in part is never restored
+        sync_folder(doomed.parent)
+        _remove(doomed)
 
 
 def _remove(path: Path) -> None:

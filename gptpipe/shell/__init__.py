@@ -1,4 +1,4 @@
-"""Between the program and its machine: errors and exit codes, environment variables, console, processes.
+"""Errors and exit codes, environment variables, console, locks and processes.
 
 Nothing here changes a result, so no stage depends on it in dvc.yaml.
 """

@@ -1,4 +1,4 @@
-"""What people see while a stage works: a live view on a terminal, a plain line now and then elsewhere."""
+"""Console output of a stage: a live view on a terminal; elsewhere a line every few seconds."""
 
 import sys
 import time
@@ -15,14 +15,14 @@ from gptpipe.shell.environment import VERBOSITIES, verbosity
 from gptpipe.shell.errors import printable as printable
 
 T = TypeVar("T")
-_LIVE_EVERY = 0.1  # seconds between updates of the live line
-_PLAIN_EVERY = 10.0  # seconds between lines where no terminal is
+_LIVE_EVERY = 0.1  # seconds between two updates of the live view
+_PLAIN_EVERY = 10.0  # seconds between two lines without a terminal
 _BLOCKS = "▁▂▃▄▅▆▇█"
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str, level: str = "normal") -> None:
-    """Print one line, above the live view if there is one, if verbosity is at least `level`."""
+    """Print one line if verbosity is at least `level`. It appears above the live view."""
     if VERBOSITIES.index(verbosity()) >= VERBOSITIES.index(level):
         console.print(printable(text))
 
@@ -33,22 +33,34 @@ def complain(text: str) -> None:
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The course of the last `width` values as blocks, the lowest to the highest."""
+    """The last `width` values as a line of blocks; the lowest value is the lowest block."""
     last = values[-width:]
-    low, high = min(last, default=0.0), max(last, default=0.0)
-    return "".join(_BLOCKS[round((value - low) / ((high - low) or 1.0) * (len(_BLOCKS) - 1))] for value in last)
+    low = min(last, default=0.0)
+    value_range = (max(last, default=0.0) - low) or 1.0
+    return "".join(_BLOCKS[round((value - low) / value_range * (len(_BLOCKS) - 1))] for value in last)
 
 
 class Progress:
-    """Progress through `total` units of work, or through an unknown number of them."""
+    """Shows progress through `total` units of work, or through an unknown number of units."""
 
     def __init__(self, name: str, *, unit: str, total: int | None = None, done: int = 0) -> None:
-        self._name, self._unit, self._total, self._done = name, unit, total, done
-        self._note = self.sample = ""  # `sample`: shown on a terminal, below all else
+        self._name = name
+        self._unit = unit
+        self._total = total
+        self._done = done
+        self._note = ""
+        self.sample = ""  # generated text; the last line of the live view
         self._last_line = time.monotonic()
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn(unit)]
-        columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        self._bar, self._below = RichProgress(*columns), Text(no_wrap=True, overflow="ellipsis")
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._below = Text(no_wrap=True, overflow="ellipsis")
         self._task = self._bar.add_task(name, total=total, completed=done)
         self._live = Live(Group(self._bar, self._below), console=console, transient=True)
 
@@ -61,9 +73,10 @@ class Progress:
         self._live.stop()
 
     def advance(self, n: int = 1, note: str | None = None, course: Sequence[float] = ()) -> None:
-        """Count `n` units as done; `note` stands beside the count, `course` on a terminal as a sparkline."""
+        """Count `n` units as done. `note` is printed after the count; a terminal also shows `course` as a sparkline."""
         self._done += n
-        self._note = self._note if note is None else note
+        if note is not None:
+            self._note = note
         now = time.monotonic()
         if self._live.is_started:
             if now - self._last_line > _LIVE_EVERY:
@@ -77,7 +90,7 @@ class Progress:
             say(f"{self._name}: {self._done:,}{of_total} {self._unit}  {self._note}".rstrip())
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass items through, counting each."""
+        """Yield the items, and count each as one unit."""
         for item in items:
             yield item
             self.advance()

@@ -1,4 +1,4 @@
-"""What the surroundings say: settings that change no result, all read here."""
+"""Environment variables: settings that change no result. Only this module reads them."""
 
 import importlib
 import os
@@ -13,30 +13,32 @@ VERBOSITIES = ("quiet", "normal", "verbose")
 
 
 def project_root() -> Path:
-    """The main checkout, where the tracking store and checkpoints live.
+    """The main checkout, which contains the tracking store and the checkpoints.
 
-    DVC runs `--temp` and `--queue` experiments in a copy that it removes afterwards, and names the main
-    checkout in DVC_ROOT. Elsewhere it is the nearest parent that holds a `.dvc` folder.
+    DVC runs `--temp` and `--queue` experiments in a temporary copy, and sets DVC_ROOT to the main checkout. Without
+    DVC_ROOT, it is the nearest folder above with a `.dvc` folder, or else the current folder.
     """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root)
     here = Path.cwd()
-    # os.path: a folder above that may not be entered holds none, and is no error.
-    return next((folder for folder in (here, *here.parents) if os.path.isdir(folder / ".dvc")), here)  # noqa: PTH112
+    for folder in (here, *here.parents):
+        if os.path.isdir(folder / ".dvc"):  # noqa: PTH112  Path.is_dir raises an error without permission
+            return folder
+    return here
 
 
 def n_workers() -> int:
-    """GPTPIPE_WORKERS, or the number of cores that this process may use."""
+    """GPTPIPE_WORKERS; by default the number of cores that this process may use."""
     text = os.environ.get("GPTPIPE_WORKERS")
     if text is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"GPTPIPE_WORKERS is {text!r}; set it to a whole number of processes, 1 or more")
+        raise ConfigError(f"GPTPIPE_WORKERS is {text!r}; set it to a number of processes, 1 or more")
     return int(text)
 
 
 def verbosity() -> str:
-    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal, or verbose (every step as a line of its own)."""
+    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal (the default), or verbose (a line for each step)."""
     text = os.environ.get("GPTPIPE_VERBOSITY") or "normal"
     if text not in VERBOSITIES:
         raise ConfigError(f"GPTPIPE_VERBOSITY is {text!r}; set it to quiet, normal or verbose")
@@ -44,7 +46,7 @@ def verbosity() -> str:
 
 
 def uses_ray() -> bool:
-    """GPTPIPE_ENGINE: `local` (processes and threads of this machine, also without it) or `ray`."""
+    """Whether GPTPIPE_ENGINE is `ray`. The default is `local`: processes and threads of this machine."""
     engine = os.environ.get("GPTPIPE_ENGINE", "local")
     if engine not in ("local", "ray"):
         raise ConfigError(f"GPTPIPE_ENGINE is {engine!r}; set it to local or ray")
@@ -73,38 +75,37 @@ def rank_info() -> RankInfo:
 
 
 def attempt() -> str:
-    """Which start of a training by torchrun this is; it may start the ranks again after a fault."""
+    """How often torchrun has restarted the ranks of this training after a fault."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def optional_module(name: str, extra: str) -> ModuleType:
-    """A module that an extra brings. Raises ConfigError that says how to get it."""
+    """Import a module of an optional dependency. Raises ConfigError that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"params.yaml asks for what needs `{name}`: pip install -e '.[{extra}]'") from error
+        raise ConfigError(f"params.yaml has a value that needs `{name}`: pip install -e '.[{extra}]'") from error
 
 
 def allow_inexact() -> bool:
-    """GPTPIPE_ALLOW_INEXACT=1: resume a training although it cannot be bit-exact in this environment."""
+    """GPTPIPE_ALLOW_INEXACT=1: resume a training even if this environment cannot continue it bit for bit."""
     return os.environ.get("GPTPIPE_ALLOW_INEXACT") == "1"
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite store at the project's root."""
+    """MLFLOW_TRACKING_URI; by default the SQLite store at the project's root."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
 def experiment_name() -> str:
-    """MLFLOW_EXPERIMENT_NAME, or `gptpipe`."""
+    """MLFLOW_EXPERIMENT_NAME; by default `gptpipe`."""
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "gptpipe"
 
 
 def provenance() -> dict[str, str]:
-    """Where the code comes from: git's revision, and DVC's name of the experiment and the revision that it starts from.
+    """Tags that identify the code: git's commit, and in a DVC experiment also its name and its baseline commit.
 
-    In an experiment the workspace has changes beside the revision; its own commit, which DVC makes at the end, is
-    found by the name.
+    DVC commits the changes of an experiment when it ends. The name leads to that commit.
     """
     names = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
     tags = {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
@@ -113,7 +114,7 @@ def provenance() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str | None:
-    """Git's output; None if there is no git, it fails, does not answer in a minute, or prints what is not UTF-8."""
+    """Git's output; None if git is missing or fails, takes more than a minute, or its output is not UTF-8."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):

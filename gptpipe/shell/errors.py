@@ -1,4 +1,4 @@
-"""What can go wrong, each kind with the exit code that a stage ends with.
+"""Errors that a user can fix, and the exit code of each kind.
 
 A message is one line: what is wrong, where, and how to fix it.
 """
@@ -6,13 +6,13 @@ A message is one line: what is wrong, where, and how to fix it.
 import re
 import signal
 
-# C0 and C1 controls but tab and newline, line and paragraph separators, bidirectional overrides, lone surrogates.
+# C0 and C1 controls except tab and newline, line and paragraph separators, bidirectional overrides, lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_REASON = 300  # characters of a library's message
 
 
 class GptpipeError(Exception):
-    """Anything that a user can fix. Raise a subclass. Each argument is one line of the message."""
+    """Base of the errors that a user can fix. Raise a subclass. Each argument is one line of the message."""
 
     exit_code = 1
 
@@ -33,7 +33,7 @@ class InputError(GptpipeError):
 
 
 class IntegrityError(GptpipeError):
-    """An artefact is not what its manifest says it is."""
+    """An artefact differs from its manifest."""
 
     exit_code = 4
 
@@ -48,17 +48,17 @@ class NumericError(GptpipeError):
     """A loss or a gradient is not finite."""
 
     exit_code = 6
-    red_flag = "not_finite"  # its name in the record
+    red_flag = "not_finite"  # name of the red flag in the record
 
 
 class SpikeError(NumericError):
-    """A loss or a gradient is far above the last ones."""
+    """A loss or a gradient is far above the values of the last steps."""
 
     red_flag = "spike"
 
 
 class Interrupted(GptpipeError):
-    """A signal asked the run to stop; what could be saved is saved."""
+    """A signal stopped the run, after it saved its state."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(f"{signal.Signals(signum).name}: {message}")
@@ -66,25 +66,25 @@ class Interrupted(GptpipeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, shortened; without a message, the name of the error's class."""
+    """The first line of a library's message, shortened; the name of the error's class if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_REASON]
 
 
 def printable(text: str) -> str:
     """`text` with control characters, bidirectional overrides and lone surrogates shown as escapes such as `\\x1b`.
 
-    Text from documents, models, files and servers could otherwise control the terminal. Tabs and newlines stay.
+    Otherwise, text from documents, models, files and servers could control the terminal. Tabs and newlines stay.
     """
     return _UNPRINTABLE.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
-    """The same, with newlines and tabs shown as escapes too."""
+    """As `printable`, and newlines and tabs are shown as escapes too."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _escape(match: re.Match[str]) -> str:
     number = ord(match[0])
-    if 0xDC80 <= number <= 0xDCFF:  # stands for a byte of a file name that is not UTF-8
+    if 0xDC80 <= number <= 0xDCFF:  # how Python represents a byte of a file name that is not UTF-8
         number -= 0xDC00
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

@@ -1,4 +1,4 @@
-"""One writer at a time for each file or folder, and names that survive a power cut."""
+"""One writer at a time for each file or folder, and file names that survive a power cut."""
 
 import errno
 import os
@@ -12,15 +12,16 @@ from filelock import FileLock, Timeout
 
 from gptpipe.shell.errors import ResourceError
 
-_LOCK_SECONDS = 3.0  # to wait for another writer, which may be about to end
+_LOCK_SECONDS = 3.0  # to wait for another writer, which may finish soon
 
 
 @contextmanager
 def one_writer(target: Path) -> Iterator[None]:
-    """Be the only process that writes `target`, as long as all others ask too.
+    """Hold the lock of `target`, so that no other process that uses this lock writes it.
 
-    The lock is the file `.NAME.lock` beside it, which names its holder. The system frees the lock when the process
-    ends, however it ends. Raises ResourceError if another process still holds it after three seconds.
+    The lock is the file `.NAME.lock` beside `target`; it contains the name of the process that holds it. The operating
+    system releases the lock when the process ends, even by SIGKILL. Raises ResourceError if another process still
+    holds the lock after three seconds.
     """
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
@@ -30,21 +31,22 @@ def one_writer(target: Path) -> Iterator[None]:
             lock.acquire(timeout=_LOCK_SECONDS)
         except Timeout as error:
             holder = path.read_text(errors="replace").strip() if path.exists() else ""
+            holder = holder or "another process"
             raise ResourceError(
-                f"{target}: {holder or 'another process'} is writing it; wait until it ends, or stop it, then rerun"
+                f"{target}: {holder} is writing it; wait until it ends, or stop it, then rerun"
             ) from error
     try:
         with disk_errors(target):
             path.write_text(f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).stem})\n")
         yield
     finally:
-        with suppress(OSError):  # a free lock's file does no harm
-            path.unlink()  # before the release: a process that waits sees this and opens the name again
+        with suppress(OSError):  # a lock file that nobody holds does no harm
+            path.unlink()  # before the release: a waiting process notices it and creates the file again
         lock.release()
 
 
 def remove_free_lock(path: Path) -> bool:
-    """Remove the lock file that a killed process left; returns False if a process holds the lock."""
+    """Remove the lock file of a killed process. Returns False if a process holds the lock."""
     try:
         with FileLock(path, timeout=0):
             path.unlink()
@@ -55,7 +57,7 @@ def remove_free_lock(path: Path) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into a ResourceError that names the path."""
+    """Turn an OSError into a ResourceError that names the path."""
     try:
         yield
     except OSError as error:
@@ -64,7 +66,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and the missing ones above it. Each name is on disk, so a power cut loses nothing below it."""
+    """Create a folder and its missing parents, and sync each name to disk, so that it survives a power cut."""
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -74,7 +76,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, not only the files' content."""
+    """Sync the names in a folder to disk. Syncing a file saves its content only."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

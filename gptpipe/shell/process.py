@@ -1,7 +1,7 @@
-"""How a process of this project starts and ends: parent, signals, lock, errors, exit codes.
+"""Start and end of a process: signals, the death of its parent, the lock of a stage, errors and exit codes.
 
-This module imports only the standard library at its top, so that a stage asks to end with its parent first of all:
-the other imports take seconds.
+The top of this module imports only the standard library. Other imports take seconds, and a stage must arrange first
+that it ends with its parent.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_LOOK_SECONDS = 1.0  # between looks whether `dvc` is still there
+_POLL_SECONDS = 1.0  # between two checks that `dvc` is running
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stops the process; its `finally` blocks run first, so that no partial file stays."""
+    """Raised by a signal, so that `finally` blocks remove partial files before the process ends."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -28,14 +28,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def run(main: Callable[[], None], advice: str = "") -> None:
-    """Run a program; an error that the user can fix, or a signal, becomes one line and its exit code."""
+    """Run a program. Print one line for a signal or an error that the user can fix, and exit with its code."""
     try:
         _run(main)
     except KeyboardInterrupt as error:
         signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
         sys.stderr.write(f"error: {signal.Signals(signum).name}: stopped{advice}\n")
         sys.exit(128 + signum)
-    except BrokenPipeError:  # the reader of our output has ended, for example `| head`
+    except BrokenPipeError:  # the reader of the output has ended, for example `| head`
         sys.stderr.close()
         sys.exit(141)
 
@@ -57,9 +57,9 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def run_stage(name: str, main: Callable[[], None], description: str | None) -> None:
-    """Run a pipeline stage, which takes no options: its values are in params.yaml.
+    """Run a stage of the pipeline. It has no options: its values are in params.yaml.
 
-    Only one process at a time runs a stage in a workspace; a second one ends with exit code 5.
+    Only one process at a time can run a stage in a workspace; a second one ends with exit code 5.
     """
     _end_with_parent()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -68,23 +68,23 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     try:
         run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
     except Stopped:
-        pass  # a signal after the end of `run`: the work is done
+        pass  # the signal came after `run`: the work is complete
     except SystemExit as end:
         if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(end.code)  # at once: libraries whose threads are at work make an ordinary exit slow and noisy
+            os._exit(end.code)  # running threads of libraries make an ordinary exit slow and noisy
         raise
     finally:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)  # nobody would catch what `_stop` raises
+            signal.signal(signum, signal.SIG_DFL)  # from here on, nothing catches what `_stop` raises
 
 
 def _run_alone(name: str, main: Callable[[], None]) -> None:
     from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 
-    if rank_info().rank > 0:  # rank 0 writes, and holds the lock
+    if rank_info().rank > 0:  # rank 0 holds the lock, because it alone writes
         main()
         return
     with one_writer(Path(name)):
@@ -93,7 +93,7 @@ def _run_alone(name: str, main: Callable[[], None]) -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the process at once, like SIGKILL: for a library that would delay them."""
+    """Let Ctrl-C and SIGTERM end the process immediately. Use it around a library call that delays signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -106,16 +106,16 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _stop(signum: int, _: object) -> None:
-    """Stop the process; a second signal ends it at once."""
+    """Signal handler: raise Stopped. A second signal ends the process immediately."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     raise Stopped(signum)
 
 
 def _end_with_parent() -> None:
-    """On Linux, ask for SIGTERM when the parent ends, and end now if `dvc` has ended already.
+    """On Linux, get SIGTERM when the parent ends, and exit now if `dvc` has already ended.
 
-    `dvc` killed alone must not leave a stage behind, whose files the next `dvc repro` would write too.
+    If only `dvc` is killed, its stage must end too. Otherwise the next `dvc repro` would write the same files.
     """
     if sys.platform != "linux":
         return
@@ -123,8 +123,8 @@ def _end_with_parent() -> None:
     if "DVC_STAGE" not in os.environ:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = os.getppid()  # torchrun, which does not notice that `dvc` has ended
-        threading.Thread(target=_end_with_dvc, args=[launcher], daemon=True).start()
+        launcher = os.getppid()  # torchrun, which does not end with `dvc`
+        threading.Thread(target=_end_after_dvc, args=[launcher], daemon=True).start()
     elif _is_orphan(os.getpid()):
         sys.exit(128 + signal.SIGTERM)
 
@@ -145,18 +145,19 @@ def _exit_after_parent() -> None:
 
 
 def _is_orphan(pid: int) -> bool:
-    """Whether `dvc`, which started this process, has ended.
+    """Whether `dvc`, which started the process `pid`, has ended.
 
-    `dvc` runs its stages in its own process group. An orphan's parent is init or another process outside the group.
+    `dvc` and its stages are in one process group. The parent of an orphan is init or another process outside of it.
     """
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return os.getpgid(parent) != os.getpgid(pid)
-    except (FileNotFoundError, ProcessLookupError):  # one of them ended just now
+    except (FileNotFoundError, ProcessLookupError):  # one of the processes has just ended
         return True
 
 
-def _end_with_dvc(launcher: int) -> None:
+def _end_after_dvc(launcher: int) -> None:
+    """Send this process SIGTERM once `launcher` is an orphan."""
     while not _is_orphan(launcher):
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
