@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gptpipe.base.files import MANIFEST, read_manifest, write_bytes
-from gptpipe.base.markdown import render
+from gptpipe.base.markdown import render, snippet
 from gptpipe.evaluate import charts
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 
@@ -60,5 +60,5 @@ def _texts(shards: list[Path], sizes: list[int], wanted: set[int]) -> dict[int, 
         if rows:
             table = pq.read_table(shard, columns=["id", "source", "n_bytes", "text"])
             for i, row in zip(rows, table.take([i - start for i in rows]).to_pylist(), strict=True):
-                found[i] = {**row, "text": " ".join(row["text"][: 4 * _CHARACTERS].split())[:_CHARACTERS]}
+                found[i] = {**row, "text": snippet(row["text"], _CHARACTERS)}
     return found

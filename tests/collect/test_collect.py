@@ -186,8 +186,8 @@ def test_any_number_of_workers_gives_the_same_bytes(
     outcomes = []
     for workers, n_texts, n_alone in (("1", 7, 9), ("1", 1 << 13, 9), ("2", 90, 0)):
         monkeypatch.setenv("GPTPIPE_WORKERS", workers)
-        monkeypatch.setattr(collecting, "_TEXTS", n_texts)
-        monkeypatch.setattr(collecting, "_ALONE", n_alone)
+        monkeypatch.setattr(collecting, "_MAX_TEXTS", n_texts)
+        monkeypatch.setattr(collecting, "_LOCAL_BATCHES", n_alone)
         monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
         counts = collect(params, tmp_path / "raw", tmp_path / "report.md")
         outcomes.append((counts, verify(tmp_path / "raw").digest, (tmp_path / "report.md").read_bytes()))
@@ -210,7 +210,7 @@ from gptpipe.collect.params import CollectParams
 from gptpipe.collect import collect
 from gptpipe.collect import batch as shards
 from gptpipe.formats.corpus import shard_paths
-shards.SHARD_BYTES, collect._TEXTS = 15_000, 150
+shards.SHARD_BYTES, collect._MAX_TEXTS = 15_000, 150
 really = collect.write_shard
 def write_shard(path, rows):
     if int(path.stem[5:]) == int(sys.argv[2]):
@@ -229,7 +229,7 @@ def test_after_a_kill_finished_shards_are_not_made_again(
 ) -> None:
     """The same bytes as without, wherever the kill comes, and though a finished shard is damaged."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 15_000)
-    monkeypatch.setattr(collecting, "_TEXTS", 150)
+    monkeypatch.setattr(collecting, "_MAX_TEXTS", 150)
     params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup=dedup)
     counts = collect(params, tmp_path / "undisturbed", tmp_path / "undisturbed.md")
     made, really = list[int](), collecting.write_shard

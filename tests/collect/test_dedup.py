@@ -49,7 +49,7 @@ def repeats(folder: Path, texts: list[str], similarity: float = 0.7) -> list[boo
 
 def test_ids_are_remembered_sorted_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference is a set of whole ids; some begin or end in zeros."""
-    monkeypatch.setattr(dedup, "_RECENT", 50)
+    monkeypatch.setattr(dedup, "_MAX_RECENT", 50)
     random_, seen, reference = random.Random(0), dedup.Seen(), set[str]()
     ids = [f"{random_.choice(('00' * 6, 'ff' * 6))}{random_.randrange(900):04x}{'0' * 48}" for _ in range(2000)]
     ids += [f"{i:02x}{'00' * 31}" for i in range(100)] * 2

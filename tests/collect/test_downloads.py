@@ -143,7 +143,7 @@ def test_it_comes_whole_in_the_end_and_is_kept(server: Server, script: list[str]
 @pytest.mark.parametrize(
     ("script", "error", "words", "n_asked"),
     [
-        ("404", InputError, "HTTP Error 404: Not Found; mend the address", 1),
+        ("404", InputError, "HTTP Error 404: Not Found; fix the address", 1),
         ("to a file", InputError, "not allowed", 1),
         ("503", ResourceError, "HTTP Error 503: Service Unavailable, in 5 tries; rerun", 5),
         ("stalled", ResourceError, "timed out, in 5 tries", 5),

@@ -309,7 +309,7 @@ def test_http(tmp_path: Path, texts, server: str, collect_params: MakeParams) ->
         assert digests == {f"{server}/{name}": hashlib.sha256(content).hexdigest()}
     (tmp_path / "e.parquet").write_bytes(parquet(LINES))
     assert texts(f"{server}/e.parquet", "parquet") == LINES
-    with pytest.raises(InputError, match=r"/none\.txt: cannot read: 404, .*none\.txt'; mend"):
+    with pytest.raises(InputError, match=r"/none\.txt: cannot read: 404, .*none\.txt'; fix"):
         texts(f"{server}/none.txt")
     params = collect_params({"kind": "text", "paths": (f"{server}/a.txt",)})
     assert fingerprint(params.sources) == {}
@@ -324,7 +324,7 @@ def test_a_server_that_is_not_there_is_a_resource_error(texts, server: str) -> N
     ("answer", "error", "words"),
     [
         (b"404 Not Found", InputError, "404"),
-        (b"302 Found\r\nLocation: file:///etc/hostname", InputError, "file:///etc/hostname; mend"),
+        (b"302 Found\r\nLocation: file:///etc/hostname", InputError, "file:///etc/hostname; fix"),
         (b"503 Service Unavailable", ResourceError, "503"),
         (b"200 OK\r\nContent-Length: 99", ResourceError, "not completed"),
     ],
@@ -419,7 +419,7 @@ def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: s
 @pytest.mark.parametrize(
     ("work", "path"),
     [
-        ("with opening.seekable(opening._noted('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
+        ("with opening.seekable(opening._buffered('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
         ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
     ],
 )

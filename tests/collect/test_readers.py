@@ -199,7 +199,7 @@ def test_parquet(texts) -> None:
     assert texts("parquet", parquet_bytes(pa.array(["one"], pa.large_string()), "b"), text_column="b") == ["one"]
     with pytest.raises(InputError, match="no column `text` among body; set text_column"):
         texts("parquet", parquet_bytes(["one"], "body"))
-    with pytest.raises(InputError, match="column `text` holds int64, not text"):
+    with pytest.raises(InputError, match="column `text` contains int64, not text"):
         texts("parquet", parquet_bytes([1]))
     with pytest.raises(InputError, match="file: not a readable Parquet file: "):
         texts("parquet", b"PAR1 and no more")
@@ -318,7 +318,7 @@ except InputError as error:
         done = subprocess.run(
             [sys.executable, "-c", program, pattern], cwd=folder, capture_output=True, text=True, check=True
         )
-        assert done.stdout.startswith(f"{expected}; mend collect.sources")
+        assert done.stdout.startswith(f"{expected}; fix collect.sources")
 
 
 def test_fingerprints(tmp_path: Path, collect_params: MakeParams) -> None:
@@ -365,7 +365,7 @@ def test_docstrings_and_code_of_an_installed_package(
     (tmp_path / "pack/a/deep.py").write_text("x = 1\n")
     assert fingerprint(params.sources).items().isdisjoint(before.items())
     missing = collect_params({"kind": "python-code", "package": "nowhere"})
-    with pytest.raises(InputError, match="no Python package nowhere is here"):
+    with pytest.raises(InputError, match="Python package nowhere is not installed"):
         fingerprint(missing.sources)
 
 

@@ -135,15 +135,15 @@ BUGS = (
     Bug(
         "dedup forgets its recent documents when it merges them",
         "gptpipe/collect/dedup.py",
-        "self._others, self._recent = _merged(self._others, self._recent), self._recent[:0]",
-        "self._recent = self._recent[:0]",
+        "            self._older = _merged(self._older, self._recent)\n",
+        "",
         ("tests/collect/test_dedup.py::test_ids_are_remembered_sorted_or_not",),
     ),
     Bug(
         "a rejected document is not counted",
         "gptpipe/collect/tally.py",
-        '        self.add(source, name := f"rejected_{rejected.reason}", 1)\n',
-        '        self.by_source[source][name := f"rejected_{rejected.reason}"] += 1\n',
+        "        self.add(source, name, 1)\n",
+        "        self.by_source[source][name] += 1\n",
         ("tests/collect/test_collect.py::test_documents_in_are_kept_plus_rejected_by_reason",),
     ),
     Bug(
