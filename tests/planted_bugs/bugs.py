@@ -92,8 +92,8 @@ BUGS = (
         'if done["files"] == [sha256_of(path) for path in files]:',
         "if done:",
         (
-            "tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",
-            "tests/tokenize/test_encode.py::test_after_a_kill_finished_shards_are_not_made_again",
+            "tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_kept",
+            "tests/tokenize/test_encode.py::test_after_a_kill_finished_shards_are_kept",
         ),
     ),
     Bug(
@@ -123,21 +123,21 @@ BUGS = (
         "gptpipe/collect/collect.py",
         '        tally.restore(done["result"])\n',
         "",
-        ("tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",),
+        ("tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_kept",),
     ),
     Bug(
         "dedup forgets the documents before a kill",
         "gptpipe/collect/collect.py",
         '            seen.add(strings(batch, "id"))\n            progress',
         "            progress",
-        ("tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_not_made_again",),
+        ("tests/collect/test_collect.py::test_after_a_kill_finished_shards_are_kept",),
     ),
     Bug(
         "dedup forgets its recent documents when it merges them",
         "gptpipe/collect/dedup.py",
         "            self._older = _merged(self._older, self._recent)\n",
         "",
-        ("tests/collect/test_dedup.py::test_ids_are_remembered_sorted_or_not",),
+        ("tests/collect/test_dedup.py::test_seen_ids_are_found_in_any_order",),
     ),
     Bug(
         "a rejected document is not counted",
@@ -174,7 +174,7 @@ BUGS = (
         "gptpipe/formats/sides.py",
         "position > 1 - fractions.val",
         "position < fractions.val + fractions.test",
-        ("tests/formats/test_sides.py::test_more_test_takes_from_train_alone",),
+        ("tests/formats/test_sides.py::test_more_test_takes_documents_only_from_train",),
     ),
     Bug(
         "the tokenizer is trained on all documents",
