@@ -25,6 +25,11 @@ def as_text(value: Any) -> Markup:
     return Markup(_INDENT.sub(lambda match: "&nbsp;" * len(match[0].expandtabs(4)), text))
 
 
+def snippet(text: str, n_characters: int) -> str:
+    """The start of a text on one line, for a page."""
+    return printable(" ".join(text[: 4 * n_characters].split()))[:n_characters]
+
+
 def render_markdown(template: Path, **values: Any) -> str:
     """A page of Markdown. A variable of the template that has no value is an error."""
     environment = _environment(template.parent, finalize=as_text)

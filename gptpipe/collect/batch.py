@@ -1,4 +1,4 @@
-"""Neighbouring texts of one source on their way into the corpus, and how they are cut into shards."""
+"""A batch of texts from one source on its way into the corpus, and how batches become shards."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,49 +10,61 @@ import pyarrow as pa
 
 from gptpipe.formats.corpus import SCHEMA, sizes
 
-SHARD_BYTES = 8 << 20  # of text; a shard is the unit of work and of memory
+SHARD_BYTES = 8 << 20  # of text; stages process one shard at a time
 
 
 @dataclass(frozen=True)
 class Rejected:
     """A text that does not belong in the corpus."""
 
-    reason: str  # what it is counted under
-    detail: str = ""  # what was found
+    reason: str  # the name of its count
+    detail: str = ""  # for the report: what is wrong with it
 
 
 class Batch(NamedTuple):
-    """Neighbours of one source: texts as they came in, and what became of each."""
+    """Consecutive texts of one source: the raw texts, and for each either a row or a rejection."""
 
-    source: str  # its name
-    cut: int  # texts of the source that were cut so far
-    texts: list[str | Rejected]
-    rows: pa.RecordBatch  # the kept ones, of SCHEMA ...
-    positions: npt.NDArray[np.int64]  # ... and where in `texts` each was
-    rejected: dict[int, Rejected]  # the others by position
+    source: str  # name
+    cut: int  # number of cuts in long texts of the source so far
+    texts: list[str | Rejected]  # raw
+    rows: pa.RecordBatch  # the kept documents, of SCHEMA
+    positions: npt.NDArray[np.int64]  # of each row: the index of its raw text in `texts`
+    rejected: dict[int, Rejected]  # the other texts, by their index in `texts`
 
-    def without(self, gone: npt.NDArray[np.bool_], reason: Rejected) -> Self:
-        """The batch with some of its rows rejected too."""
-        if not gone.any():
+    def without(self, is_rejected: npt.NDArray[np.bool_], reason: Rejected) -> Self:
+        """The batch after rejecting some of its rows."""
+        if not is_rejected.any():
             return self
-        rejected = self.rejected | dict.fromkeys(self.positions[gone].tolist(), reason)
-        return self._replace(rows=self.rows.filter(pa.array(~gone)), positions=self.positions[~gone], rejected=rejected)
+        return self._replace(
+            rows=self.rows.filter(pa.array(~is_rejected)),
+            positions=self.positions[~is_rejected],
+            rejected=self.rejected | dict.fromkeys(self.positions[is_rejected].tolist(), reason),
+        )
 
     def split(self, n_rows: int) -> tuple[Self, Self]:
-        """Up to the end of row `n_rows`, which is at least 1, and what follows."""
-        end, gone = int(self.positions[n_rows - 1]) + 1, self.rejected.items()
-        heads = self.texts[:end], self.rows[:n_rows], self.positions[:n_rows], {i: why for i, why in gone if i < end}
-        tails = (self.texts[end:], self.rows[n_rows:], self.positions[n_rows:] - end,
-                 {i - end: why for i, why in gone if i >= end})  # fmt: skip
-        return type(self)(self.source, self.cut, *heads), type(self)(self.source, self.cut, *tails)
+        """The batch up to the text of row `n_rows` (at least 1), and the rest."""
+        end = int(self.positions[n_rows - 1]) + 1
+        head = self._replace(
+            texts=self.texts[:end],
+            rows=self.rows[:n_rows],
+            positions=self.positions[:n_rows],
+            rejected={i: reason for i, reason in self.rejected.items() if i < end},
+        )
+        rest = self._replace(
+            texts=self.texts[end:],
+            rows=self.rows[n_rows:],
+            positions=self.positions[n_rows:] - end,
+            rejected={i - end: reason for i, reason in self.rejected.items() if i >= end},
+        )
+        return head, rest
 
 
 def rows_of_shards(
     batches: Iterable[Batch], count: Callable[[Batch], object] = lambda _: None
 ) -> Iterator[tuple[pa.Table, bool]]:
-    """The rows of each shard, of at least one, and whether it is the last.
+    """Yield the rows of each shard, and whether it is the last. There is at least one shard, which may be empty.
 
-    When they come, `count` was told of all that came in before the first row of the next.
+    Before a shard is yielded, `count` is called with all texts up to the first row of the next shard.
     """
     rows: list[pa.RecordBatch] = []
     n_bytes = 0

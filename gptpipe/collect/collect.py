@@ -1,4 +1,4 @@
-"""Stage collect as one function: sources in, clean and distinct documents out, everything left out counted."""
+"""Stage collect: reads the sources, writes a corpus of clean and distinct documents, counts every rejected text."""
 
 import shutil
 import sys
@@ -33,19 +33,22 @@ from gptpipe.shell.console import Progress
 from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import GptpipeError, InputError
 
-_TEXTS, _CHARACTERS = 1 << 13, 1 << 18  # at most, and about, that are cleaned together
-_ALONE = 16  # batches of a source that this process cleans by itself: to start another costs about as much
+_MAX_TEXTS = 1 << 13  # in a batch
+_BATCH_CHARACTERS = 1 << 18  # about; a batch is cleaned together
+_LOCAL_BATCHES = 16  # of a source, cleaned in this process; starting worker processes pays off only for more
 
 
 def collect(params: CollectParams, target: Path, report: Path | None = None) -> dict[str, int]:
-    """Write the corpus to `target` and return its counts: documents in = kept + rejected, by reason; also to `report`.
+    """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
-    After a kill, shards that were finished are not made again: the sources are read up to where the last one ended, and
-    cleaned from there. A remote source may have changed, so with one all starts anew, as the search for near-duplicates
-    always does. Raises InputError where a source cannot be read or nothing is left.
+    Each text that is read is either kept, or counted under the reason of its rejection. After a kill, finished shards
+    are kept: the sources are read again, but cleaned only from where the last finished shard ended. If a source is
+    remote, collect starts from the beginning, because the source may have changed. The search for near-duplicates
+    always does. Raises InputError if a source cannot be read, or no document is left.
     """
-    if near := params.dedup == "near":
-        optional_module("rensa", "near")  # said now, not after the first pass
+    near = params.dedup == "near"
+    if near:
+        optional_module("rensa", "near")  # fail early if it is not installed
     kinds = [source.kind for source in params.sources]
     tally = Tally(kind if kinds.count(kind) == 1 else f"{kind}-{i}" for i, kind in enumerate(kinds))
     made_from = fingerprint(params.sources)
@@ -56,8 +59,8 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
         exact = folder.path / "exact" if near else folder.path
         _write_shards(exact, params, tally, made_from, progress)
         if near:
-            repeats = near_duplicates(shard_paths(exact), params.near_similarity, exact / "signatures")
-            batches = _without(shard_paths(exact), repeats, tally)
+            is_duplicate = near_duplicates(shard_paths(exact), params.near_similarity, exact / "signatures")
+            batches = _without_duplicates(shard_paths(exact), is_duplicate, tally)
             for number, (rows, _) in enumerate(rows_of_shards(batches)):
                 write_shard(shard_path(folder.path, number), rows)
             shutil.rmtree(exact)
@@ -65,7 +68,8 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
             tally.write(report)
         folder.counts = dict(tally)
         if not tally["documents"]:
-            raise InputError(f"collect: no document left of {tally['documents_in']} ({_in_words(tally)}); add text")
+            reasons = _rejections(tally) or "the sources are empty"
+            raise InputError(f"collect: no document left of {tally['documents_in']} ({reasons}); add text")
     return dict(tally)
 
 
@@ -76,34 +80,40 @@ def _is_remote(source: Source) -> bool:
 def _write_shards(
     folder: Path, params: CollectParams, tally: Tally, digests: dict[str, str], progress: Progress
 ) -> None:
-    """Write the shards that a kill did not leave finished."""
-    first, seen, is_last = 0, Seen(), False
+    """Write the shards that are not already finished by a killed run."""
+    seen = Seen()
+    first = 0
+    is_complete = False
     while done := finished([path := shard_path(folder, first)]):
         tally.restore(done["result"])
         for batch in read_parquet(path, ["id"]):
             seen.add(strings(batch, "id"))
             progress.advance(len(batch))
-        first, is_last = first + 1, done["result"]["is_last"]
-    rest = rows_of_shards(_batches(params, tally, digests, seen), partial(_count, tally=tally, params=params))
+        first += 1
+        is_complete = done["result"]["is_last"]
+    if is_complete:
+        return
+    shards = rows_of_shards(_batches(params, tally, digests, seen), partial(_count, tally=tally, params=params))
     with ThreadPoolExecutor(1) as writer:  # it compresses one shard while this thread cleans the next
-        last: Future[int] | None = None
-        for number, (rows, ends) in enumerate(() if is_last else rest, first):
-            note = {**tally.note(), "is_last": ends}
-            before, last = last, writer.submit(_write_shard, shard_path(folder, number), rows, note)
-            progress.advance(before.result() if before else 0)
-        progress.advance(last.result() if last else 0)
+        pending: Future[int] | None = None
+        for number, (rows, is_last) in enumerate(shards, first):
+            result = {**tally.to_json(), "is_last": is_last}
+            previous, pending = pending, writer.submit(_write_shard, shard_path(folder, number), rows, result)
+            progress.advance(previous.result() if previous else 0)
+        progress.advance(pending.result() if pending else 0)
 
 
-def _write_shard(path: Path, rows: pa.Table, note: dict[str, Any]) -> int:
+def _write_shard(path: Path, rows: pa.Table, result: dict[str, Any]) -> int:
     write_shard(path, rows)
-    finish([path], note)
+    finish([path], result)
     return len(rows)
 
 
 def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen: Seen) -> Iterator[Batch]:
-    """What the sources hold behind what is in the tally, equal texts and what is above a limit removed."""
+    """What remains of the sources after the texts in the tally, without duplicates and within the limits."""
     for name, source in zip(tally.by_source, params.sources, strict=True):
-        n_documents, n_bytes = (tally.by_source[name][what] for what in ("documents", "bytes"))
+        n_documents = tally.by_source[name]["documents"]
+        n_bytes = tally.by_source[name]["bytes"]
         if n_documents >= (source.max_documents or inf) or n_bytes >= (source.max_bytes or inf):
             continue
         for batch in _cleaned(name, source, params, digests, tally.documents_in(name)):
@@ -118,76 +128,85 @@ def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen:
             yield batch
             if len(ends) >= n_left:
                 break
-            n_documents, n_bytes = n_documents + len(ends), n_bytes + int(sizes(batch.rows).sum())
+            n_documents += len(ends)
+            n_bytes += int(sizes(batch.rows).sum())
 
 
 def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str, str], start: int) -> Iterator[Batch]:
-    """A source's documents from text `start`, equal ones not yet removed; of many other processes clean some."""
-    n_texts = min(_TEXTS, source.max_documents or _TEXTS)
-    alone = _ALONE if are_on(params.filters) else sys.maxsize  # without filters, handing texts over costs what it saves
+    """A source's documents from text `start`, duplicates included. Worker processes clean the later batches."""
+    max_texts = min(_MAX_TEXTS, source.max_documents or _MAX_TEXTS)
+    n_local = _LOCAL_BATCHES if are_on(params.filters) else sys.maxsize  # cleaning alone costs less than sending texts
     if (source.max_documents or source.max_bytes) and _is_remote(source):
-        n_texts, alone = 1, sys.maxsize  # its digest is of what was read, so nothing is read ahead
-    waiting = deque[_Raw]()
+        max_texts, n_local = 1, sys.maxsize  # read nothing ahead: its digest is that of the bytes that were read
+    waiting = deque[_RawBatch]()
 
     def read_ahead() -> Iterator[list[str | Rejected]]:
-        for raw in _raw(source, start, n_texts, params, digests):
+        for raw in _raw_batches(source, start, max_texts, params, digests):
             waiting.append(raw)
             yield raw.texts
 
-    work, texts = partial(_clean, name=name, weight=source.weight, params=params), read_ahead()
-    for batch in chain(map(work, islice(texts, alone)), map_in_order(work, texts)):
-        these, cut, error = waiting.popleft()
-        if error:
-            raise error
-        yield batch._replace(texts=these, cut=cut)
+    work = partial(_clean, name=name, weight=source.weight, params=params)
+    texts = read_ahead()
+    for batch in chain(map(work, islice(texts, n_local)), map_in_order(work, texts)):
+        raw = waiting.popleft()
+        if raw.error:
+            raise raw.error
+        yield batch._replace(texts=raw.texts, cut=raw.cut)
 
 
-class _Raw(NamedTuple):
+class _RawBatch(NamedTuple):
     texts: list[str | Rejected]
-    cut: int  # of the source so far
-    error: GptpipeError | None = None  # where no more can be read
+    cut: int  # number of cuts in long texts of the source so far
+    error: GptpipeError | None = None  # why the source cannot be read further
 
 
-def _raw(source: Source, start: int, n_texts: int, params: CollectParams, digests: dict[str, str]) -> Iterator[_Raw]:
-    """A source's texts from text `start`, some together. An error waits its turn: a limit may come before it."""
+def _raw_batches(
+    source: Source, start: int, max_texts: int, params: CollectParams, digests: dict[str, str]
+) -> Iterator[_RawBatch]:
+    """A source's texts from text `start`, in batches. An error is the last batch, since a limit may end before it."""
     counts = Counter[str]()
     texts: list[str | Rejected] = []
-    cut = size = 0
+    cut = n_characters = 0
     try:
         for more in read(source, params, counts, digests):
-            if start:  # is behind it, or within
+            if start:  # skip what comes before text `start`
                 start, more = max(0, start - len(more)), more[start:]
             if counts["cut"] != cut:
                 if texts:
-                    yield _Raw(texts, cut)
-                texts, cut, size = [], counts["cut"], 0
+                    yield _RawBatch(texts, cut)
+                texts, cut, n_characters = [], counts["cut"], 0
             texts += more
-            size += sum([len(text) for text in more if isinstance(text, str)])
-            if len(texts) >= n_texts or size >= _CHARACTERS:
-                for first in range(0, len(texts), _TEXTS):  # one list may hold many more, blank lines for example
-                    yield _Raw(texts[first : first + _TEXTS], cut)
-                texts, size = [], 0
+            n_characters += sum([len(text) for text in more if isinstance(text, str)])
+            if len(texts) >= max_texts or n_characters >= _BATCH_CHARACTERS:
+                for first in range(0, len(texts), _MAX_TEXTS):  # `more` may contain many, for example blank lines
+                    yield _RawBatch(texts[first : first + _MAX_TEXTS], cut)
+                texts, n_characters = [], 0
     except GptpipeError as error:
-        yield _Raw(texts, cut)
-        yield _Raw([], cut, error)
+        yield _RawBatch(texts, cut)
+        yield _RawBatch([], cut, error)
         return
-    yield _Raw(texts, counts["cut"])
+    yield _RawBatch(texts, counts["cut"])
 
 
 def _clean(texts: list[str | Rejected], *, name: str, weight: float, params: CollectParams) -> Batch:
-    """Runs in a worker process too; the texts themselves do not come back from there."""
-    found = clean(texts, params)
-    rejected = {i: text for i, text in enumerate(found) if isinstance(text, Rejected)}
-    contents = [text.encode() for text in found if isinstance(text, str)]
+    """Clean a batch, maybe in a worker process. The raw texts are not part of the result: the caller has them."""
+    cleaned = clean(texts, params)
+    rejected = {i: text for i, text in enumerate(cleaned) if isinstance(text, Rejected)}
+    contents = [text.encode() for text in cleaned if isinstance(text, str)]
     ids = [id_of(content) for content in contents]
-    columns = [pa.array(ids, pa.string()), pa.repeat(name, len(ids)), pa.array(contents, pa.string()),
-               pa.array(map(len, contents), pa.int64())]  # fmt: skip
-    positions = np.delete(np.arange(len(found)), list(rejected))
-    batch = Batch(name, 0, [], pa.RecordBatch.from_arrays(columns, schema=SCHEMA), positions, rejected)
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.repeat(name, len(ids)),
+        pa.array(contents, pa.string()),
+        pa.array(map(len, contents), pa.int64()),
+    ]
+    rows = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+    positions = np.delete(np.arange(len(cleaned)), list(rejected))
+    batch = Batch(name, cut=0, texts=[], rows=rows, positions=positions, rejected=rejected)
     if weight == 1:
         return batch
-    drawn = np.array([int(id_[-8:], 16) for id_ in ids])
-    return batch.without(drawn >= weight * 2**32, Rejected("weighted_out"))
+    ranks = np.array([int(id_[-8:], 16) for id_ in ids])  # uniform in 0 .. 2**32 - 1
+    return batch.without(ranks >= weight * 2**32, Rejected("weighted_out"))
 
 
 def _count(batch: Batch, *, tally: Tally, params: CollectParams) -> None:
@@ -197,23 +216,27 @@ def _count(batch: Batch, *, tally: Tally, params: CollectParams) -> None:
     tally.add(batch.source, "cut", batch.cut - tally.by_source[batch.source]["cut"])
     for i, rejected in sorted(batch.rejected.items()):
         tally.reject(batch.source, rejected, batch.texts[i])
-    if params.encoding_errors == "replace" and (n := pc.match_substring(batch.rows["text"], "\ufffd").true_count):
-        tally["with_replacement_character"] += n
+    if params.encoding_errors == "replace":
+        n_replaced = pc.match_substring(batch.rows["text"], "\ufffd").true_count
+        if n_replaced:
+            tally["with_replacement_character"] += n_replaced
 
 
-def _without(shards: list[Path], repeats: npt.NDArray[np.bool_], tally: Tally) -> Iterator[Batch]:
-    """The documents of the shards without those that repeat others, which the tally takes back."""
+def _without_duplicates(shards: list[Path], is_duplicate: npt.NDArray[np.bool_], tally: Tally) -> Iterator[Batch]:
+    """The documents of the shards without the near-duplicates, which the tally now counts as rejected."""
     start = 0
     for rows in chain.from_iterable(read_parquet(shard, SCHEMA.names) for shard in shards):
-        gone = repeats[start : start + len(rows)]
-        for row in rows.filter(pa.array(gone)).to_pylist():
+        is_removed = is_duplicate[start : start + len(rows)]
+        for row in rows.filter(pa.array(is_removed)).to_pylist():
             tally.add(row["source"], "documents", -1)
             tally.add(row["source"], "bytes", -row["n_bytes"])
             tally.reject(row["source"], Rejected("near_duplicate"), row["text"])
-        yield Batch("", 0, [], rows.filter(pa.array(~gone)), np.arange(len(gone) - gone.sum()), {})
+        kept = rows.filter(pa.array(~is_removed))
+        yield Batch("", cut=0, texts=[], rows=kept, positions=np.arange(len(kept)), rejected={})
         start += len(rows)
 
 
-def _in_words(counts: Counter[str]) -> str:
-    reasons = {name.removeprefix("rejected_"): n for name, n in sorted(counts.items()) if name.startswith("rejected_")}
-    return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "the sources are empty"
+def _rejections(counts: Counter[str]) -> str:
+    """Number and reason of all rejections."""
+    rejected = sorted((name, n) for name, n in counts.items() if name.startswith("rejected_"))
+    return ", ".join(f"{n} {name.removeprefix('rejected_')}" for name, n in rejected)

@@ -1,4 +1,4 @@
-"""Downloads: resumed where they broke off, checked against the SHA-256 that the user names, kept for the next time."""
+"""Downloads: resumed after an interruption, checked against the SHA-256 in params.yaml, kept for the next run."""
 
 import http.client
 import shutil
@@ -16,15 +16,16 @@ from gptpipe.shell.errors import InputError, IntegrityError, ResourceError, firs
 from gptpipe.shell.locks import disk_errors
 
 _TRIES = 5
-_PAUSE = 1.0  # seconds before the second try, doubled before each further one
-_TIMEOUT = 30.0  # seconds without a byte
-_SPARE_BYTES = 1 << 30  # of the disk, never used for downloads
+_PAUSE = 1.0  # seconds before the second try; doubled before each later one
+_TIMEOUT = 30.0  # seconds without receiving a byte
+_SPARE_BYTES = 1 << 30  # of the disk that downloads leave free
 
 
 def download(url: str, sha256: str) -> Path:
-    """The file in the project's `.gptpipe/downloads`, fetched unless it is there, or another run is fetching it.
+    """The path of the file in the project's `.gptpipe/downloads`. Downloads it if it is not there; waits while another
+    run does.
 
-    Raises InputError where the server refuses, ResourceError after five tries, IntegrityError for another content.
+    Raises InputError if the server refuses, ResourceError after five tries, IntegrityError for other content.
     """
     target = project_root() / ".gptpipe" / "downloads" / sha256
     if not _is_kept(target, sha256):
@@ -44,48 +45,53 @@ def _is_kept(target: Path, sha256: str) -> bool:
 def _download(url: str, sha256: str, target: Path) -> None:
     part = target.with_suffix(".part")
     for attempt in range(_TRIES):
-        reason = "the answer is cut short"
-        try:
-            missing = _fetch(url, part) > 0
-        except (ValueError, http.client.InvalidURL) as error:
-            raise InputError(f"{url}: not an address: {first_line(error)}; fix it in collect.sources") from error
-        except (OSError, http.client.HTTPException) as error:
-            code = 500
-            if isinstance(error, urllib.error.HTTPError):
-                code = error.code
-                error.close()
-            if code < 500 and code not in (408, 416, 429):  # 416: the part is the whole already, or worth nothing
-                raise InputError(f"{url}: {first_line(error)}; mend the address in collect.sources") from error
-            missing, reason = code != 416, first_line(error)
-        if not missing:
+        problem = _try_download(url, part)
+        if not problem:
             break
         if attempt < _TRIES - 1:
             time.sleep(_PAUSE * 2**attempt)
     else:
-        raise ResourceError(f"{url}: {reason}, in {_TRIES} tries; rerun to go on where it broke off")
-    found = sha256_of(part)
-    if found == sha256:
+        raise ResourceError(f"{url}: {problem}, in {_TRIES} tries; rerun to resume the download")
+    actual = sha256_of(part)
+    if actual == sha256:
         with part.open("rb") as source, new_file(target) as file:
             shutil.copyfileobj(source, file, CHUNK)
     part.unlink()
-    if found != sha256:
-        raise IntegrityError(f"{url}: SHA-256 is {found}, collect.sources names {sha256}; mend one of the two")
+    if actual != sha256:
+        raise IntegrityError(f"{url}: SHA-256 is {actual}, collect.sources names {sha256}; fix the wrong one")
+
+
+def _try_download(url: str, part: Path) -> str:
+    """Try once; return why the file is not complete, or an empty string. Raises InputError if a retry cannot help."""
+    try:
+        return "the answer is cut short" if _fetch(url, part) else ""
+    except (ValueError, http.client.InvalidURL) as error:
+        raise InputError(f"{url}: not an address: {first_line(error)}; fix it in collect.sources") from error
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # no such range: the part is already complete, or its SHA-256 is wrong
+            return ""
+        if error.code < 500 and error.code not in (408, 429):
+            raise InputError(f"{url}: {first_line(error)}; fix the address in collect.sources") from error
+        return first_line(error)
+    except (OSError, http.client.HTTPException) as error:
+        return first_line(error)
 
 
 def _fetch(url: str, part: Path) -> int:
-    """Append to `part` what it lacks; how many bytes are missing still."""
+    """Append the missing bytes to `part`; return how many are still missing."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, part.open("ab") as file:
         if not isinstance(answer, http.client.HTTPResponse):
             raise InputError(f"{url}: redirects to {answer.url}, which is not HTTP; fix the address in collect.sources")
-        if answer.status != 206:
+        if answer.status != 206:  # the server sends the whole file
             file.truncate(0)
         while data := answer.read(CHUNK):
             disk = shutil.disk_usage(part.parent)
-            if disk.free < min(_SPARE_BYTES, disk.total // 20):  # the answer may have no end
-                reason = f"{file.tell():,} bytes so far in {part}, and the disk is nearly full"
-                raise ResourceError(f"{url}: {reason}; free space, or fix the address in collect.sources, then rerun")
+            if disk.free < min(_SPARE_BYTES, disk.total // 20):  # the answer may be endless
+                problem = f"{file.tell():,} bytes so far in {part}, and the disk is nearly full"
+                raise ResourceError(f"{url}: {problem}; free space, or fix the address in collect.sources, then rerun")
             with disk_errors(part):
                 file.write(data)
                 file.flush()

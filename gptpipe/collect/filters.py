@@ -1,11 +1,14 @@
-"""Filters of lines and documents: Gopher's (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and those of
-C4 (Raffel et al., 2020, arXiv:1910.10683, section 2.2), by the names that they have in params.yaml.
+"""Filters of lines and documents, under their names in params.yaml.
+
+They are those of Gopher (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and of C4 (Raffel et al., 2020,
+arXiv:1910.10683, section 2.2).
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from math import inf
+from typing import Any
 
 from gptpipe.collect.params import FilterParams
 
@@ -15,28 +18,28 @@ _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
 _LINE_END = (".", "!", "?", '"', "\u201d", "\u2019")
 _SENTENCE_END = re.compile("[.!?][\"')\\]\u201d\u2019]*(?=\\s|$)")
 
-# Values of a text, its words and its lines; first what costs least. Each has one limit: the most that is allowed, ...
-_MEASURES: dict[str, Callable[[str, list[str], list[str]], Iterable[float]]] = {
-    "words": lambda text, words, lines: [len(words)],
-    "mean_word_length": lambda text, words, lines: [sum(map(len, words)) / len(words)],
-    "sentences": lambda text, words, lines: [len(_SENTENCE_END.findall(text))],
-    "symbols_per_word": lambda text, words, lines: [max(text.count("#"), *map(text.count, _ELLIPSES)) / len(words)],
-    "ellipsis_lines": lambda text, words, lines: [sum(line.endswith(_ELLIPSES) for line in lines) / len(lines)],
-    "bullet_lines": lambda text, words, lines: [sum(line.lstrip().startswith(_BULLETS) for line in lines) / len(lines)],
-    "alphabetic_words": lambda text, words, lines: [sum(any(map(str.isalpha, word)) for word in words) / len(words)],
-    "stop_words": lambda text, words, lines: [len(_STOP_WORDS.intersection(re.findall(r"\w+", text.lower())))],
-    "duplicate_lines": lambda text, words, lines: _in_repeats(lines),
-    "duplicate_paragraphs": lambda text, words, lines: _in_repeats(re.split("\n\n+", text)),
-    "top_ngrams": lambda text, words, lines: (_in_top_ngram(words, size) for size in range(2, 5)),
-    "duplicate_ngrams": lambda text, words, lines: (_in_repeated_ngrams(words, size) for size in range(5, 11)),
-}
-_AT_LEAST = ("sentences", "alphabetic_words", "stop_words")  # ... but the least of these, ...
-_BETWEEN = ("words", "mean_word_length")  # ... and both of these
+_NAMES = (  # of the filters that compare a value of the text with a limit, the cheapest first
+    "words",
+    "mean_word_length",
+    "sentences",
+    "symbols_per_word",
+    "ellipsis_lines",
+    "bullet_lines",
+    "alphabetic_words",
+    "stop_words",
+    "duplicate_lines",
+    "duplicate_paragraphs",
+    "top_ngrams",
+    "duplicate_ngrams",
+)
+_MINIMUM = ("sentences", "alphabetic_words", "stop_words")  # their limit is a minimum
+_MINIMUM_AND_MAXIMUM = ("words", "mean_word_length")  # they have two limits; those of all others are maxima
 
 
 def without_boilerplate(text: str, params: FilterParams) -> str:
-    """The text without the lines that `drop_lines_*` name; of the blank lines around them one stays."""
-    phrases, shortest = [phrase.lower() for phrase in params.drop_lines_with], params.drop_lines_below or 0
+    """The text without the lines that `drop_lines_*` match; of several blank lines around them one stays."""
+    phrases = [phrase.lower() for phrase in params.drop_lines_with]
+    shortest = params.drop_lines_below or 0
     if not (phrases or shortest or params.drop_lines_unfinished):
         return text
     lines = [line for line in text.split("\n") if not line or len(line.split()) >= shortest]
@@ -47,29 +50,71 @@ def without_boilerplate(text: str, params: FilterParams) -> str:
 
 
 def are_on(params: FilterParams) -> bool:
-    """Whether any is; a threshold may be 0."""
+    """Whether any filter is on; a limit of 0 is one, too."""
     return any(value is not None and value is not False and value != () for value in dict(params).values())
 
 
 def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
-    """The first filter that a text which is not empty does not pass, and what was found there and is allowed."""
+    """The name of the first filter that rejects a text, and its value with the limit; the text must not be empty."""
     for phrase in params.phrases:
         if phrase.lower() in text.lower():
             return "phrases", f"has {phrase!r}"
-    words, lines = text.split(), [line for line in text.split("\n") if line]
-    for name, measure in _MEASURES.items():
-        if (limit := getattr(params, name)) is not None:
-            limits = limit if isinstance(limit, tuple) and name not in _BETWEEN else [limit]
-            for value, allowed in zip(measure(text, words, lines), limits, strict=True):
-                least, most = allowed if name in _BETWEEN else (allowed, inf) if name in _AT_LEAST else (0, allowed)
-                if not least <= value <= most:
-                    bound = f"least {least:g}" if value < least else f"most {most:g}"
-                    return name, f"{value:.4g}, allowed is at {bound}"
+    words = text.split()
+    lines = [line for line in text.split("\n") if line]
+    for name in _NAMES:
+        limit = getattr(params, name)
+        if limit is None:
+            continue
+        for value, (minimum, maximum) in zip(_values(name, text, words, lines), _ranges(name, limit), strict=True):
+            if value < minimum:
+                return name, f"{value:.4g}, allowed is at least {minimum:g}"
+            if value > maximum:
+                return name, f"{value:.4g}, allowed is at most {maximum:g}"
     return None
 
 
-def _in_repeats(parts: list[str]) -> tuple[float, float]:
-    """Shares of the parts, and of their characters, that stood before."""
+def _ranges(name: str, limit: Any) -> list[tuple[float, float]]:
+    """Minimum and maximum of each value of a filter."""
+    if name in _MINIMUM_AND_MAXIMUM:
+        return [limit]
+    if name in _MINIMUM:
+        return [(limit, inf)]
+    maxima = limit if isinstance(limit, tuple) else (limit,)
+    return [(0, maximum) for maximum in maxima]
+
+
+def _values(name: str, text: str, words: list[str], lines: list[str]) -> Iterable[float]:
+    """What a filter compares with its limits: one value, or several for filters that have several limits."""
+    match name:
+        case "words":
+            return [len(words)]
+        case "mean_word_length":
+            return [sum(map(len, words)) / len(words)]
+        case "sentences":
+            return [len(_SENTENCE_END.findall(text))]
+        case "symbols_per_word":
+            return [max(text.count("#"), *map(text.count, _ELLIPSES)) / len(words)]
+        case "ellipsis_lines":
+            return [sum(line.endswith(_ELLIPSES) for line in lines) / len(lines)]
+        case "bullet_lines":
+            return [sum(line.lstrip().startswith(_BULLETS) for line in lines) / len(lines)]
+        case "alphabetic_words":
+            return [sum(any(map(str.isalpha, word)) for word in words) / len(words)]
+        case "stop_words":
+            return [len(_STOP_WORDS.intersection(re.findall(r"\w+", text.lower())))]
+        case "duplicate_lines":
+            return _repeated(lines)
+        case "duplicate_paragraphs":
+            return _repeated(re.split("\n\n+", text))
+        case "top_ngrams":
+            return (_in_top_ngram(words, size) for size in range(2, 5))
+        case "duplicate_ngrams":
+            return (_in_repeated_ngrams(words, size) for size in range(5, 11))
+    raise AssertionError(name)
+
+
+def _repeated(parts: list[str]) -> tuple[float, float]:
+    """Fraction of the parts, and of their characters, that repeat an earlier part."""
     parts = [part.strip() for part in parts]
     unique = set(parts)
     return 1 - len(unique) / len(parts), 1 - sum(map(len, unique)) / sum(map(len, parts))
@@ -80,14 +125,14 @@ def _ngrams(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _in_top_ngram(words: list[str], size: int) -> float:
-    """Share of the words' characters in the most frequent n-gram, the longest of several; one alone repeats nothing."""
+    """Fraction of the words' characters in the most frequent n-gram, or 0 if each occurs once; the longest counts."""
     counted = ((n, sum(map(len, ngram))) for ngram, n in Counter(_ngrams(words, size)).items() if n > 1)
     n, length = max(counted, default=(0, 0))
     return n * length / sum(map(len, words))
 
 
 def _in_repeated_ngrams(words: list[str], size: int) -> float:
-    """Share of the words' characters inside n-grams that stood before, each character counted once."""
+    """Fraction of the words' characters inside n-grams that occurred before; each character counts once."""
     seen, covered = set[tuple[str, ...]](), [0] * len(words)
     for start, ngram in enumerate(_ngrams(words, size)):
         if ngram in seen:

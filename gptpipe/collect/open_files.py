@@ -1,7 +1,7 @@
-"""Files as streams: plain, compressed or in an archive, here or at an fsspec address; nothing is extracted.
+"""Opens files as streams: plain, compressed or in an archive, local or at an fsspec address. Nothing is extracted.
 
-Memory is bounded, whatever a header claims: each header, directory and dictionary has a limit that is checked before
-anything is allocated.
+Memory is bounded for hostile files, too: each header, directory and dictionary has a limit, which is checked before
+memory for it is allocated.
 """
 
 import bz2
@@ -26,17 +26,19 @@ from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import GptpipeError, InputError, first_line
 from gptpipe.shell.locks import disk_errors
 
-_FREE_BYTES = 64 << 20  # so much may come out of any file, however small it is
+_FREE_BYTES = 64 << 20  # what any file may expand to, however small it is
 _HEADER_BYTES = 1 << 20  # of an extended header in a tar archive
-_DIRECTORY_BYTES = 16 << 20  # of a zip archive; its entries take about 15 times as much memory
+_DIRECTORY_BYTES = 16 << 20  # of a zip archive; its entries need about 15 times as much memory
 _DICTIONARY_BYTES = 160 << 20  # of memory to unpack xz; `xz -9` needs 65 MiB
 
-Note = Callable[[bytes], None]
+OnRead = Callable[[bytes], None]  # is called with all bytes that are read
 
 
 class _Gzip:
-    """One member of a gzip file, with the interface of bz2.BZ2Decompressor. gzip.GzipFile reads a header byte by byte,
-    which takes minutes for a name of 1 GB."""
+    """Decompresses one member of a gzip file; has the interface of bz2.BZ2Decompressor.
+
+    gzip.GzipFile reads a header byte by byte, which takes minutes if it contains a name of 1 GB.
+    """
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -58,20 +60,19 @@ class _Gzip:
 
 
 class _Frames:
-    """What gzip, bzip2 or xz has packed: one or several frames, with nothing but zeros after and between them."""
+    """Decompresses gzip, bzip2 or xz: one or several frames, with only zeros between and after them."""
 
     def __init__(self, file: Any, new_decoder: Callable[[], Any]) -> None:
-        self._file, self._new_decoder = file, new_decoder
+        self._file = file
+        self._new_decoder = new_decoder
         self._decoder = new_decoder()
 
     def read(self, most: int) -> bytes:
         while True:
             if self._decoder.eof:
-                data = self._decoder.unused_data.lstrip(b"\0")
-                while not data:
-                    if not (data := self._file.read(CHUNK)):
-                        return b""
-                    data = data.lstrip(b"\0")
+                data = self._start_of_next_frame()
+                if not data:
+                    return b""
                 self._decoder = self._new_decoder()
             else:
                 data = self._file.read(CHUNK) if self._decoder.needs_input else b""
@@ -80,6 +81,16 @@ class _Frames:
                 return bytes(unpacked)
             if needed_input and not data and not self._decoder.eof:
                 raise EOFError("the compressed data ends too early")
+
+    def _start_of_next_frame(self) -> bytes:
+        """The next bytes that are not zero, or none at the end of the file."""
+        data: bytes = self._decoder.unused_data.lstrip(b"\0")
+        while not data:
+            chunk = self._file.read(CHUNK)
+            if not chunk:
+                break
+            data = chunk.lstrip(b"\0")
+        return data
 
 
 _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
@@ -91,10 +102,12 @@ _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
 
 
 class _Stream(io.RawIOBase):
-    """Fills each buffer, even if the file gives less at once; calls `note` with each piece of bytes."""
+    """Fills each buffer, even if the file returns less at once, and calls `on_read` with the bytes that it returns."""
 
-    def __init__(self, file: Any, note: Note, errors: Callable[[], AbstractContextManager[None]]) -> None:
-        self._file, self._note, self._errors = file, note, errors
+    def __init__(self, file: Any, on_read: OnRead, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self._file = file
+        self._on_read = on_read
+        self._errors = errors
 
     def readable(self) -> bool:
         return True
@@ -107,7 +120,7 @@ class _Stream(io.RawIOBase):
             if not data:
                 break
             buffer[n : n + len(data)] = data
-            self._note(data)
+            self._on_read(data)
             n += len(data)
         return n
 
@@ -115,10 +128,11 @@ class _Stream(io.RawIOBase):
 def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Iterator[tuple[str, io.BufferedReader]]:
     """Name and content of a file, or of each file in an archive (tar or zip, its files compressed or not), in order.
 
-    Raises InputError if more comes out than `max_expansion` times what went in, and for damaged files. A remote file is
-    read once, and the SHA-256 of what was read is noted in `digests`. Run it inside `read_errors`.
+    Raises InputError for damaged files, and if the content is larger than `max_expansion` times the file. A remote file
+    is read once; the SHA-256 of what was read is stored in `digests`. Call it inside `read_errors`.
     """
-    sha256, n_in, n_out = hashlib.sha256(), 0, 0
+    sha256 = hashlib.sha256()
+    n_in = n_out = 0  # bytes of the file, and bytes of its content
 
     def count_in(data: bytes) -> None:
         nonlocal n_in
@@ -138,16 +152,16 @@ def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Ite
         try:
             yield from _unpacked(address, _decompressed(address, file, count_out), count_out)
             _drain(file)
-        finally:  # also where a source's limit ends it
+        finally:  # also if a limit ends the source early
             digests[address] = sha256.hexdigest()
 
 
 def growth_limit(n_in: int, max_expansion: int) -> int:
-    """Bytes that may come out of `n_in` bytes."""
+    """How many bytes a file of `n_in` bytes may expand to."""
     return max(_FREE_BYTES, max_expansion * n_in)
 
 
-def _unpacked(name: str, file: io.BufferedReader, note: Note) -> Iterator[tuple[str, io.BufferedReader]]:
+def _unpacked(name: str, file: io.BufferedReader, on_read: OnRead) -> Iterator[tuple[str, io.BufferedReader]]:
     head = file.peek(512)
     members: Iterator[tuple[str, Any]]
     if head[257:262] == b"ustar":
@@ -158,14 +172,15 @@ def _unpacked(name: str, file: io.BufferedReader, note: Note) -> Iterator[tuple[
         yield name, file
         return
     for member, content in members:
-        yield member, _decompressed(member, _noted(member, content, note), note)
+        yield member, _decompressed(member, _buffered(member, content, on_read), on_read)
 
 
 class _TarContent:
-    """The content of one member of a tar archive."""
+    """The content of one member of a tar archive, as a file."""
 
     def __init__(self, file: Any, n_bytes: int) -> None:
-        self._file, self._left = file, n_bytes
+        self._file = file
+        self._left = n_bytes
 
     def read(self, most: int) -> bytes:
         data: bytes = self._file.read(min(most, self._left))
@@ -175,22 +190,34 @@ class _TarContent:
         return data
 
 
-_EXTENDED = {tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME,
-             tarfile.GNUTYPE_LONGLINK}  # fmt: skip
-_WITHOUT_CONTENT = {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
-                    tarfile.FIFOTYPE}  # fmt: skip
+_EXTENDED = {
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+_WITHOUT_CONTENT = {
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+}
 
 
 def _tar_members(name: str, file: io.BufferedReader) -> Iterator[tuple[str, _TarContent]]:
     """Name and content of each regular file in a tar archive.
 
-    tarfile.TarFile reads extended headers of any size, chains of them by recursion, and keeps every member.
+    tarfile.TarFile is not used: it reads extended headers of any size, chains of them by recursion, and keeps a record
+    of every member.
     """
-    with _damage(name):
-        fields: dict[str, str] = {}  # from the extended headers before a member's own
+    with _unpack_errors(name):
+        fields: dict[str, str] = {}  # from the extended headers before the member's header
         while True:
             block = file.read(tarfile.BLOCKSIZE)
-            if block == bytes(tarfile.BLOCKSIZE):  # the end mark
+            if block == bytes(tarfile.BLOCKSIZE):  # marks the end
                 break
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             if header.type in _EXTENDED:
@@ -208,11 +235,11 @@ def _tar_members(name: str, file: io.BufferedReader) -> Iterator[tuple[str, _Tar
             if header.isreg():
                 yield member, _TarContent(content, size)
             _drain(content)
-        _drain(file)  # so that a truncated stream around the archive is seen
+        _drain(file)  # detects that the compressed stream around the archive is truncated
 
 
 def _extended_header(name: str, file: BinaryIO, header: tarfile.TarInfo) -> dict[str, str]:
-    """What a GNU or pax header says of the next member; what it says of all later members is not used."""
+    """Fields of a GNU or pax header for the next member. Global headers, for all later members, are ignored."""
     if not 0 <= header.size <= _HEADER_BYTES:
         raise InputError(f"{name}: a header of {header.size:,} bytes, above {_HEADER_BYTES:,}; pack the archive again")
     content = file.read(header.size + -header.size % tarfile.BLOCKSIZE)[: header.size]
@@ -222,7 +249,7 @@ def _extended_header(name: str, file: BinaryIO, header: tarfile.TarInfo) -> dict
         return {}
     fields = {}
     position = 0
-    while position < len(content):  # records such as b"13 path=name\n", each with its length
+    while position < len(content):  # a record is for example b"13 path=name\n"; it starts with its length
         space = content.index(b" ", position, position + 20)
         end = position + int(content[position:space])
         key, equals, value = content[space + 1 : end - 1].partition(b"=")
@@ -238,11 +265,14 @@ def _decoded(name: bytes) -> str:
 
 
 class _BoundedReads:
-    """A file for zipfile.ZipFile, which reads the whole directory of an archive at once, whatever its size."""
+    """Limits the reads of zipfile.ZipFile, which reads the directory of an archive at once, whatever its size."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
-        self._name, self._file = name, file
-        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._name = name
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+        self.seekable = file.seekable
 
     def read(self, n: int = -1) -> bytes:
         if n > _DIRECTORY_BYTES:
@@ -252,30 +282,35 @@ class _BoundedReads:
 
 def _zip_members(name: str, file: io.BufferedReader) -> Iterator[tuple[str, Any]]:
     """Name and content of each regular file in a zip archive."""
-    with seekable(file) as whole, _damage(name), zipfile.ZipFile(_BoundedReads(name, whole)) as archive:
+    with seekable(file) as source, _unpack_errors(name), zipfile.ZipFile(_BoundedReads(name, source)) as archive:
         for info in archive.infolist():
             if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
                 continue
             member = f"{name}: {info.filename}"
-            if info.compress_type == zipfile.ZIP_LZMA:  # its header may ask for 4 GiB, and zipfile has no limit
+            if (
+                info.compress_type == zipfile.ZIP_LZMA
+            ):  # its header may request 4 GiB of memory, and zipfile has no limit
                 raise InputError(f"{member}: packed with LZMA; pack the archive again with deflate")
-            with _damage(member), archive.open(info) as inside:
-                yield member, inside
+            with _unpack_errors(member), archive.open(info) as content:
+                yield member, content
 
 
-def _decompressed(name: str, file: io.BufferedReader, note: Note) -> io.BufferedReader:
+def _decompressed(name: str, file: io.BufferedReader, on_read: OnRead) -> io.BufferedReader:
+    """The decompressed content of a file, or the file itself if it is not compressed."""
     head = file.peek(16)
-    opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
-    return _noted(name, opener(file), note) if opener else file
+    for magic, decompress in _COMPRESSED.items():
+        if head.startswith(magic):
+            return _buffered(name, decompress(file), on_read)
+    return file
 
 
-def _noted(name: str, file: Any, note: Note) -> io.BufferedReader:
-    return io.BufferedReader(_Stream(file, note, partial(_damage, name)), CHUNK)
+def _buffered(name: str, file: Any, on_read: OnRead) -> io.BufferedReader:
+    return io.BufferedReader(_Stream(file, on_read, partial(_unpack_errors, name)), CHUNK)
 
 
 @contextmanager
 def seekable(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The file itself, or a nameless copy on disk of a stream that cannot go back."""
+    """The file itself if it can seek, else a temporary copy on disk."""
     if file.seekable():
         yield file
         return
@@ -297,45 +332,45 @@ def _open(address: str) -> Any:
     if not is_remote(address):
         return Path(address).open("rb", CHUNK)
     system, path = _file_system(address)
-    # Block size 0 lets HTTP stream: not every server can give ranges.
+    # Block size 0 makes HTTP stream, because not every server supports ranges.
     return system.open(path, "rb", **({"block_size": 0} if address.startswith("http") else {}))
 
 
 def remote_addresses(pattern: str) -> list[str]:
-    """The files that a remote glob names, sorted; over HTTP, where `?` is no wildcard, the address itself."""
+    """The files that match a remote glob, sorted; for HTTP, where `?` is no wildcard, the address itself."""
     if pattern.startswith("http"):
         return [pattern]
     with read_errors(pattern):
         system, path = _file_system(pattern)
         names = system.glob(path)
     if not names:
-        raise InputError(f"{pattern}: no file matches; mend collect.sources in params.yaml")
+        raise InputError(f"{pattern}: no file matches; fix collect.sources in params.yaml")
     return sorted(system.unstrip_protocol(name) for name in names)
 
 
 def _file_system(address: str) -> tuple[Any, str]:
     fsspec = optional_module("fsspec", "remote")
     options: dict[str, Any] = {}
-    if address.startswith("http"):  # by default the whole of a file has five minutes
+    if address.startswith("http"):  # the default limits reading a whole file to five minutes
         timeout = optional_module("aiohttp", "remote").ClientTimeout(total=None, sock_connect=30, sock_read=60)
         options["client_kwargs"] = {"timeout": timeout}
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
-    except (ImportError, ValueError) as error:  # no package for s3 or gs, or no such protocol
+    except (ImportError, ValueError) as error:  # the package for s3 or gs is missing, or the protocol is unknown
         raise InputError(f"{address}: {first_line(error)}; for s3: pip install -e '.[s3]', for gs: '.[gs]'") from error
     return system, path
 
 
 @contextmanager
-def _damage(name: str) -> Iterator[None]:
-    """Turn what unpacking can raise into one line. The libraries do not document all of it."""
+def _unpack_errors(name: str) -> Iterator[None]:
+    """Turn an error of decompression or of an archive into an InputError. The libraries do not document all kinds."""
     try:
         yield
     except (GptpipeError, MemoryError):
         raise
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise InputError(f"{name}: cannot read: {reason}; mend the file, or collect.sources") from error
+        raise InputError(f"{name}: cannot read: {reason}; fix the file, or collect.sources") from error
     except Exception as error:
         if isinstance(error, lzma.LZMAError) and "limit" in str(error):
             needed = f"more than {_DICTIONARY_BYTES >> 20} MiB of memory to unpack"

@@ -1,4 +1,4 @@
-"""Section `collect` of params.yaml. Only the optional keys of sources have a default here."""
+"""Section `collect` of params.yaml. Only optional keys of sources have a default here."""
 
 import re
 from typing import Annotated, Literal
@@ -8,21 +8,21 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_v
 from gptpipe.base.params import Count, Positive, PositiveFloat, Ratio, Section
 
 Phrase = Annotated[str, Field(min_length=1)]
-# A local path has no scheme: what has one is a remote address.
+# An address with a scheme is remote, so a local one loses its scheme.
 Glob = Annotated[str, AfterValidator(lambda path: re.sub("^(file|local)://", "", path))]
 Paths = Annotated[tuple[Glob, ...], Field(min_length=1)]
 
 
 class AnySource(Section):
-    """What every source may have."""
+    """Keys of every kind of source."""
 
-    max_documents: Positive | None = None  # kept ones, then the source ends
-    max_bytes: Positive | None = None  # the same, in bytes of text
-    weight: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0  # share of its documents to keep, drawn by id
+    max_documents: Positive | None = None  # kept; the source ends after the last of them
+    max_bytes: Positive | None = None  # kept, of text; the source ends with the document that reaches it
+    weight: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0  # fraction of its documents to keep, chosen by id
 
 
 class Python(AnySource):
-    """Docstrings or code of an installed package; of none named, of the standard library, with its help topics."""
+    """Docstrings or code of an installed package; without `package`, of the standard library and its help topics."""
 
     kind: Literal["python-docs", "python-code"]
     package: Annotated[str, Field(pattern=r"^\w+$")] | None = None  # as in `import`
@@ -32,7 +32,7 @@ class Text(AnySource):
     """Plain text files."""
 
     kind: Literal["text"]
-    paths: Paths  # globs, or addresses
+    paths: Paths  # globs, local or remote
     document: Literal["file", "line", "separator"] = "file"
     separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None  # for document: separator
 
@@ -40,7 +40,7 @@ class Text(AnySource):
     @classmethod
     def _goes_with_document(cls, separator: str | None, info: ValidationInfo) -> str | None:
         if (info.data.get("document") == "separator") != (separator is not None):
-            raise ValueError("goes with `document: separator`, and only with it")
+            raise ValueError("is required with `document: separator`, and not allowed without it")
         return separator
 
 
@@ -67,17 +67,17 @@ class Url(AnySource):
     url: Annotated[str, Field(pattern="^https?://")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     format: Literal["text", "jsonl", "parquet"] = "text"
-    text_key: str = "text"  # or column
+    text_key: str = "text"  # for format parquet: the column
     document: Literal["file", "line"] = "file"
 
 
 class HuggingFace(AnySource):
-    """One split of a dataset of the Hugging Face hub, or of a dataset folder."""
+    """One split of a dataset on the Hugging Face hub, or of a local dataset folder."""
 
     kind: Literal["huggingface"]
     dataset: Annotated[str, Field(min_length=1)]
-    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a commit: branches and tags move
-    name: str | None = None  # of the dataset's configuration
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a commit, because branches and tags move
+    name: str | None = None  # of the configuration of the dataset
     split: str = "train"
     text_column: str = "text"
 
@@ -86,7 +86,7 @@ Source = Annotated[Python | Text | Jsonl | Parquet | Url | HuggingFace, Field(di
 
 
 class FilterParams(Section):
-    """Which lines and documents stay in the corpus; null, false or no phrase: that filter is off."""
+    """Which lines and documents stay in the corpus. A filter is off if it is null, false or an empty list."""
 
     drop_lines_with: tuple[Phrase, ...]
     drop_lines_below: Positive | None  # words
@@ -100,7 +100,7 @@ class FilterParams(Section):
     bullet_lines: Ratio | None
     alphabetic_words: Ratio | None
     stop_words: Annotated[int, Field(ge=1, le=8)] | None
-    duplicate_lines: tuple[Ratio, Ratio] | None  # of lines, of their characters
+    duplicate_lines: tuple[Ratio, Ratio] | None  # fraction of lines, of characters
     duplicate_paragraphs: tuple[Ratio, Ratio] | None
     top_ngrams: tuple[Ratio, Ratio, Ratio] | None  # of 2 to 4 words
     duplicate_ngrams: tuple[Ratio, Ratio, Ratio, Ratio, Ratio, Ratio] | None  # of 5 to 10 words

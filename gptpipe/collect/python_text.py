@@ -1,6 +1,6 @@
-"""Documentation and code of Python's standard library, which every machine already has, and of installed packages.
+"""Documentation and code of Python's standard library, which every machine has, and of installed packages.
 
-Pure Python modules are read, never imported. Only modules compiled into the interpreter are asked for their objects.
+Modules in Python are read, never imported. Only modules that are compiled into the interpreter are imported.
 """
 
 import ast
@@ -17,28 +17,30 @@ from pathlib import Path
 
 from gptpipe.shell.errors import InputError
 
-# No documentation of the language: test suites, vendored code, and demos.
-_LEFT_OUT = {"__pycache__", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
+# Folders without documentation of the language: test suites, vendored code, and demos.
+_EXCLUDED = {"__pycache__", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
 
 
 def python_docs(package: str | None = None) -> Iterator[str]:
-    """Help topics of the language, then docstrings, one text each, in the order of names; of a package no topics.
+    """Help topics of the language, then docstrings, one text each, in the order of names; a package has no topics.
 
-    A topic that half stands in another is left out: whichever side it was on, the other side would hold that text.
-
-    Without the objects' names: many objects share a docstring (aliases, wrappers, inherited methods), and under a name
-    of its own each would pass exact deduplication and could stand on two sides of a split.
+    Names of objects are left out. Many objects share a docstring (aliases, wrappers, inherited methods). With different
+    names, exact deduplication would keep all of them, and they could be on different sides of a split.
     """
     if package is None:
-        yield from _whole_topics(importlib.import_module("pydoc_data.topics").topics)
+        yield from _distinct_topics(importlib.import_module("pydoc_data.topics").topics)
     for path in module_files(package):
         yield from _module_file(path)
-    for name in sorted(sys.builtin_module_names) if package is None else ():
-        yield from _compiled_module(name)
+    if package is None:
+        for name in sorted(sys.builtin_module_names):
+            yield from _compiled_module(name)
 
 
-def _whole_topics(topics: dict[str, str]) -> Iterator[str]:
-    """Those of which none that stays, and is longer, holds half; headings differ, so paragraphs are compared."""
+def _distinct_topics(topics: dict[str, str]) -> Iterator[str]:
+    """The topics except those of which a longer kept topic contains at least half, which could leak into another side.
+
+    Paragraphs are compared, because headings differ.
+    """
     kept: dict[str, set[str]] = {}
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         parts = set(topics[name].split("\n\n"))
@@ -48,7 +50,7 @@ def _whole_topics(topics: dict[str, str]) -> Iterator[str]:
 
 
 def python_code(package: str | None = None) -> Iterator[str]:
-    """Modules, one text each, in the order of names; those that say a wrong encoding are passed over."""
+    """Modules, one text each, in the order of names; modules that declare a wrong encoding are skipped."""
     for path in module_files(package):
         with suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
             yield file.read()
@@ -60,20 +62,22 @@ def module_files(package: str | None) -> list[Path]:
     if package is not None:
         spec = importlib.util.find_spec(package)
         roots = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
-    files = {path for root in map(Path, roots) for path in ([root] if root.suffix == ".py" else root.rglob("*.py"))
-             if not _LEFT_OUT.intersection(path.relative_to(root).parts)}  # fmt: skip
+    files: set[Path] = set()
+    for root in map(Path, roots):
+        paths = [root] if root.suffix == ".py" else root.rglob("*.py")
+        files.update(path for path in paths if not _EXCLUDED.intersection(path.relative_to(root).parts))
     if not files:
-        raise InputError(f"collect.sources: no Python package {package} is here; install it, or name another")
+        raise InputError(f"collect.sources: Python package {package} is not installed; install it, or name another")
     return sorted(files)
 
 
 def _module_file(path: Path) -> Iterator[str]:
-    """Docstrings of a module and of what it defines, in the order of the file."""
+    """Docstrings of a module, its classes, methods and functions, in the order of the file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings are not our user's concern
+        warnings.simplefilter("ignore")  # about invalid escapes in the library's code
         try:
             module = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # the library holds files that are wrong on purpose
+        except (SyntaxError, ValueError):  # the library contains files that are wrong on purpose
             return
     yield from _docstrings(module)
 
@@ -88,12 +92,13 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 
 
 def _compiled_module(name: str) -> Iterator[str]:
+    """Docstrings of a module that is compiled into the interpreter, its classes, methods and functions."""
     module = importlib.import_module(name)
     for _, value in [("", module), *sorted(vars(module).items())]:
         members = [member for _, member in sorted(vars(value).items())] if inspect.isclass(value) else []
         for documented in (value, *members):
             text = getattr(documented, "__doc__", None)
-            # Compiled things only: a library may have put a function of its own here, as in sys.excepthook.
+            # Compiled objects only: a library may have replaced one by its own function, for example sys.excepthook.
             kinds = (inspect.ismodule, inspect.isclass, inspect.isbuiltin, inspect.ismethoddescriptor)
             if isinstance(text, str) and text and any(is_kind(documented) for is_kind in kinds):
                 yield inspect.cleandoc(text)

@@ -1,7 +1,7 @@
-"""Where text comes from: each kind of source as a stream of raw texts, in a fixed order.
+"""Reads each kind of source as a stream of raw texts, in a fixed order.
 
-Texts go by lists, of what was read together: the way of each text alone would cost as much as cleaning it. Held in
-memory at a time: a chunk or a document of a text file, a line of JSON, or a batch of rows of Parquet.
+Texts are passed in lists; passing them one by one costs as much as cleaning them. Memory holds one chunk or document of
+a text file, one line of JSON, or one batch of rows of Parquet.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gptpipe.base.files import sha256_of
 from gptpipe.base.isolated import OpenFile, isolated
@@ -31,23 +31,25 @@ from gptpipe.collect.tables import CHUNK, Texts, dataset_rows, is_remote, not_ut
 from gptpipe.shell.environment import project_root
 from gptpipe.shell.errors import InputError
 
-_MEMORY, _MEMORY_PER_BYTE = 1 << 30, 16  # bytes to read a Parquet file: these, and this many per byte of the file
-_SNIFFED = 8192  # bytes that decide whether a file is text
+_MEMORY = 1 << 30  # bytes that reading a Parquet file may use ...
+_MEMORY_PER_BYTE = 16  # ... and these for each byte of the file
+_HEAD_BYTES = 8192  # of a file, which show whether it is text
 _JSON = json.JSONDecoder()
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
-    """All texts of a source, each of at most `max_document_bytes`; notes in `counts` how often one was `cut` for that,
-    just before the list that begins with its pieces, and in `digests` what `fingerprint` could not know.
+    """All texts of a source. Longer texts are cut into pieces of at most `max_document_bytes`.
 
-    Raises InputError for what cannot be read, ResourceError for what cannot be reached.
+    `counts["cut"]` is the number of cuts, updated just before the list that begins with the pieces of a text. Digests
+    of remote files, which `fingerprint` does not know, are added to `digests`. Raises InputError if the source cannot
+    be read, ResourceError if it cannot be reached.
     """
-    most = params.max_document_bytes // 4  # characters that need no closer look
+    n_always_fit = params.max_document_bytes // 4  # characters, of at most 4 bytes each
     for texts in _texts(source, params, counts, digests):
         start = 0
         for i, text in enumerate(texts):
-            if isinstance(text, str) and len(text) > most:
+            if isinstance(text, str) and len(text) > n_always_fit:
                 yield texts[start:i]
                 yield _pieces(text, params, counts)
                 start = i + 1
@@ -62,13 +64,13 @@ def _pieces(text: str, params: CollectParams, counts: Counter[str]) -> list[str]
 
 def _texts(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
     if isinstance(source, Python):
-        texts = (python_docs if source.kind == "python-docs" else python_code)(source.package)
-        yield from ([text] for text in texts)
+        read_package = python_docs if source.kind == "python-docs" else python_code
+        yield from ([text] for text in read_package(source.package))
         return
     if isinstance(source, HuggingFace):
         address = _hub_address(source)
-        about = (source.dataset, source.name, source.split, source.revision, source.text_column)
-        yield from isolated(address, dataset_rows, address, *about)
+        arguments = (source.dataset, source.name, source.split, source.revision, source.text_column)
+        yield from isolated(address, dataset_rows, address, *arguments)
         return
     for address in _addresses(source):
         with read_errors(address):
@@ -84,9 +86,9 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
 
 
 def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
-    """What the sources' text was, as name -> digest: SHA-256 of each local file, or the version of Python.
+    """Name -> digest of all local content of the sources: SHA-256 of each file, a revision, or the version of Python.
 
-    Raises InputError that names every file that cannot be read.
+    Raises one InputError for all files that cannot be read.
     """
     digests: dict[str, str] = {}
     for source in sources:
@@ -107,7 +109,7 @@ def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
 
 
 def _addresses(source: Text | Jsonl | Parquet | Url) -> list[str]:
-    """Local files, then remote ones; a download is fetched."""
+    """Paths of local files, then addresses of remote ones; a `url` source is downloaded first."""
     if isinstance(source, Url):
         return [str(download(source.url, source.sha256))]
     local = [pattern for pattern in source.paths if not is_remote(pattern)]
@@ -116,62 +118,75 @@ def _addresses(source: Text | Jsonl | Parquet | Url) -> list[str]:
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
-    """The regular files that the globs name, sorted, each once. Raises InputError that names all that is wrong."""
-    faults: list[str] = []
-    found: set[str] = set()
-    project = project_root().resolve()
+    """The regular files that match the globs, sorted, each once. Raises one InputError for all that is wrong."""
+    names: set[str] = set()
+    problems: list[str] = []
     for pattern in patterns:
-        if links := _links_to_folders(pattern):
-            faults += [f"{link}: a link to a folder, which could lead in circles" for link in links]
-            continue
-        names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207  takes absolute patterns too
-        faults += (closed := [f"{folder}: Permission denied" for folder in _closed_folders(Path(pattern))])
-        if not names and not closed:
-            faults.append(f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches"))
-        homes = (project, Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve())
-        for name, real in sorted((name, Path(os.path.realpath(name))) for name in names):
-            if not any(map(real.is_relative_to, homes)):
-                faults.append(f"{name}: a link that leads out of {homes[1]} and of the project, to {real}")
-        found.update(names)
-    for path in sorted(map(Path, found)):
+        matches, problems_of_pattern = _match(pattern)
+        names.update(matches)
+        problems += problems_of_pattern
+    paths = sorted(map(Path, names))
+    for path in paths:
         try:
             if stat.S_ISREG(path.stat().st_mode):
                 path.open("rb").close()
             else:
-                faults.append(f"{path}: not a regular file")
+                problems.append(f"{path}: not a regular file")
         except OSError as error:
-            faults.append(f"{path}: {error.strerror}")
-    if faults:
-        raise InputError("; ".join(faults) + "; mend collect.sources in params.yaml, or the files")
-    return sorted(map(Path, found))
+            problems.append(f"{path}: {error.strerror}")
+    if problems:
+        raise InputError("; ".join(problems) + "; fix collect.sources in params.yaml, or the files")
+    return paths
+
+
+def _match(pattern: str) -> tuple[list[str], list[str]]:
+    """The names that match a glob, folders excluded, and what is wrong with the pattern or the names."""
+    links = _links_to_folders(pattern)
+    if links:
+        return [], [f"{link}: a link to a folder, which could lead in circles" for link in links]
+    # glob.glob, unlike Path.glob, accepts absolute patterns.
+    names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207
+    problems = [f"{folder}: Permission denied" for folder in _unreadable_folders(Path(pattern))]
+    if not names and not problems:
+        problems.append(f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches"))
+    project = project_root().resolve()
+    start = Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve()  # the last folder before a wildcard
+    for name in sorted(names):
+        target = Path(os.path.realpath(name))
+        if not (target.is_relative_to(project) or target.is_relative_to(start)):
+            problems.append(f"{name}: a link that leads out of {start} and of the project, to {target}")
+    return names, problems
 
 
 def _links_to_folders(pattern: str) -> list[str]:
-    """Links that `**` would follow: a few that point upwards keep glob busy for ever."""
+    """Links that `**` would follow. With a few links that point upwards, glob would practically never end."""
     before, recursive, _ = pattern.partition("**")
+    if not recursive:
+        return []
     links: list[str] = []
-    for start in sorted(glob.glob(before or ".")) if recursive else []:  # noqa: PTH207
+    for start in sorted(glob.glob(before or ".")):  # noqa: PTH207
         for folder, names, _ in os.walk(start):
             names[:] = sorted(name for name in names if not name.startswith("."))  # as glob does
-            links += [path for name in names if os.path.islink(path := os.path.join(folder, name))]  # noqa: PTH114, PTH118
+            paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118
+            links += [path for path in paths if os.path.islink(path)]  # noqa: PTH114
     return links
 
 
-def _closed_folders(pattern: Path) -> list[str]:
-    """Folders that glob passes over in silence: those that the pattern lists or goes through, without the right to."""
-    closed: set[str] = set()
+def _unreadable_folders(pattern: Path) -> list[str]:
+    """Folders that glob skips silently, because this process may not list them or go through them."""
+    unreadable: set[str] = set()
     for below, above in pairwise([pattern, *pattern.parents]):
         needed = os.R_OK | os.X_OK if glob.has_magic(below.name) else os.X_OK
         folders = filter(os.path.isdir, glob.glob(str(above), recursive=True))  # noqa: PTH207
-        closed |= {folder for folder in folders if not os.access(folder, needed)}
-    return sorted(closed)
+        unreadable |= {folder for folder in folders if not os.access(folder, needed)}
+    return sorted(unreadable)
 
 
 def _text_file(
     name: str, file: io.BufferedReader, separator: str | None, params: CollectParams, counts: Counter[str]
 ) -> Texts:
-    """Documents of a text file: the whole of it, or what stands between separators; a long one in pieces."""
-    head = file.peek(_SNIFFED)[:_SNIFFED]
+    """Documents of a text file: the whole file, or the parts between separators; long ones in pieces."""
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
     if not head.startswith(_UTF16_MARKS) and (b"\0" in head or head.startswith(b"%PDF-")):
         yield [Rejected("binary", name)]
         return
@@ -192,62 +207,80 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
     """The file's text in chunks, with plain line ends. Raises InputError at the first byte that is not UTF-8."""
     utf8 = codecs.getincrementaldecoder("utf-8")(errors)
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    offset = read = 0  # of the first byte that is not decoded yet, and of the first not read
+    n_read = n_decoded = 0  # bytes
     while True:
-        data, fault = file.read(CHUNK), None
+        data = file.read(CHUNK)
+        invalid = None
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            fault = error
-            text = decoder.decode(data[: max(0, error.start - (read - offset))])  # a limit may lie before the error
-        yield text if offset else text.removeprefix("\ufeff")
-        if fault:
-            raise not_utf8(name, offset + fault.start) from fault
+            invalid = error
+            # The text before the error comes first: a limit of the source may end before the error.
+            text = decoder.decode(data[: max(0, error.start - (n_read - n_decoded))])
+        yield text if n_decoded else text.removeprefix("\ufeff")
+        if invalid:
+            raise not_utf8(name, n_decoded + invalid.start) from invalid
         if not data:
             return
-        read += len(data)
-        offset = read - len(utf8.getstate()[0])
+        n_read += len(data)
+        n_decoded = n_read - len(utf8.getstate()[0])
 
 
 def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> Texts:
-    longest = (1 << 20) + 16 * params.max_document_bytes  # of a line held in memory
+    """One text for each line that is not blank; about a chunk of the file in a list."""
+    max_line_bytes = (1 << 20) + 16 * params.max_document_bytes
     texts: list[str | Rejected] = []
-    offset = number = due = 0
-    while line := file.readline(longest):
-        number, start, offset = number + 1, offset, offset + len(line)
-        if len(line) == longest and not line.endswith(b"\n"):
-            while rest := file.readline(CHUNK):
-                offset += len(rest)
-                if rest.endswith(b"\n"):
-                    break
+    number = offset = 0  # of the current line, and of the byte after it
+    next_yield = 0  # offset
+    while line := file.readline(max_line_bytes):
+        number += 1
+        start = offset
+        offset += len(line)
+        if len(line) == max_line_bytes and not line.endswith(b"\n"):
+            offset += _skip_line(file)
             texts.append(Rejected("line_too_long", f"{name}, line {number}"))
             continue
         try:
             content = line.decode(errors=params.encoding_errors).removeprefix("\ufeff").strip(" \t\r\n")
-            value, end = _JSON.raw_decode(content) if content else (None, 0)
-            if end < len(content):
-                raise ValueError(f"more behind its end, character {end}")
+            value = _parse_json(content) if content else None
         except UnicodeDecodeError as error:
-            yield texts  # a limit may lie before the error
+            yield texts  # a limit of the source may end before the error
             raise not_utf8(name, start + error.start) from error
         except (ValueError, RecursionError) as error:
             yield texts
-            raise InputError(f"{name}, line {number}: not JSON: {error}; mend or remove the line") from error
+            raise InputError(f"{name}, line {number}: not JSON: {error}; fix or remove the line") from error
         text = value.get(key) if isinstance(value, dict) else None
         if content:
             texts.append(text if isinstance(text, str) else Rejected("no_text", f"{name}, line {number}"))
-        if offset >= due:
+        if offset >= next_yield:
             yield texts
-            texts, due = [], offset + CHUNK
+            texts, next_yield = [], offset + CHUNK
     yield texts
 
 
-def _parquet_file(name: str, opened: BinaryIO, column: str, params: CollectParams) -> Texts:
-    with seekable(opened) as whole:
-        n_in = whole.seek(0, os.SEEK_END)
+def _skip_line(file: BinaryIO) -> int:
+    """Read the rest of a line; returns its bytes."""
+    n_bytes = 0
+    while chunk := file.readline(CHUNK):
+        n_bytes += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return n_bytes
+
+
+def _parse_json(content: str) -> Any:
+    value, end = _JSON.raw_decode(content)
+    if end < len(content):
+        raise ValueError(f"more text after its end, character {end}")
+    return value
+
+
+def _parquet_file(name: str, file: BinaryIO, column: str, params: CollectParams) -> Texts:
+    with seekable(file) as source:
+        n_in = source.seek(0, os.SEEK_END)
         limit = growth_limit(n_in, params.max_expansion)
         memory = _MEMORY + _MEMORY_PER_BYTE * n_in
-        arguments = (name, OpenFile(whole), column, params.encoding_errors, limit, params.max_expansion)
+        arguments = (name, OpenFile(source), column, params.encoding_errors, limit, params.max_expansion)
         yield from isolated(name, parquet_rows, *arguments, memory=memory)
 
 

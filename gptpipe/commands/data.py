@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from gptpipe.base.files import write_bytes
 from gptpipe.base.manifest import MANIFEST, read_manifest
-from gptpipe.base.pages import render_markdown
+from gptpipe.base.pages import render_markdown, snippet
 from gptpipe.evaluate import charts
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 
@@ -61,5 +61,5 @@ def _texts(shards: list[Path], sizes: list[int], wanted: set[int]) -> dict[int, 
         if rows:
             table = pq.read_table(shard, columns=["id", "source", "n_bytes", "text"])
             for i, row in zip(rows, table.take([i - start for i in rows]).to_pylist(), strict=True):
-                found[i] = {**row, "text": " ".join(row["text"][: 4 * _CHARACTERS].split())[:_CHARACTERS]}
+                found[i] = {**row, "text": snippet(row["text"], _CHARACTERS)}
     return found

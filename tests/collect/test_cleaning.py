@@ -14,7 +14,7 @@ MakeParams = Callable[..., CollectParams]
 
 
 def clean(text: str, params: CollectParams) -> str | Rejected:
-    """One text alone."""
+    """Clean one text alone."""
     (result,) = cleaning.clean([text], params)
     return result
 
@@ -67,7 +67,7 @@ def test_the_shortest_document_is_measured_in_bytes(collect_params) -> None:
 
 
 def test_cleaning_takes_linear_time(collect_params) -> None:
-    """A run of a million spaces before a letter once took a regular expression hours."""
+    """A million spaces before a letter once kept a regular expression busy for hours."""
     params = collect_params({"kind": "python-docs"})
     assert len(clean(" " * 1_000_000 + "a", params)) == 1001
     assert len(clean((" " * 900 + "a") * 1000, params)) == 901_000
@@ -96,12 +96,12 @@ def test_pieces_end_on_character_boundaries() -> None:
     assert cut("\U0001f600" * 33, 64) == ["\U0001f600" * 16, "\U0001f600" * 16, "\U0001f600"]
 
 
-def test_pieces_end_after_a_line_in_their_last_half() -> None:
+def test_pieces_end_after_a_line_in_their_second_half() -> None:
     assert cut("a" * 40 + "\n" + "b" * 60, 64) == ["a" * 40 + "\n", "b" * 60]
     assert cut("a" * 10 + "\n" + "b" * 60, 64) == ["a" * 10 + "\n" + "b" * 53, "b" * 7]
 
 
-def test_pieces_are_the_text_each_within_the_limit() -> None:
+def test_pieces_join_to_the_text_and_keep_to_the_limit() -> None:
     random_ = random.Random(0)
     for _ in range(300):
         text = "".join(random_.choices("ab\n\u00e9\u20ac\U0001f600\ud800", k=random_.randrange(400)))
@@ -110,25 +110,25 @@ def test_pieces_are_the_text_each_within_the_limit() -> None:
         assert all(0 < len(piece.encode(errors="surrogatepass")) <= 64 for piece in pieces)
 
 
-def test_nothing_but_surrogates_is_cut_too() -> None:
-    """Dropping what has no UTF-8 form once made an empty piece, and no end."""
+def test_a_text_of_surrogates_is_cut() -> None:
+    """Dropping characters without a UTF-8 form once made an empty piece, and an endless loop."""
     assert cut("\ud800" * 100, 64) == ["\ud800" * 21] * 4 + ["\ud800" * 16]
 
 
-def test_a_thousand_white_characters_are_the_most_wherever_they_lie(collect_params: MakeParams) -> None:
+def test_runs_of_whitespace_are_limited_to_a_thousand_at_any_position(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-docs"})
     for n in range(901, 1002):
         assert clean("a" * n + " " * 1001 + "b", params) == "a" * n + " " * 1000 + "b"
 
 
-def test_a_thousand_combining_marks_are_the_most(collect_params: MakeParams) -> None:
-    """A hundred thousand in a row take NFC ten seconds, a million would take a quarter of an hour."""
+def test_runs_of_combining_marks_are_limited_to_a_thousand(collect_params: MakeParams) -> None:
+    """NFC of a hundred thousand in a row takes ten seconds; a million would take a quarter of an hour."""
     some, many = "\u0316\u0303", "\u0316\u0300" * 50_000
     cleaned = clean(f"a{some}b e{many}f", collect_params({"kind": "python-docs"}))
     assert cleaned == "\u00e3\u0316b \u00e8" + "\u0316" * 500 + "\u0300" * 499 + "f"  # in the order of NFC
 
 
-def test_no_control_character_stays_whatever_else_is_there(collect_params: MakeParams) -> None:
+def test_all_control_characters_are_removed(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-docs"})
     for n, end in ((128, ""), (160, "é")):
         raw = "x".join(map(chr, range(n)))
@@ -139,8 +139,8 @@ def test_no_control_character_stays_whatever_else_is_there(collect_params: MakeP
         assert clean(f"a{raw}{end}", params) == f"a{'x'.join(kept)}{end}"
 
 
-def test_texts_do_not_touch_each_other(collect_params: MakeParams) -> None:
-    """Cleaned together they become what each becomes alone, whatever stands at their ends."""
+def test_texts_cleaned_together_do_not_affect_each_other(collect_params: MakeParams) -> None:
+    """Each becomes what it becomes when it is cleaned alone, for any characters at its ends."""
     params = collect_params({"kind": "python-docs"}, min_document_bytes=3)
     random_ = random.Random(0)
     letters = "ab \t\n\r\x00\x01\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600\u00a0"

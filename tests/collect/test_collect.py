@@ -37,7 +37,7 @@ def write_lines(path: Path, *lines: str) -> dict[str, Any]:
     return {"kind": "text", "paths": (str(path),), "document": "line"}
 
 
-def test_rows_hold_id_source_text_and_bytes(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_a_row_has_id_source_text_and_bytes(tmp_path: Path, collect_params: MakeParams) -> None:
     lines = write_lines(tmp_path / "a.txt", "one", "zwölf ")
     records = tmp_path / "b.jsonl"
     records.write_text(json.dumps({"text": "three"}))
@@ -91,7 +91,7 @@ def test_documents_in_are_kept_plus_rejected_by_reason(tmp_path: Path, collect_p
     assert len(rows(tmp_path / "raw")) == 99
 
 
-def test_the_first_of_equal_texts_stays_across_sources(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_the_first_of_equal_texts_is_kept_across_sources(tmp_path: Path, collect_params: MakeParams) -> None:
     sources = [write_lines(tmp_path / "a.txt", "one", "two", "one  "), write_lines(tmp_path / "b.txt", "two", "three")]
     assert collect(collect_params(*sources), tmp_path / "raw")["rejected_duplicate"] == 2
     assert [(row["source"], row["text"]) for row in rows(tmp_path / "raw")] == [
@@ -104,7 +104,7 @@ def test_the_first_of_equal_texts_stays_across_sources(tmp_path: Path, collect_p
     assert "rejected_duplicate" not in counts
 
 
-def test_the_windows_twin_of_a_file_has_the_same_ids(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_a_file_with_windows_line_ends_has_the_same_ids(tmp_path: Path, collect_params: MakeParams) -> None:
     content = "Grüße,\n\n  text\nof several lines " + "and more " * 20
     (tmp_path / "unix.txt").write_bytes(content.encode())
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
@@ -129,7 +129,7 @@ def test_text_with_replaced_bytes_is_counted(tmp_path: Path, collect_params: Mak
     ("content", "words"),
     [(b"", "no document left of 1 (1 empty)"), (b"\0", "no document left of 1 (1 binary)")],
 )
-def test_nothing_left_is_an_input_error_with_the_counts(
+def test_no_document_left_is_an_input_error_with_the_counts(
     tmp_path: Path, collect_params: MakeParams, content: bytes, words: str
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
@@ -139,7 +139,7 @@ def test_nothing_left_is_an_input_error_with_the_counts(
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_bad_source_leaves_the_old_corpus(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_a_bad_source_keeps_the_old_corpus(tmp_path: Path, collect_params: MakeParams) -> None:
     collect(collect_params(write_lines(tmp_path / "a.txt", "old")), tmp_path / "raw")
     (tmp_path / "b.txt").write_bytes(b"new\xff")
     with pytest.raises(InputError):
@@ -148,12 +148,12 @@ def test_a_bad_source_leaves_the_old_corpus(tmp_path: Path, collect_params: Make
     assert [row["text"] for row in rows(tmp_path / "raw")] == ["old"]
 
 
-def test_a_target_that_cannot_be_written_is_a_resource_error(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_an_unwritable_target_is_a_resource_error(tmp_path: Path, collect_params: MakeParams) -> None:
     with pytest.raises(ResourceError, match=r"a\.txt/raw: cannot write: Not a directory"):
         collect(collect_params(write_lines(tmp_path / "a.txt", "one")), tmp_path / "a.txt" / "raw")
 
 
-def test_shards_are_cut_by_size_and_hold_the_corpus_in_order(
+def test_shards_are_cut_by_size_and_keep_the_order(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 20)
@@ -169,7 +169,7 @@ def test_shards_are_cut_by_size_and_hold_the_corpus_in_order(
 
 
 def mixed_sources(folder: Path) -> list[dict[str, Any]]:
-    """Equal texts, rejections and cuts in three sources; two have limits, one a weight."""
+    """Three sources with equal texts, rejections and cuts; two have limits, one has a weight."""
     texts = [f"text {i % 700} {'with a tail ' * (i % 40)}" for i in range(1500)]
     texts[7::50] = ["lone \ud800"] * 30
     texts[11::60] = [" \x00\r\n"] * 25
@@ -187,8 +187,8 @@ def test_any_number_of_workers_gives_the_same_bytes(
     outcomes = []
     for workers, n_texts, n_alone in (("1", 7, 9), ("1", 1 << 13, 9), ("2", 90, 0)):
         monkeypatch.setenv("GPTPIPE_WORKERS", workers)
-        monkeypatch.setattr(collecting, "_TEXTS", n_texts)
-        monkeypatch.setattr(collecting, "_ALONE", n_alone)
+        monkeypatch.setattr(collecting, "_MAX_TEXTS", n_texts)
+        monkeypatch.setattr(collecting, "_LOCAL_BATCHES", n_alone)
         monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
         counts = collect(params, tmp_path / "raw", tmp_path / "report.md")
         outcomes.append((counts, verify(tmp_path / "raw").digest, (tmp_path / "report.md").read_bytes()))
@@ -211,7 +211,7 @@ from gptpipe.collect.params import CollectParams
 from gptpipe.collect import collect
 from gptpipe.collect import batch as shards
 from gptpipe.formats.corpus import shard_paths
-shards.SHARD_BYTES, collect._TEXTS = 15_000, 150
+shards.SHARD_BYTES, collect._MAX_TEXTS = 15_000, 150
 really = collect.write_shard
 def write_shard(path, rows):
     if int(path.stem[5:]) == int(sys.argv[2]):
@@ -225,12 +225,12 @@ collect.collect(CollectParams.model_validate_json(sys.argv[1]), Path("raw"), Pat
 
 
 @pytest.mark.parametrize("dedup", ["exact", "near"])
-def test_after_a_kill_finished_shards_are_not_made_again(
+def test_after_a_kill_finished_shards_are_kept(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, dedup: str
 ) -> None:
-    """The same bytes as without, wherever the kill comes, and though a finished shard is damaged."""
+    """The corpus has the same bytes as without a kill, for any time of the kill, and if a finished shard is damaged."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 15_000)
-    monkeypatch.setattr(collecting, "_TEXTS", 150)
+    monkeypatch.setattr(collecting, "_MAX_TEXTS", 150)
     params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup=dedup)
     counts = collect(params, tmp_path / "undisturbed", tmp_path / "undisturbed.md")
     made, really = list[int](), collecting.write_shard
@@ -255,7 +255,7 @@ def test_after_a_kill_finished_shards_are_not_made_again(
         shutil.rmtree(tmp_path / "raw")
 
 
-def test_behind_the_last_shard_a_kill_leaves_nothing_to_make(
+def test_after_a_kill_behind_the_last_shard_nothing_is_made_again(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = collect_params(*mixed_sources(tmp_path))
@@ -268,7 +268,7 @@ def test_behind_the_last_shard_a_kill_leaves_nothing_to_make(
     assert verify(tmp_path / "raw").counts["documents"] == len(rows(tmp_path / "raw"))
 
 
-def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_leftovers_of_a_kill_with_other_sources_are_not_used(tmp_path: Path, collect_params: MakeParams) -> None:
     params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300)
     subprocess.run([sys.executable, "-c", KILLED, params.model_dump_json(), "3"], cwd=tmp_path)
     assert len(list(tmp_path.glob(".raw.*.partial/docs-*"))) == 3
@@ -279,10 +279,10 @@ def test_what_a_kill_left_of_other_sources_is_not_used(tmp_path: Path, collect_p
     assert not list(tmp_path.glob(".raw*"))
 
 
-def test_many_texts_of_one_chunk_are_not_cleaned_at_once(
+def test_a_batch_is_limited_even_if_a_chunk_has_many_texts(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blank lines: a chunk has a quarter of a million, and each becomes a rejection."""
+    """A chunk can have a quarter of a million blank lines, and each becomes a rejection."""
     (tmp_path / "a.txt").write_text("\n" * 100_000 + "text\n")
     clean, sizes = collecting.clean, list[int]()
     monkeypatch.setattr(collecting, "clean", lambda texts, params: sizes.append(len(texts)) or clean(texts, params))
@@ -293,10 +293,10 @@ def test_many_texts_of_one_chunk_are_not_cleaned_at_once(
 
 
 @pytest.mark.parametrize(("line", "fault"), [(b"{bad\n", "line 4: not JSON"), (b"\xff\n", "not UTF-8 at byte 50")])
-def test_what_lies_behind_a_limit_has_no_say(
+def test_errors_and_texts_after_a_limit_have_no_effect(
     tmp_path: Path, collect_params: MakeParams, line: bytes, fault: str
 ) -> None:
-    """Texts are read ahead: neither an error there nor a text that was not taken may show."""
+    """Texts are read ahead: an error after the limit, or a text that was not used, must have no effect."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n' + line)
     limited = {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",), "max_documents": 2}
     counts = collect(collect_params(limited, write_lines(tmp_path / "b.txt", "three")), tmp_path / "raw")
@@ -319,7 +319,7 @@ def test_what_lies_behind_a_limit_has_no_say(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("kind", ["text", "parquet"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
-    """Ten times the text, at most a tenth more memory: neither a line of 10 MB nor a single row group is held whole."""
+    """Ten times the text needs at most a tenth more memory, even in one line of 10 MB or one row group."""
     program = """
 import sys
 from pathlib import Path
@@ -347,14 +347,17 @@ print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru
             pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=n_lines)
         done = subprocess.run(
             [sys.executable, "-c", program, tmp_path / name, tmp_path / f"raw-{name}", kind],
-            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks.append(int(done.stdout))
     assert peaks[1] <= 1.1 * peaks[0]
 
 
 def test_python_docs_are_thousands_of_real_texts_and_the_same_in_every_process(tmp_path: Path) -> None:
-    """The other process has another hash seed, and a foreign function in place of one of Python's own."""
+    """The other process has another hash seed, and a foreign function replaces one of Python's own."""
     program = """
 import sys
 def foreign(*arguments):

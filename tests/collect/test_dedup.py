@@ -1,4 +1,4 @@
-"""Near-duplicates: one document of each cluster stays, found whatever lies between, in little memory."""
+"""Deduplication: `Seen`, and near-duplicates, of which one document in each cluster is kept."""
 
 import random
 import sys
@@ -39,17 +39,18 @@ def jaccard(one: list[str], other: list[str]) -> float:
 
 
 def repeats(folder: Path, texts: list[str], similarity: float = 0.7) -> list[bool]:
-    values = [{"id": id_of(text.encode()), "source": "text", "text": text, "n_bytes": len(text.encode())}
-              for text in texts]  # fmt: skip
+    values = [
+        {"id": id_of(text.encode()), "source": "text", "text": text, "n_bytes": len(text.encode())} for text in texts
+    ]
     batch = Batch("text", 0, texts, pa.RecordBatch.from_pylist(values, SCHEMA), np.arange(len(texts)), {})
     for number, (rows, _) in enumerate(rows_of_shards([batch])):
         write_shard(shard_path(folder, number), rows)
     return near_duplicates(shard_paths(folder), similarity, folder / "signatures").tolist()
 
 
-def test_ids_are_remembered_sorted_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference is a set of whole ids; some begin or end in zeros."""
-    monkeypatch.setattr(dedup, "_RECENT", 50)
+def test_seen_ids_are_found_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is a set of complete ids; some begin or end with zeros."""
+    monkeypatch.setattr(dedup, "_MAX_RECENT", 50)
     random_, seen, reference = random.Random(0), dedup.Seen(), set[str]()
     ids = [f"{random_.choice(('00' * 6, 'ff' * 6))}{random_.randrange(900):04x}{'0' * 48}" for _ in range(2000)]
     ids += [f"{i:02x}{'00' * 31}" for i in range(100)] * 2
@@ -66,7 +67,7 @@ def test_ids_are_remembered_sorted_or_not(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen.add([fresh]).tolist() == [False]
 
 
-def test_repeats_are_those_above_the_similarity(tmp_path: Path) -> None:
+def test_near_duplicates_are_those_above_the_similarity(tmp_path: Path) -> None:
     base = words(200, seed=0)
     close = with_changes(base, 50)
     middle = with_changes(base, 20, 80, 140)
@@ -80,8 +81,12 @@ def test_repeats_are_those_above_the_similarity(tmp_path: Path) -> None:
 def test_letter_case_and_punctuation_make_no_difference(tmp_path: Path) -> None:
     text = "The quick brown fox jumps over the lazy dog, and again."
     assert repeats(tmp_path / "a", [text, text.upper().replace(",", " --"), "?!", "...", "?!"]) == [
-        False, True, False, False, True,
-    ]  # fmt: skip
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_scripts_without_spaces_have_shingles_too(tmp_path: Path) -> None:
@@ -89,8 +94,8 @@ def test_scripts_without_spaces_have_shingles_too(tmp_path: Path) -> None:
     assert repeats(tmp_path / "a", [one, one.replace("比べる", "比較する"), one[::-1]], 0.5) == [False, True, False]
 
 
-def test_a_cluster_is_found_through_what_lies_between(tmp_path: Path) -> None:
-    """A and C alone are far apart; B, which comes last, is close to both: one of the three stays."""
+def test_two_documents_similar_to_a_third_are_in_one_cluster(tmp_path: Path) -> None:
+    """A and C are far apart; B, the last one, is close to both. Only one of the three is kept."""
     base = words(200, seed=0)
     a, b, c = with_changes(base, 10, 30, 50), base, with_changes(base, 110, 130, 150)
     assert jaccard(a, c) < 0.75 < 0.8 < jaccard(a, b)
@@ -100,16 +105,16 @@ def test_a_cluster_is_found_through_what_lies_between(tmp_path: Path) -> None:
 
 
 def test_thousands_of_pairs_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several shards and chunks: pairs above 0.8 are found, unlike documents stay."""
+    """Over several shards and chunks: pairs above 0.8 are found, different documents are kept."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
     monkeypatch.setattr(dedup, "_ROWS", 300)
     bases = [words(120, seed=i) for i in range(1000)]
     twins = [with_changes(base, 5 * (i % 20), 60) for i, base in enumerate(bases)]
     assert min(jaccard(*pair) for pair in zip(bases, twins, strict=True)) > 0.8
-    found = repeats(tmp_path / "a", [" ".join(text) for text in bases + twins])
+    is_duplicate = repeats(tmp_path / "a", [" ".join(text) for text in bases + twins])
     assert len(shard_paths(tmp_path / "a")) > 3
-    assert not any(found[:1000])
-    assert sum(found[1000:]) >= 995
+    assert not any(is_duplicate[:1000])
+    assert sum(is_duplicate[1000:]) >= 995
 
 
 def test_collect_counts_them_and_any_number_of_workers_gives_the_same_bytes(
@@ -131,11 +136,12 @@ def test_collect_counts_them_and_any_number_of_workers_gives_the_same_bytes(
     assert kept == lines
     assert verify(tmp_path / "1").digest == verify(tmp_path / "2").digest
     assert {path.name for path in (tmp_path / "1").iterdir()} == {
-        "manifest.json", *(f"docs-{i:05d}.parquet" for i in range(len(shard_paths(tmp_path / "1")))),
-    }  # fmt: skip
+        "manifest.json",
+        *(f"docs-{i:05d}.parquet" for i in range(len(shard_paths(tmp_path / "1")))),
+    }
 
 
-def test_without_the_extra_one_line_says_how_to_get_it(
+def test_a_missing_extra_is_an_error_that_says_how_to_install_it(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)

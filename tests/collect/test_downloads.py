@@ -1,4 +1,4 @@
-"""Downloads against a real server that misbehaves: the whole file, or nothing and the right exit code."""
+"""Downloads from a real server that misbehaves: the complete file, or nothing and the right exit code."""
 
 import hashlib
 import http.server
@@ -36,7 +36,7 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers each request by the next of its scripts; the last one stays."""
+    """Answers each request as the next of its scripts says; the last script is repeated."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -105,7 +105,7 @@ def address(server: Server) -> str:
     return f"http://127.0.0.1:{server.server_port}/a.txt"
 
 
-def test_an_answer_without_end_does_not_fill_the_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_answer_does_not_fill_the_disk(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.script = ["endless"]
     free = iter([1 << 40] * 3 + [1 << 20] * 9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=next(free)))
@@ -113,9 +113,18 @@ def test_an_answer_without_end_does_not_fill_the_disk(server: Server, monkeypatc
         download(address(server), SHA256)
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "http://a b/c", "http://127.0.0.1:port/", "http://127.0.0.1/\u00e9",
-                                 "http://" + "a" * 99 + ".com/", "http://127.0.0.1/a\nb"])  # fmt: skip
-def test_what_is_no_address_is_an_input_error(server: Server, url: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://a b/c",
+        "http://127.0.0.1:port/",
+        "http://127.0.0.1/\u00e9",
+        "http://" + "a" * 99 + ".com/",
+        "http://127.0.0.1/a\nb",
+    ],
+)
+def test_an_invalid_address_is_an_input_error(server: Server, url: str) -> None:
     with pytest.raises(InputError, match=r"not an address: .*collect\.sources") as caught:
         download(url, SHA256)
     assert "\n" not in str(caught.value)
@@ -131,7 +140,7 @@ def test_what_is_no_address_is_an_input_error(server: Server, url: str) -> None:
         (["breaks off", "no ranges"], [None, f"bytes={int(0.9 * len(BODY))}-"]),
     ],
 )
-def test_it_comes_whole_in_the_end_and_is_kept(server: Server, script: list[str], asked: list[str | None]) -> None:
+def test_a_download_is_retried_resumed_and_kept(server: Server, script: list[str], asked: list[str | None]) -> None:
     server.script = script
     path = download(address(server), SHA256)
     assert path.read_bytes() == BODY
@@ -143,13 +152,13 @@ def test_it_comes_whole_in_the_end_and_is_kept(server: Server, script: list[str]
 @pytest.mark.parametrize(
     ("script", "error", "words", "n_asked"),
     [
-        ("404", InputError, "HTTP Error 404: Not Found; mend the address", 1),
+        ("404", InputError, "HTTP Error 404: Not Found; fix the address", 1),
         ("to a file", InputError, "not allowed", 1),
         ("503", ResourceError, "HTTP Error 503: Service Unavailable, in 5 tries; rerun", 5),
         ("stalled", ResourceError, "timed out, in 5 tries", 5),
     ],
 )
-def test_what_cannot_be_had(
+def test_a_failed_download_has_the_right_error(
     server: Server, tmp_path: Path, script: str, error: type[Exception], words: str, n_asked: int
 ) -> None:
     server.script = [script]
@@ -173,9 +182,15 @@ def test_what_cannot_be_had(
     ],
 )
 def test_a_corpus_with_a_bad_address_is_not_made(
-    server: Server, tmp_path: Path, collect_params: MakeParams, script: str, sha256: str, code: int, words: str,
+    server: Server,
+    tmp_path: Path,
+    collect_params: MakeParams,
+    script: str,
+    sha256: str,
+    code: int,
+    words: str,
     alone: bool,
-) -> None:  # fmt: skip
+) -> None:
     server.script = [script]
     (tmp_path / "good.txt").write_text("\n".join(f"good {i}" for i in range(99)))
     good = {"kind": "text", "paths": (f"{tmp_path}/good.txt",), "document": "line"}
@@ -190,14 +205,14 @@ def test_a_corpus_with_a_bad_address_is_not_made(
     assert kept <= {".part", ".lock"}  # nothing under the final name
 
 
-def test_another_content_is_an_integrity_error_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_an_integrity_error_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=f"SHA-256 is {SHA256}, collect.sources names 0000"):
         download(address(server), "0" * 64)
     assert [path.name for path in (tmp_path / ".gptpipe/downloads").iterdir()] == [f"{'0' * 64}.lock"]
 
 
-def test_two_runs_that_want_one_file_fetch_it_once(server: Server) -> None:
-    """Both once wrote to one part: the first said that the checksum was wrong, the second that the file was gone."""
+def test_two_runs_download_a_file_once(server: Server) -> None:
+    """Both once wrote to one part file: the first reported a wrong checksum, the second a missing file."""
     server.script = ["late"]
     with ThreadPoolExecutor(2) as pool:
         paths = list(pool.map(download, [address(server)] * 2, [SHA256] * 2))
@@ -205,8 +220,8 @@ def test_two_runs_that_want_one_file_fetch_it_once(server: Server) -> None:
     assert server.asked == [None]
 
 
-def test_what_is_kept_needs_no_lock_and_a_lock_that_cannot_be_made_is_told(server: Server, tmp_path: Path) -> None:
-    """A store of downloads may be read-only."""
+def test_a_kept_file_needs_no_lock_and_a_failed_lock_is_a_resource_error(server: Server, tmp_path: Path) -> None:
+    """The folder of downloads may be read-only."""
     folder = tmp_path / ".gptpipe/downloads"
     (folder / f"{SHA256}.lock").mkdir(parents=True)
     with pytest.raises(ResourceError, match=f"{SHA256}: cannot write: "):
@@ -217,7 +232,7 @@ def test_what_is_kept_needs_no_lock_and_a_lock_that_cannot_be_made_is_told(serve
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_full_disk_is_told_at_once_and_the_rerun_goes_on(server: Server) -> None:
+def test_a_full_disk_is_an_error_at_once_and_a_rerun_resumes(server: Server) -> None:
     program = """
 import resource, sys
 from gptpipe.collect.downloads import download
@@ -235,14 +250,14 @@ except ResourceError as error:
     assert server.asked[1] == "bytes=100000-"
 
 
-def test_a_part_that_was_whole_already(server: Server, tmp_path: Path) -> None:
+def test_a_complete_part_is_accepted(server: Server, tmp_path: Path) -> None:
     part = tmp_path / ".gptpipe/downloads" / f"{SHA256}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(BODY)
     assert download(address(server), SHA256).read_bytes() == BODY
 
 
-def test_source_url(server: Server, collect_params: MakeParams) -> None:
+def test_a_url_source_is_downloaded_and_read(server: Server, collect_params: MakeParams) -> None:
     params = collect_params({"kind": "url", "url": address(server), "sha256": SHA256, "document": "line"})
     assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == BODY.decode().splitlines()
     assert fingerprint(params.sources) == {address(server): SHA256}
@@ -261,7 +276,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of datasets
-def test_source_huggingface(
+def test_a_huggingface_source_is_read(
     tmp_path: Path, dataset: dict[str, Any], collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = collect_params(dataset)

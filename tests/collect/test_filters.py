@@ -1,4 +1,4 @@
-"""Filters, each on either side of its threshold, with the words of the rejection; lines that go; reports/collect.md."""
+"""Filters: values on both sides of each limit, removed lines, and reports/collect.md."""
 
 import json
 from collections.abc import Callable
@@ -27,9 +27,8 @@ TABLE: list[tuple[str, Any, str, str, str]] = [
     ("stop_words", 2, "The cat, (and) the dog", "the cat, the dog", "1, allowed is at least 2"),
     ("sentences", 3, 'One. "Two!" Three? No', "One.two. Three? No", "2, allowed is at least 3"),
     ("duplicate_lines", (0.3, 1), "a\nb\nc\na", "a\nb\na", "0.3333, allowed is at most 0.3"),
-    ("duplicate_paragraphs", (0.3, 1), "a\nb\n\nc\n\nd\n\na\nb", "a\nb\n\nc\n\na\nb",
-     "0.3333, allowed is at most 0.3"),
-]  # fmt: skip
+    ("duplicate_paragraphs", (0.3, 1), "a\nb\n\nc\n\nd\n\na\nb", "a\nb\n\nc\n\na\nb", "0.3333, allowed is at most 0.3"),
+]
 CHARACTERS = [
     ("duplicate_lines", (1, 0.2), "ab\ncdefgh\nab", "abc\ncdefgh\nabc", 3 / 12),
     ("duplicate_paragraphs", (1, 0.2), "ab\n\ncdefgh\n\nab", "abc\n\ncdefgh\n\nabc", 3 / 12),
@@ -38,15 +37,21 @@ CHARACTERS = [
     ("top_ngrams", (1, 0.2, 1), "a b c x a b c " + "y" * 23, "a b c x a b c " + "y" * 22, 6 / 29),
     ("top_ngrams", (1, 1, 0.2), "a b c d x a b c d " + "y" * 31, "a b c d x a b c d " + "y" * 30, 8 / 39),
     *(
-        ("duplicate_ngrams", tuple(0.2 if n == size else 1 for n in range(5, 11)),
-         f"{run} x {run} {'y' * (3 * size - 1)}", f"{run} x {run} {'y' * (3 * size - 2)}", size / (5 * size - 1))
-        for size in range(5, 11) for run in [" ".join("abcdefghij"[:size])]
+        (
+            "duplicate_ngrams",
+            tuple(0.2 if n == size else 1 for n in range(5, 11)),
+            f"{run} x {run} {'y' * (3 * size - 1)}",
+            f"{run} x {run} {'y' * (3 * size - 2)}",
+            size / (5 * size - 1),
+        )
+        for size in range(5, 11)
+        for run in [" ".join("abcdefghij"[:size])]
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "setting", "good", "bad", "why"), TABLE)
-def test_a_filter_rejects_what_is_beyond_its_threshold(name: str, setting: Any, good: str, bad: str, why: str) -> None:
+def test_a_filter_rejects_values_beyond_its_limit(name: str, setting: Any, good: str, bad: str, why: str) -> None:
     assert fault(good, filters(**{name: setting})) is None
     assert fault(bad, filters(**{name: setting})) == (name, why)
     assert fault(bad, filters()) is None
@@ -59,37 +64,39 @@ def test_repetition_is_counted_in_characters(name: str, setting: Any, good: str,
 
 
 def test_characters_in_overlapping_ngrams_count_once() -> None:
-    """Twelve equal words hold seven repeats of the 5-gram, which cover eleven of the words."""
+    """Twelve equal words contain seven repeats of the 5-gram, which cover eleven of the words."""
     most = filters(duplicate_ngrams=(0.9, 1, 1, 1, 1, 1))
     assert fault("a " * 12, most) == ("duplicate_ngrams", "0.9167, allowed is at most 0.9")
 
 
-def test_words_that_stand_once_are_no_top_ngram() -> None:
+def test_an_ngram_that_occurs_once_is_no_top_ngram() -> None:
     assert fault("two words", filters(top_ngrams=(0, 0, 0))) is None
 
 
-@pytest.mark.parametrize(("phrase", "found"), [("{", True), ("lorem IPSUM", True), ("javascript", False)])
-def test_phrases_reject_a_document(phrase: str, found: bool) -> None:
-    why = ("phrases", f"has {phrase!r}") if found else None
+@pytest.mark.parametrize(("phrase", "is_in_text"), [("{", True), ("lorem IPSUM", True), ("javascript", False)])
+def test_phrases_reject_a_document(phrase: str, is_in_text: bool) -> None:
+    why = ("phrases", f"has {phrase!r}") if is_in_text else None
     assert fault("Lorem ipsum { dolor", filters(phrases=(phrase,))) == why
 
 
-def test_lines_go_and_the_rest_stays() -> None:
+def test_boilerplate_lines_are_removed() -> None:
     text = (
         "Home\n\nA line of five words.\nFour words are few.\n\n\nWithout JavaScript this is all.\n\n"
         'He said "and so on"\nno'
     )
     for setting, kept in (
-        ({"drop_lines_below": 5}, "A line of five words.\n\nWithout JavaScript this is all.\n\nHe said \"and so on\""),
-        ({"drop_lines_unfinished": True},
-         "A line of five words.\nFour words are few.\n\nWithout JavaScript this is all.\n\nHe said \"and so on\""),
+        ({"drop_lines_below": 5}, 'A line of five words.\n\nWithout JavaScript this is all.\n\nHe said "and so on"'),
+        (
+            {"drop_lines_unfinished": True},
+            'A line of five words.\nFour words are few.\n\nWithout JavaScript this is all.\n\nHe said "and so on"',
+        ),
         ({"drop_lines_with": ("javascript", "home", "line", "few")}, 'He said "and so on"\nno'),
-    ):  # fmt: skip
+    ):
         assert without_boilerplate(text, filters(**setting)) == kept
     assert without_boilerplate(text, filters(words=(1, 2))) == text
 
 
-def test_clean_rejects_by_filters_after_boilerplate_is_gone(collect_params: Callable[..., CollectParams]) -> None:
+def test_filters_apply_after_boilerplate_is_removed(collect_params: Callable[..., CollectParams]) -> None:
     params = collect_params({"kind": "python-docs"}, filters={"drop_lines_below": 2, "words": (3, 9)})
     assert clean(["menu\nthree words here"], params) == ["three words here"]
     words, empty = clean(["menu\ntwo words", "menu\nlogin"], params)
@@ -104,8 +111,7 @@ def test_rejections_are_reported_by_source_with_examples(
     lines = ["a good line of words", "tiny", *(f"number {i}" for i in range(5)), "a good line of words", "x" * 999]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, "\ud800|`x`"]))
     (tmp_path / "b.txt").write_text("one more good line\n\n")
-    sources = [{"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",)},
-               {"kind": "text", "paths": (f"{tmp_path}/b.txt",)}]  # fmt: skip
+    sources = [{"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",)}, {"kind": "text", "paths": (f"{tmp_path}/b.txt",)}]
     params = collect_params(*sources, min_document_bytes=5, filters={"words": (3, 9)})
     for name in ("raw", "again"):
         counts = collect(params, tmp_path / name, tmp_path / f"{name}.md")

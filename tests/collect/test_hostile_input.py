@@ -1,4 +1,4 @@
-"""The table of hostile inputs: each alone, and among 99 good documents, through the whole of collect."""
+"""Hostile inputs through the whole stage collect: each alone, and after 99 good documents."""
 
 import bz2
 import gzip
@@ -55,7 +55,7 @@ TABLE: dict[str, tuple[bytes, dict[str, int] | str]] = {
 
 @pytest.fixture
 def collected(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> Callable[..., dict[str, int]]:
-    """Collects the file `hostile`, alone or after 99 good lines."""
+    """Collect the file `hostile`, alone or after 99 good lines."""
 
     def run(alone: bool, kind: str = "text", **keys: Any) -> dict[str, int]:
         (tmp_path / "good.txt").write_text("\n".join(GOOD))
@@ -93,7 +93,9 @@ def check(run: Callable[[], dict[str, int]], outcome: dict[str, int] | str, alon
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
 @pytest.mark.parametrize("name", TABLE)
-def test_a_file(collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, alone: bool) -> None:
+def test_a_hostile_text_file(
+    collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, alone: bool
+) -> None:
     monkeypatch.setattr(opening, "_FREE_BYTES", 1 << 20)
     content, outcome = TABLE[name]
     (tmp_path / "hostile").write_bytes(content)
@@ -115,14 +117,18 @@ def test_a_file(collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
     ],
     ids=["lone surrogate", "no text", "20 MB", "not json", "invalid utf-8", "elf", "nul", "empty"],
 )
-def test_a_line_of_json(collected, tmp_path: Path, line: bytes, outcome: dict[str, int] | str, alone: bool) -> None:
+def test_a_hostile_line_of_json(
+    collected, tmp_path: Path, line: bytes, outcome: dict[str, int] | str, alone: bool
+) -> None:
     (tmp_path / "hostile").write_bytes(line)
     check(lambda: collected(alone, "jsonl"), outcome, alone, tmp_path / "raw")
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
 @pytest.mark.parametrize("kind", ["loop", "fifo", "folder", "dangling link", "link out"])
-def test_what_is_no_file_is_named_and_nothing_hangs(collected, tmp_path: Path, kind: str, alone: bool) -> None:
+def test_a_path_that_is_no_regular_file_is_an_error_and_nothing_hangs(
+    collected, tmp_path: Path, kind: str, alone: bool
+) -> None:
     path = tmp_path / "hostile"
     if kind == "loop":
         path.symlink_to(path)
@@ -146,7 +152,7 @@ def test_equal_and_nearly_equal_documents(collected, tmp_path: Path, alone: bool
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
-def test_a_windows_file_has_the_id_of_its_clean_twin(collected, tmp_path: Path, alone: bool) -> None:
+def test_byte_order_mark_and_line_ends_do_not_change_the_id(collected, tmp_path: Path, alone: bool) -> None:
     (tmp_path / "hostile").write_bytes(TABLE["byte order mark and crlf"][0])
     collected(alone)
     table = pq.read_table(tmp_path / "raw/docs-00000.parquet")
@@ -154,7 +160,7 @@ def test_a_windows_file_has_the_id_of_its_clean_twin(collected, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
-def test_bytes_that_are_replaced_are_counted(collected, tmp_path: Path, alone: bool) -> None:
+def test_documents_with_replaced_bytes_are_counted(collected, tmp_path: Path, alone: bool) -> None:
     (tmp_path / "hostile").write_bytes(TABLE["invalid utf-8"][0])
     counts = collected(alone, encoding_errors="replace")
     assert counts["with_replacement_character"] == 1
@@ -170,15 +176,18 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\
     ("texts", "options", "outcome"),
     [
         (["a" * 100] * 20_000, {}, "hostile: grows to more than 200 times its size; "),
-        (["a" * (1 << 20) + str(i) for i in range(4)], {"use_dictionary": False, "compression": "zstd"},
-         "hostile: grows to more than 200 times its size; "),
+        (
+            ["a" * (1 << 20) + str(i) for i in range(4)],
+            {"use_dictionary": False, "compression": "zstd"},
+            "hostile: grows to more than 200 times its size; ",
+        ),
         (NOT_UTF8, {}, "hostile, column `text`, row 1: not UTF-8 at byte 3; "),
         (pa.array([None], pa.string()), {}, {"rejected_no_text": 1}),
         (pa.array([], pa.string()), {}, {}),
     ],
     ids=["dictionary bomb", "zstd bomb", "invalid utf-8", "no text", "empty"],
-)  # fmt: skip
-def test_a_table(
+)
+def test_a_hostile_parquet_file(
     collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: Any, options: Any, outcome: Any, alone: bool
 ) -> None:
     monkeypatch.setattr(opening, "_FREE_BYTES", 1 << 20)
@@ -186,7 +195,7 @@ def test_a_table(
     check(lambda: collected(alone, "parquet"), outcome, alone, tmp_path / "raw")
 
 
-def test_a_table_with_a_column_whose_name_is_not_utf8(collected, tmp_path: Path) -> None:
+def test_a_parquet_file_with_a_column_name_that_is_not_utf8(collected, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["fine"], "other": ["fine"]}), tmp_path / "hostile")
     content = (tmp_path / "hostile").read_bytes()
     (tmp_path / "hostile").write_bytes(content.replace(b"other", b"oth\xffr"))
@@ -194,17 +203,17 @@ def test_a_table_with_a_column_whose_name_is_not_utf8(collected, tmp_path: Path)
         collected(True, "parquet")
 
 
-def test_a_table_whose_rows_name_one_long_text_is_read_in_small_parts(
+def test_a_parquet_file_whose_rows_share_one_long_text_is_read_in_small_batches(
     tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2 KB of file for 200 MB of text, under a limit of the address space; allowed to grow, it is one document."""
+    """2 KB of file contain 200 MB of text. With max_expansion raised it is one document, under a memory limit."""
     monkeypatch.setattr(sources, "_MEMORY", 160 << 20)
     pq.write_table(pa.table({"text": ["a" * 200_000] * 1000}), tmp_path / "hostile")
     counts = collected(True, "parquet", max_expansion=1_000_000)
     assert (counts["documents"], counts["rejected_duplicate"]) == (1, 999)
 
 
-def test_a_table_that_needs_too_much_memory(tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parquet_file_that_needs_too_much_memory(tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_MEMORY", 80 << 20)
     pq.write_table(pa.table({"text": ["a" * (60 << 20)]}), tmp_path / "hostile", compression="zstd")
     with pytest.raises(InputError, match=r"hostile: needs more than \d+ MiB of memory to read: it is damaged"):
@@ -213,19 +222,19 @@ def test_a_table_that_needs_too_much_memory(tmp_path: Path, collected, monkeypat
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
 @pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gz"])
-def test_a_table_that_crashes_its_reader(
+def test_a_parquet_file_that_crashes_its_reader(
     collected, tmp_path: Path, capfd: pytest.CaptureFixture[str], packed: Callable[[bytes], bytes], alone: bool
 ) -> None:
-    """An exception in C++ that nobody catches once ended the process with SIGABRT."""
+    """An uncaught C++ exception once ended the process with SIGABRT."""
     (tmp_path / "hostile").write_bytes(packed((FIXTURES / "native-crash.parquet").read_bytes()))
     check(lambda: collected(alone, "parquet"), "hostile: its reader crashed (SIGABRT)", alone, tmp_path / "raw")
     assert "terminate called" not in capfd.readouterr().err
 
 
-def test_names_of_files_cannot_break_a_message_or_the_report(
+def test_file_names_cannot_break_a_message_or_the_report(
     tmp_path: Path, collect_params: Callable[..., CollectParams]
 ) -> None:
-    """Also among what is rejected: a name that is not UTF-8 once could not be written into the notes of a shard."""
+    """Names in rejections, too: a name that is not UTF-8 once could not be written next to a shard."""
     (tmp_path / "good.txt").write_text("good")
     folder = tmp_path / "new\nline"
     folder.mkdir()

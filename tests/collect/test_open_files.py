@@ -1,4 +1,4 @@
-"""Compressed files, archives and remote addresses: the same texts as the plain file, and nothing that can hurt."""
+"""Compressed files, archives and remote addresses: the same texts as in the plain file, and bounded resources."""
 
 import bz2
 import functools
@@ -69,19 +69,19 @@ def parquet(texts: list[str]) -> bytes:
 
 @pytest.fixture
 def texts(collect_params: MakeParams) -> Callable[..., list[str]]:
-    """Reads an address; a rejected text is given as `-reason`."""
+    """Read an address; a rejected text is returned as `-reason`."""
 
     def read_all(address: str, kind: str = "text", digests: dict[str, str] | None = None, **changed: Any) -> list[str]:
         keys = {"document": "line"} if kind == "text" else {}
         params = collect_params({"kind": kind, "paths": (address,), **keys}, **changed)
-        found = chain.from_iterable(read(params.sources[0], params, Counter(), {} if digests is None else digests))
-        return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in found]
+        results = chain.from_iterable(read(params.sources[0], params, Counter(), {} if digests is None else digests))
+        return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in results]
 
     return read_all
 
 
 @pytest.mark.parametrize("name", [*COMPRESS, "tar", "tar.gz", "tar.zst", "zip", "gz in tar", "zst in zip"])
-def test_packed_text_is_the_plain_text(tmp_path: Path, texts, name: str) -> None:
+def test_compressed_and_archived_text_equals_the_plain_text(tmp_path: Path, texts, name: str) -> None:
     half = TEXT.index(b"\n", len(TEXT) // 2)
     members = {"b.txt": TEXT[:half], "a/../../c.txt": TEXT[half + 1 :]}
     packed = {
@@ -98,7 +98,7 @@ def test_packed_text_is_the_plain_text(tmp_path: Path, texts, name: str) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_json_and_parquet_may_be_packed_too(tmp_path: Path, texts) -> None:
+def test_json_and_parquet_may_be_compressed(tmp_path: Path, texts) -> None:
     (tmp_path / "a").write_bytes(gzip.compress(b"\n".join(json.dumps({"text": line}).encode() for line in LINES)))
     assert texts(f"{tmp_path}/a", "jsonl") == LINES
     for content in (zip_({"x.parquet": parquet(LINES)}), tar({"x.parquet": parquet(LINES)}, "w:gz")):
@@ -106,7 +106,7 @@ def test_json_and_parquet_may_be_packed_too(tmp_path: Path, texts) -> None:
         assert texts(f"{tmp_path}/b", "parquet") == LINES
 
 
-def test_two_frames_one_after_the_other_are_one_text(tmp_path: Path, texts) -> None:
+def test_two_compressed_frames_are_one_text(tmp_path: Path, texts) -> None:
     for compress in COMPRESS.values():
         (tmp_path / "file").write_bytes(compress(TEXT[:1000]) + compress(TEXT[1000:]))
         assert texts(str(tmp_path / "file")) == LINES
@@ -135,7 +135,9 @@ def test_a_flipped_bit_in_a_compressed_file_is_an_input_error(tmp_path: Path, te
 
 
 @pytest.mark.parametrize("name", [*COMPRESS, "tar.gz", "zip", "gz in zip", "many in zip"])
-def test_a_bomb_stops_at_the_ratio(tmp_path: Path, texts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_stops_at_max_expansion(
+    tmp_path: Path, texts, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(opening, "_FREE_BYTES", 4 << 20)
     zeros = b"a" * (8 << 20)
     content = {
@@ -151,7 +153,7 @@ def test_a_bomb_stops_at_the_ratio(tmp_path: Path, texts, name: str, monkeypatch
     assert len(texts(str(tmp_path / "file"), max_expansion=1_000_000)) >= 8
 
 
-def test_links_and_devices_in_an_archive_are_passed_over(tmp_path: Path, texts) -> None:
+def test_links_and_devices_in_an_archive_are_skipped(tmp_path: Path, texts) -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for kind, target in ((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "../x"), (tarfile.FIFOTYPE, "")):
@@ -163,7 +165,7 @@ def test_links_and_devices_in_an_archive_are_passed_over(tmp_path: Path, texts) 
 
 
 def header(name: str, kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
-    """A header of a tar archive, padded content included; `size` may say something else."""
+    """A header of a tar archive with its padded content; `size` replaces the true size."""
     info = tarfile.TarInfo(name)
     info.type, info.size = kind, len(content) if size is None else size
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
@@ -199,7 +201,8 @@ HOSTILE_ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut in a member": (lambda: header("a", tarfile.REGTYPE, b"one", size=2000), "file: a: damaged, .*ends too early"),
     "zip without a name": (lambda: (FIXTURES / "nameless-member.zip").read_bytes(), "file: damaged, .*out of range"),
     "zip with a name that is not UTF-8": (
-        lambda: zip_({"d/\u00fc.txt": b"one"}).replace(b"\xc3\xbc", b"\xff\xff"), "file: damaged, .*can't decode byte",
+        lambda: zip_({"d/\u00fc.txt": b"one"}).replace(b"\xc3\xbc", b"\xff\xff"),
+        "file: damaged, .*can't decode byte",
     ),
     "zip with a large directory": (
         lambda: gzip.compress(zip_({"a": b""}) + bytes(30 << 20) + b"PK\5\6" + bytes(8) + b"\0\0\x90\1" + bytes(6), 1),
@@ -210,12 +213,12 @@ HOSTILE_ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "xz in zip that needs 1.5 GiB": (lambda: zip_({"a": WIDE_XZ}), "file: a: needs more than 160 MiB of memory"),
     "garbage after gzip": (lambda: gzip.compress(b"one") + b"garbage", "file: damaged, truncated or encrypted: "),
     "damaged member": (lambda: zip_({"a": gzip.compress(TEXT)[:-9]}), "file: a: damaged, .*ends too early"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE_ARCHIVES)
-def test_a_hostile_archive_is_one_line_and_takes_little_memory(tmp_path: Path, texts, name: str) -> None:
-    """A pax header of 700 MB in 7 MB once took 2.9 GB; tarfile also ended in silence at a damaged second header."""
+def test_a_hostile_archive_is_a_short_error_and_takes_little_memory(tmp_path: Path, texts, name: str) -> None:
+    """A pax header of 700 MB in a file of 7 MB once took 2.9 GB; tarfile stops silently at a damaged second header."""
     make, words = HOSTILE_ARCHIVES[name]
     (tmp_path / "file").write_bytes(make())
     tracemalloc.start()
@@ -230,7 +233,7 @@ def test_a_hostile_archive_is_one_line_and_takes_little_memory(tmp_path: Path, t
     assert peak < 24 << 20
 
 
-def test_a_long_chain_of_headers_is_no_recursion(tmp_path: Path, texts) -> None:
+def test_a_long_chain_of_headers_needs_no_recursion(tmp_path: Path, texts) -> None:
     chain_of_headers = pax(b"comment=a") * 2000 + header("", tarfile.XGLTYPE, b"11 path=no\n") * 2000
     (tmp_path / "file").write_bytes(chain_of_headers + ONE + END)
     assert texts(str(tmp_path / "file")) == ["one"]
@@ -238,7 +241,7 @@ def test_a_long_chain_of_headers_is_no_recursion(tmp_path: Path, texts) -> None:
 
 @pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_names_and_large_numbers_in_tar(tmp_path: Path, collect_params: MakeParams, format_: int) -> None:
-    """Members are named as tarfile names them, and a name may be anything."""
+    """Members have the names that tarfile gives them; any characters may occur in a name."""
     names = ["a/" * 100 + "b", "caf\u00e9", "caf\udce9", "new\nline", "c" * 3000]
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=format_) as archive:
@@ -248,8 +251,8 @@ def test_long_names_and_large_numbers_in_tar(tmp_path: Path, collect_params: Mak
             archive.addfile(info, io.BytesIO(b"\0text"))
     (tmp_path / "file").write_bytes(file.getvalue())
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/file",)})
-    found = chain.from_iterable(read(params.sources[0], params, Counter(), {}))
-    assert [text.detail for text in found if isinstance(text, Rejected)] == [
+    results = chain.from_iterable(read(params.sources[0], params, Counter(), {}))
+    assert [text.detail for text in results if isinstance(text, Rejected)] == [
         f"{tmp_path}/file: {name}" for name in names
     ]
 
@@ -259,8 +262,8 @@ def test_zeros_after_gzip_are_padding(tmp_path: Path, texts) -> None:
     assert texts(str(tmp_path / "file")) == ["one", "two"]
 
 
-def test_memory_does_not_grow_with_what_comes_out(tmp_path: Path) -> None:
-    """300 MB of one line in a small file: read in pieces, under a limit of the address space."""
+def test_memory_does_not_grow_with_the_decompressed_size(tmp_path: Path) -> None:
+    """One line of 300 MB in a small file is read in pieces, under a limit of the address space."""
     with gzip.open(tmp_path / "line.gz", "wb", 1) as file:
         for _ in range(300):
             file.write(b"ab c" * (1 << 18))
@@ -278,14 +281,17 @@ print(sum(len(text) for texts in read(params.sources[0], params, Counter(), {}) 
 """
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "line.gz"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(done.stdout) == 300 << 20
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """The folder tmp_path over real HTTP, without ranges."""
+    """Serves the folder tmp_path over real HTTP, without ranges."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -300,7 +306,9 @@ def server(tmp_path: Path) -> Iterator[str]:
     serving.server_close()
 
 
-def test_http(tmp_path: Path, texts, server: str, collect_params: MakeParams) -> None:
+def test_http_files_are_read_and_their_digests_stored(
+    tmp_path: Path, texts, server: str, collect_params: MakeParams
+) -> None:
     packed = {"a.txt": TEXT, "b.txt.gz": gzip.compress(TEXT), "c.zip": zip_({"x": TEXT}), "d.tar": tar({"x": TEXT})}
     for name, content in packed.items():
         (tmp_path / name).write_bytes(content)
@@ -309,13 +317,13 @@ def test_http(tmp_path: Path, texts, server: str, collect_params: MakeParams) ->
         assert digests == {f"{server}/{name}": hashlib.sha256(content).hexdigest()}
     (tmp_path / "e.parquet").write_bytes(parquet(LINES))
     assert texts(f"{server}/e.parquet", "parquet") == LINES
-    with pytest.raises(InputError, match=r"/none\.txt: cannot read: 404, .*none\.txt'; mend"):
+    with pytest.raises(InputError, match=r"/none\.txt: cannot read: 404, .*none\.txt'; fix"):
         texts(f"{server}/none.txt")
     params = collect_params({"kind": "text", "paths": (f"{server}/a.txt",)})
     assert fingerprint(params.sources) == {}
 
 
-def test_a_server_that_is_not_there_is_a_resource_error(texts, server: str) -> None:
+def test_an_unreachable_server_is_a_resource_error(texts, server: str) -> None:
     with pytest.raises(ResourceError, match=r"http://127.0.0.1:1/a: cannot read: Cannot connect to host .*; rerun"):
         texts("http://127.0.0.1:1/a")
 
@@ -324,13 +332,15 @@ def test_a_server_that_is_not_there_is_a_resource_error(texts, server: str) -> N
     ("answer", "error", "words"),
     [
         (b"404 Not Found", InputError, "404"),
-        (b"302 Found\r\nLocation: file:///etc/hostname", InputError, "file:///etc/hostname; mend"),
+        (b"302 Found\r\nLocation: file:///etc/hostname", InputError, "file:///etc/hostname; fix"),
         (b"503 Service Unavailable", ResourceError, "503"),
         (b"200 OK\r\nContent-Length: 99", ResourceError, "not completed"),
     ],
     ids=["404", "to a file", "503", "short"],
 )
-def test_what_a_server_does_wrong(texts, answer: bytes, error: type[GptpipeError], words: str) -> None:
+def test_a_wrong_answer_of_a_server_has_the_right_error(
+    texts, answer: bytes, error: type[GptpipeError], words: str
+) -> None:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.wfile.write(b"HTTP/1.0 " + answer + b"\r\n\r\n" + (b"" if self.command == "HEAD" else b"some"))
@@ -357,8 +367,8 @@ def test_an_unknown_protocol_is_an_input_error(texts) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # raised in a thread of moto or botocore, they leave the other waiting
-def test_s3(tmp_path: Path, texts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against moto's server over HTTP: no S3-compatible server comes with the package registries."""
+def test_s3_files_are_read(tmp_path: Path, texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against moto's server over HTTP: the package registries have no S3-compatible server."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     serving = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -385,7 +395,7 @@ def test_s3(tmp_path: Path, texts, monkeypatch: pytest.MonkeyPatch) -> None:
         serving.stop()
 
 
-def test_gs(texts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gs_files_are_read(texts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against an emulator of Google's storage over HTTP."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     gcsfs = pytest.importorskip("gcsfs")
@@ -407,7 +417,7 @@ def test_gs(texts, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scheme", ["file", "local"])
 def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: str) -> None:
-    """As a remote address it would be read though it is a pipe, or a link to anywhere."""
+    """If it were a remote address, pipes and links to anywhere would be read."""
     (tmp_path / "a.txt").write_text("one")
     assert texts(f"{scheme}://{tmp_path}/a.txt") == ["one"]
     os.mkfifo(tmp_path / "pipe")
@@ -419,7 +429,7 @@ def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: s
 @pytest.mark.parametrize(
     ("work", "path"),
     [
-        ("with opening.seekable(opening._noted('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
+        ("with opening.seekable(opening._buffered('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
         ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
     ],
 )
@@ -442,7 +452,7 @@ except ResourceError as error:
     assert done.stdout.startswith(f"{path}: cannot write: File too large"), done.stderr
 
 
-def test_a_line_of_json_that_no_memory_holds_is_passed_over(tmp_path: Path, texts) -> None:
+def test_a_line_of_json_that_is_too_long_is_rejected(tmp_path: Path, texts) -> None:
     line = json.dumps({"text": "x" * (2 << 20)})
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n{{"text": "two"}}\n')
     assert texts(f"{tmp_path}/a.jsonl", "jsonl", max_document_bytes=1000) == ["one", "-line_too_long", "two"]

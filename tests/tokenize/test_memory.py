@@ -1,4 +1,4 @@
-"""Ten times the text, at most a tenth more memory: tokenize, and split with its overlap."""
+"""Memory of tokenize and split: ten times the text needs at most a tenth more."""
 
 import subprocess
 import sys
@@ -45,11 +45,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
             )
         source = {"kind": "text", "paths": (f"{folder}/lines.txt",), "document": "line"}
         collect(CollectParams.model_validate({**dict(SHIPPED.collect), "sources": (source,)}), folder / "raw")
-        for stage, found in peaks.items():
+        for stage, peaks_of_stage in peaks.items():
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, stage, folder],
-                cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-            )  # fmt: skip
-            found.append(int(done.stdout))
+                cwd=Path(__file__).parents[2],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            peaks_of_stage.append(int(done.stdout))
     for small, large in peaks.values():
         assert large <= 1.1 * small
