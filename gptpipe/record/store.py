@@ -203,7 +203,7 @@ class RunWriter:
                         if run.info.run_id != self.run_id:  # created twice, because an answer came too late
                             self._client.delete_run(run.info.run_id)
                     self._client.set_terminated(self.run_id, status=content)
-                    write_note(self._client, self.run_id)
+                    update_description(self._client, self.run_id)
 
 
 def _steps_by_metric(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
@@ -315,7 +315,7 @@ def _changed_params() -> dict[str, str]:
     return {key: value for key, value in now.items() if before.get(key) != value}
 
 
-def write_note(client: MlflowClient, run_id: str) -> None:
+def update_description(client: MlflowClient, run_id: str) -> None:
     """The run's description in the UI: headline figures, red flags, and how to come back to this run."""
     metrics, tags = (data := client.get_run(run_id).data).metrics, data.tags
     names = [f"{side}/{name}" for side in ("test", "val") for name in ("bits_per_byte", "perplexity", "token_accuracy")]
@@ -345,7 +345,7 @@ def create_run(client: MlflowClient, description: dict[str, Any], name: str, run
     client.log_inputs(run_id, datasets=inputs)
     for path, text in description["texts"].items():
         client.log_text(run_id, text, path)
-    write_note(client, run_id)
+    update_description(client, run_id)
     params = [Param(key, value[:_PARAM_CHARACTERS]) for key, value in description["params"].items()]
     client.log_batch(run_id, params=params)
     return run_id

@@ -37,7 +37,7 @@ from gptpipe.base.files import (
     write_bytes,
     write_json,
 )
-from gptpipe.model.device import shard_like, whole
+from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header
 from gptpipe.shell.console import complain
@@ -45,13 +45,13 @@ from gptpipe.shell.environment import place
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 from gptpipe.shell.locks import disk_errors, sync_folder
 from gptpipe.train.optim import Muon
-from gptpipe.train.state import VALIDATION_FIGURES, Entry, Sample, TrainState, Validation
+from gptpipe.train.state import VALIDATION_METRICS, Entry, Sample, TrainState, Validation
 
 _KEPT = 2
 _STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"
 _MAX_STATE_BYTES = 1 << 28  # the history has 150 bytes for each validation
 _OF_A_STEP = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that are read again
-_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_FIGURES}
+_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_METRICS}
 _OPTIMIZER_TENSORS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     Muon: ("momentum",),
@@ -329,10 +329,10 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
-        tensors[f"model.{name}"] = whole(parameter.detach()).cpu()
+        tensors[f"model.{name}"] = gather(parameter.detach()).cpu()
         for optimizer in state.optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = whole(value).cpu()
+                tensors[f"optimizer.{name}.{key}"] = gather(value).cpu()
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()

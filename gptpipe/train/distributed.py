@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from gptpipe.model.device import autocast, is_out_of_memory, is_sharded, whole
+from gptpipe.model.device import autocast, gather, is_out_of_memory, is_sharded
 from gptpipe.model.gpt import GPT
 from gptpipe.shell.console import complain, console
 from gptpipe.shell.environment import attempt, place
@@ -104,7 +104,7 @@ def whole_model(model: GPT) -> GPT:
     with torch.random.fork_rng(devices=[]), model.embedding.weight.device:
         copy = GPT(model.params, model.vocab_size)
     for name, parameter in model.named_parameters():
-        copy.get_parameter(name).data.copy_(whole(parameter.detach()))
+        copy.get_parameter(name).data.copy_(gather(parameter.detach()))
     return copy
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptpipe.model.device import autocast, is_out_of_memory, whole
+from gptpipe.model.device import autocast, gather, is_out_of_memory
 from gptpipe.shell.environment import place
 from gptpipe.shell.errors import NumericError, ResourceError, SpikeError
 from gptpipe.train import distributed
@@ -106,7 +106,7 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     micro_batch_size = state.micro_batch_size
     loss = distributed.all_reduce(_backward(state, plan, tokens, targets, part.start)).item()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients)).item()
+    norm = gather(nn.utils.get_total_norm(gradients)).item()
     if fault := _fault(loss, norm, state.steps[-_RECENT:], params.spike_sigmas):
         model.zero_grad(set_to_none=True)
         kind = SpikeError if math.isfinite(loss) and math.isfinite(norm) else NumericError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gptpipe.model.device import shard_like, whole
+from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT, qkv_widths
 from gptpipe.train.params import TrainParams
 
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[parameter]["momentum"] = torch.zeros_like(parameter)
                 buffers = [self.state[parameter]["momentum"] for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - _MOMENTUM)
-                nesterov = [whole(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
+                nesterov = [gather(x) for x in torch._foreach_lerp(gradients, buffers, _MOMENTUM)]
                 updates = list(map(shard_like, _updates(nesterov, heights), parameters))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"])

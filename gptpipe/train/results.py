@@ -15,7 +15,7 @@ from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.inputs import Start
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
-from gptpipe.train.state import VALIDATION_FIGURES, Sample, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, Sample, TrainState
 
 
 def write_model(
@@ -93,6 +93,6 @@ def _steps(state: TrainState) -> pd.DataFrame:
 def _validations(state: TrainState) -> pd.DataFrame:
     """Each validation, with the mean training loss since the one before."""
     found = (metrics for _, _, metrics in state.journal if "val/loss" in metrics)
-    rows = [(validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_FIGURES))
+    rows = [(validation.step, validation.train_loss, *(metrics[f"val/{name}"] for name in VALIDATION_METRICS))
             for validation, metrics in zip(state.history, found, strict=True)]  # fmt: skip
-    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_FIGURES[1:]])
+    return pd.DataFrame(rows, columns=["step", "train_loss", "val_loss", *VALIDATION_METRICS[1:]])

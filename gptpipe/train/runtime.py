@@ -15,8 +15,9 @@ import torch
 
 from gptpipe import __version__
 from gptpipe.base.code import code_digest
+from gptpipe.model.cpu_kernels import LinearCrossEntropy
 from gptpipe.model.device import available_memory, best_device, is_sharded
-from gptpipe.model.gpt import GPT, LinearCrossEntropy
+from gptpipe.model.gpt import GPT
 from gptpipe.model.params import ModelParams
 from gptpipe.shell.environment import place
 from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError

@@ -18,7 +18,7 @@ from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
 from gptpipe.score.continuations import continue_text
-from gptpipe.score.metrics import Figures, figures
+from gptpipe.score.metrics import compute_metrics
 from gptpipe.score.scoring import score
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, place, project_root
@@ -32,7 +32,7 @@ from gptpipe.train.optim import build_optimizers
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
 from gptpipe.train.results import samples_table, summarise, write_model, write_reports
-from gptpipe.train.state import VALIDATION_FIGURES, Entry, Metrics, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, Entry, Metrics, TrainState
 
 _ROLL_BACKS = 3  # to one checkpoint; more would not help
 _MAX_TOKENIZER_BYTES = 1 << 27  # of a tokenizer.json; that of Llama 3 has 9 MB
@@ -54,11 +54,11 @@ OpenRecord = Callable[[str | None, Manifest, dict[str, Any]], AbstractContextMan
 
 
 @distributed.together()
-def train_model(params: RunParams, source: Path, target: Path, reports: Path, open_record: OpenRecord) -> Figures:
+def train_model(params: RunParams, source: Path, target: Path, reports: Path, open_record: OpenRecord) -> Metrics:
     """Train a model on the split in `source`; write it to `target`, its curves to `reports`.
 
     Continues a stopped training of the same parameters and data. Of a finished one it only writes the results again.
-    Returns the best validation figures. Under torchrun, every rank calls it and rank 0 writes. Raises Interrupted after
+    Returns the best validation metrics. Under torchrun, every rank calls it and rank 0 writes. Raises Interrupted after
     a signal, with the state saved, and what the called modules raise.
     """
     section, share = params.train, distributed.share(params.train)
@@ -125,7 +125,7 @@ def train_model(params: RunParams, source: Path, target: Path, reports: Path, op
                 record.tags({"best_step": str(summary["best_step"])})
         if place().rank == 0:
             mark_finished(folder, run_id, where.describe())
-    best: Figures = summary["val"]
+    best: Metrics = summary["val"]
     return best
 
 
@@ -224,8 +224,8 @@ class _Training:
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
-        found = figures(scores.by_document, self.begin.val.documents)
-        self.log(self.state.step, {f"val/{name}": found[name] for name in VALIDATION_FIGURES})
+        found = compute_metrics(scores.by_document, self.begin.val.documents)
+        self.log(self.state.step, {f"val/{name}": found[name] for name in VALIDATION_METRICS})
         return distributed.from_first(found["loss"])
 
     def report(self) -> None:

@@ -9,7 +9,7 @@ from gptpipe.model.gpt import GPT
 
 Metrics = dict[str, float]
 Entry = tuple[int, int, Metrics]  # step, milliseconds since 1970, what was logged
-VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # those that a training keeps
+VALIDATION_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # those that a training keeps
 Sample = tuple[int, str, str]  # step, prompt, continuation
 
 

@@ -20,7 +20,7 @@ from browser import browser  # noqa: F401  (a fixture)
 from gptpipe.base.files import read_manifest
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.registry import record_evaluation
-from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
+from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
 from gptpipe.record.run import training_run
 from gptpipe.record.store import connect
 from gptpipe.train.session import train_model
@@ -28,7 +28,7 @@ from gptpipe.train.session import train_model
 pytestmark = pytest.mark.usefixtures("project")
 
 COLUMNS = ["test/bits_per_byte", "val/bits_per_byte", "val/loss", "params_digest", "environment.device", "changed"]
-FIGURES = ["loss", "learning_rate", "gradient_norm", "loss_by_position", "accuracy_by_position",
+CHARTS = ["loss", "learning_rate", "gradient_norm", "loss_by_position", "accuracy_by_position",
            "bits_per_byte_by_source", "calibration", "length_of_documents"]  # fmt: skip
 
 
@@ -46,19 +46,19 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple
         model, reports = Path("models/gpt"), Path("reports")
         train_model(params, toy_split, model, reports, functools.partial(training_run, params))
         run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
-        found = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
-        trained, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
-        figures = draw_figures(reports, trained)
-        page = write_page(reports, trained, params, found.lineage, counts, run_id, figures)
-        record_evaluation(params, found, run_id, page, figures, model)
+        evaluation = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
+        training, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
+        charts = draw_charts(reports, training)
+        page = write_report(reports, training, params, evaluation.split, counts, run_id, charts)
+        record_evaluation(params, params.evaluate, evaluation, run_id, page, charts, model)
     return root, run_id
 
 
-def test_figures_are_with_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     root, run_id = recorded
     monkeypatch.chdir(root)
     names = {Path(file.path).stem for file in connect().list_artifacts(run_id, "figures")}
-    assert names == set(FIGURES)
+    assert names == set(CHARTS)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None
     browser.find_element("css selector", "input[placeholder='Search metric charts']").send_keys("(train|val)/loss$")
     shows(browser, "dapper-owl (train/loss)", "dapper-owl (val/loss)")
     browser.get(f"{run}/artifacts")
-    for name, words in (("samples.json", ["step", "continuation"]), ("figures", [f"{name}.svg" for name in FIGURES])):
+    for name, words in (("samples.json", ["step", "continuation"]), ("figures", [f"{name}.svg" for name in CHARTS])):
         shows(browser, name)
         browser.find_element("xpath", f"//*[text()='{name}']").click()
         shows(browser, *words)

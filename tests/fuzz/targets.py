@@ -40,13 +40,14 @@ from gptpipe.collect.tables import parquet_rows
 from gptpipe.formats.hf_tokenizer import to_tokenizer_json
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
-from gptpipe.model.hf_weights import CONFIG, WEIGHTS, load_model, save_model
+from gptpipe.model.hf_config import CONFIG
+from gptpipe.model.hf_weights import WEIGHTS, load_model, save_model
 from gptpipe.params import load_params
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.session import _check_tokenizer
-from gptpipe.train.state import VALIDATION_FIGURES
+from gptpipe.train.state import VALIDATION_METRICS
 
 from . import mutations
 from .engine import Target
@@ -316,7 +317,7 @@ def _checkpoint_seeds(name: str) -> Callable[[Path], list[bytes]]:
         checkpoints = Checkpoints(folder / "checkpoints", {"threads": 1})
         state.note_validation(3.5, 1.0)
         state.journal.append((1, 1_700_000_000_000, {"train/loss": 3.0, "train/grad_norm": 1.0, "train/lr": 0.1}))
-        state.journal.append((1, 1_700_000_000_000, {f"val/{name}": 3.5 for name in VALIDATION_FIGURES}))
+        state.journal.append((1, 1_700_000_000_000, {f"val/{name}": 3.5 for name in VALIDATION_METRICS}))
         checkpoints.save_best(state.model, 1)
         checkpoints.save(state, {"run_id": "abc"})
         return [(folder / _STEP / name).read_bytes()]

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptpipe.model.gpt import GPT, TanhGELU, document_mask, gelu, rotary_tables, rotate
+from gptpipe.model.cpu_kernels import TanhGELU
+from gptpipe.model.gpt import GPT, document_mask, gelu, rotary_tables, rotate
 
 every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
 
 
 def test_rotary_tables_of_two_frequencies() -> None:
-    cos, sin = rotary_tables(n_positions=3, head_width=4, theta=100.0)
+    cos, sin = rotary_tables(n_positions=3, head_dim=4, theta=100.0)
     angles = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.1, 1.0, 0.1], [2.0, 0.2, 2.0, 0.2]])
     torch.testing.assert_close(cos, angles.cos())
     torch.testing.assert_close(sin, angles.sin())

@@ -1,4 +1,4 @@
-"""The Hugging Face layout, out and in, with `transformers` itself as the judge."""
+"""The Hugging Face hf_weights, out and in, with `transformers` itself as the judge."""
 
 import json
 import os
@@ -15,10 +15,11 @@ from torch import Tensor
 from gptpipe.base.files import new_folder
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.formats.tokenizer import Tokenizer
-from gptpipe.model import hf_weights as layout
+from gptpipe.model import hf_weights
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
-from gptpipe.model.hf_weights import from_config, initialise_from, load_model, save_model
+from gptpipe.model.hf_config import params_of
+from gptpipe.model.hf_weights import initialise_from, load_model, save_model
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
@@ -249,7 +250,7 @@ def test_what_a_configuration_leaves_out_is_as_transformers_has_it(tmp_path: Pat
     for key in ("tie_word_embeddings", "attention_dropout", "attention_bias", "n_inner", "rope_parameters"):
         config.pop(key, None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ours, theirs = from_config(config, tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = params_of(config, tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     assert ours.tie_embeddings is theirs.tie_word_embeddings
     if ours.architecture == "gpt2":
         assert (ours.n_inner, theirs.n_inner) == (128, None)  # 4 times n_embd
@@ -320,17 +321,17 @@ def test_a_model_beyond_the_memory_is_a_resource_error(tmp_path: Path, monkeypat
     model = tiny.network(50)
     saved(tmp_path, model)
     needed = 4 * model.n_parameters() + 2 * 2 * 16 * 8 * 4  # two tables of 16 positions and 8 numbers
-    monkeypatch.setattr(layout, "available_memory", lambda _: needed)
+    monkeypatch.setattr(hf_weights, "available_memory", lambda _: needed)
     load_model(tmp_path)
-    monkeypatch.setattr(layout, "available_memory", lambda _: needed - 1)
-    monkeypatch.setattr(layout, "_fill", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(hf_weights, "available_memory", lambda _: needed - 1)
+    monkeypatch.setattr(hf_weights, "_copy_weights", lambda *_: pytest.fail("too late"))
     with pytest.raises(ResourceError, match="are available; choose a smaller model"):
         load_model(tmp_path)
 
 
 def test_a_failed_allocation_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, tiny.network())
-    monkeypatch.setattr(layout, "load_file", lambda _: torch.empty(1 << 60))
+    monkeypatch.setattr(hf_weights, "load_file", lambda _: torch.empty(1 << 60))
     with pytest.raises(ResourceError, match="out of memory"):
         load_model(tmp_path)
 

@@ -53,7 +53,7 @@ def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
 def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int) -> None:
     """With documents across windows, a last window of any length, and whatever number of windows goes at once."""
     model, stream = tiny.network(), stream_of(*lengths)
-    monkeypatch.setattr(scoring, "_LOGITS", windows_at_once * 16 * model.vocab_size)
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
     heard: list[int] = []
     scores, expected = score(model, stream, advance=heard.append), by_hand(model, stream)
     nats, hits, n_tokens = scores.by_document
@@ -73,7 +73,7 @@ def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...
 def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
     """And each hears of the same turns, also the parts that have nothing left to score in the last."""
     model, stream = tiny.network(), stream_of(1, 40, 3, 60)
-    monkeypatch.setattr(scoring, "_LOGITS", 16 * model.vocab_size)
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 16 * model.vocab_size)
     whole, heard = score(model, stream), [[] for _ in range(n_parts)]
     parts = [score(model, stream, part=(i, n_parts), advance=heard[i].append) for i in range(n_parts)]
     for name, expected in vars(whole).items():

@@ -23,10 +23,10 @@ from gptpipe.shell.errors import IntegrityError, ResourceError
 from gptpipe.train import checkpoint
 from gptpipe.train.checkpoint import Checkpoints, run_key
 from gptpipe.train.loop import optimizer_step
-from gptpipe.train.state import VALIDATION_FIGURES, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, TrainState
 
 SMALL = {"model__n_embd": 8, "model__n_inner": 8, "model__n_layer": 1, "model__dropout": 0.1}
-VALIDATION = [f"val/{name}" for name in VALIDATION_FIGURES]
+VALIDATION = [f"val/{name}" for name in VALIDATION_METRICS]
 ENVIRONMENT = {"threads": 1, "torch": "9.9"}
 
 
