@@ -30,13 +30,13 @@ from gptpipe.base.files import Manifest, read_manifest, verify
 from gptpipe.base.params import Section
 from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.params import EvaluateParams
-from gptpipe.record.run import send_outbox
+from gptpipe.record.description import describe_run
+from gptpipe.record.outbox import send_outbox
 from gptpipe.record.store import (
     REPRODUCE,
     StoreError,
     connect,
     create_run,
-    describe_run,
     find_run,
     store_errors,
     update_description,

@@ -18,20 +18,29 @@ from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
 from gptpipe.shell.errors import IntegrityError
 
-TITLES = ["Loss", "Learning rate", "Gradient norm", "Loss by position", "Accuracy by position",
-          "Bits per byte by source", "Calibration", "Length of documents"]  # fmt: skip
+TITLES = [
+    "Loss",
+    "Learning rate",
+    "Gradient norm",
+    "Loss by position",
+    "Accuracy by position",
+    "Bits per byte by source",
+    "Calibration",
+    "Length of documents",
+]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
-    """The reports of a short training whose prompt is markup, and whose model flags itself."""
+    """The reports of a short training whose prompt is markup, and which raises a red flag."""
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("project")
         patch.setenv("DVC_ROOT", str(root))
         project = Project(root, toy_split)
         hostile = ("<script>hostile()</script>\n```\n# the\n[a](javascript:b) \x1b[31m",)
-        params = tiny.params(train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None,
-                             evaluate__prompts=hostile)  # fmt: skip
+        params = tiny.params(
+            train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None, evaluate__prompts=hostile
+        )
         project.train(params)
         folder = root / "reports"
         evaluation = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)

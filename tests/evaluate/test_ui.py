@@ -1,4 +1,4 @@
-"""MLflow's pages of a toy run, opened in a browser as `mlflow ui` without flags shows them."""
+"""MLflow's pages of a toy run in a browser, as `mlflow ui` without options shows them."""
 
 import functools
 import json
@@ -28,19 +28,27 @@ from gptpipe.train.session import train_model
 pytestmark = pytest.mark.usefixtures("project")
 
 COLUMNS = ["test/bits_per_byte", "val/bits_per_byte", "val/loss", "params_digest", "environment.device", "changed"]
-CHARTS = ["loss", "learning_rate", "gradient_norm", "loss_by_position", "accuracy_by_position",
-           "bits_per_byte_by_source", "calibration", "length_of_documents"]  # fmt: skip
+CHARTS = [
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "loss_by_position",
+    "accuracy_by_position",
+    "bits_per_byte_by_source",
+    "calibration",
+    "length_of_documents",
+]
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple[Path, str]:
-    """A project's root after stages train and evaluate of an experiment, and the id of its run."""
+    """The root of a project after stages train and evaluate of an experiment, and the id of the run."""
     root = tmp_path_factory.mktemp("recorded")
     (root / ".dvc").mkdir()
     params = tiny.params()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # mlflow itself sets the second
+        for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # MLflow sets the second
             patch.delenv(name, raising=False)
         patch.setenv("DVC_EXP_NAME", "dapper-owl")
         model, reports = Path("models/gpt"), Path("reports")
@@ -63,7 +71,7 @@ def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: p
 
 @pytest.fixture(scope="module")
 def ui(recorded: tuple[Path, str]) -> Iterator[str]:
-    """The address of `mlflow ui`, started in the root; of its flags only the port, so that tests do not meet."""
+    """The address of `mlflow ui`, started in the root; only the port is set, so that tests do not collide."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -74,7 +82,7 @@ def ui(recorded: tuple[Path, str]) -> Iterator[str]:
             env={
                 **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            },  # a dozen processes for nothing
+            },  # it would start a dozen processes
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -95,7 +103,7 @@ def ui(recorded: tuple[Path, str]) -> Iterator[str]:
 
 
 def shows(browser: Any, *words: str) -> None:  # noqa: F811
-    """Wait until the page has all the words."""
+    """Wait until the page contains all words."""
     deadline = time.monotonic() + 120
     while missing := [word for word in words if word not in browser.execute_script("return document.body.innerText")]:
         assert time.monotonic() < deadline, f"{browser.current_url}: no {missing}"
@@ -103,9 +111,9 @@ def shows(browser: Any, *words: str) -> None:  # noqa: F811
 
 
 @pytest.mark.browser
-def test_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
+def test_the_pages_of_a_run_and_of_its_model_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
     run_id = recorded[1]
-    browser.set_window_size(1700, 1000)  # the table makes no columns that are out of sight
+    browser.set_window_size(1700, 1000)  # the table has only the columns that fit
     browser.get(f"{ui}/#/experiments/1/runs")
     shows(browser, "dapper-owl", "All runs with their figures", "split/train", "stages.train")
     browser.find_element("css selector", "[data-component-id='mlflow.assistant.chat_panel.close']").click()

@@ -413,13 +413,13 @@ class _Writer:
 
 
 def _outbox(content: bytes) -> None:
-    from gptpipe.record import run as record
+    from gptpipe.record import outbox
 
-    record.RunWriter = _Writer  # type: ignore[assignment,misc]
+    outbox.RunWriter = _Writer  # type: ignore[assignment,misc]
     folder = Path(".gptpipe", "outbox")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{'0' * 32}.jsonl").write_bytes(content)
-    record.send_outbox()
+    outbox.send_outbox()
 
 
 JSON = (mutations.json_tree,)
