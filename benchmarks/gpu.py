@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from benchmarks import machine
 from benchmarks.default_run import ROOT, copy_project
 from benchmarks.training_speed import HEAD, SHAPES, compare
-from gptpipe.evaluate import charts
+from gptpipe.evaluate.charts import line_chart
 
 GPT2 = (12, 12, 768, 1024, 16, 50304)  # as nanoGPT has it, its vocabulary a multiple of 64
 PACKAGES = (None, "torch", "transformers", "pandas", "mlflow", "sklearn", "sympy", "scipy", "dvc", "ray")
@@ -55,7 +55,7 @@ def main() -> None:
         losses = {"train": "train_loss", "validation": "val_loss"}
         series = {name: (curve["step"].tolist(), curve[column].tolist()) for name, column in losses.items()}
         (results / "gpu.md").write_text(page.getvalue())
-        (results / "gpu.svg").write_text(charts.lines("step", "nats per token", series))
+        (results / "gpu.svg").write_text(line_chart("step", "nats per token", series))
 
 
 def train(folder: Path, shape: tuple[int, ...], n_tokens: int, is_small: bool) -> pd.DataFrame:

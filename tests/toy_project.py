@@ -20,7 +20,7 @@ from gptpipe.base.files import sha256_of
 from gptpipe.base.manifest import Manifest
 from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
-from gptpipe.score.metrics import Figures
+from gptpipe.score.metrics import Metrics
 from gptpipe.shell.console import console
 from gptpipe.shell.environment import rank_info
 from gptpipe.shell.process import run
@@ -62,7 +62,7 @@ class Project:
         self.records: list[ListRecord] = []
         self.stores: list[TCPStore] = []  # that torchrun would keep
 
-    def train(self, params: Params, stop_at: int | None = None) -> Figures:
+    def train(self, params: Params, stop_at: int | None = None) -> Metrics:
         @contextmanager
         def open_record(run_id: str | None, _: Manifest, environment: dict[str, Any]) -> Iterator[ListRecord]:
             record = ListRecord(run_id)

@@ -26,9 +26,11 @@ KILLED, STOPPED, ENDED = 99, 98, 0
 def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
     results: dict[str, Any] = {"val": {"loss": 1.0}, "continuations": {}, "reference_bits_per_byte": {}}
     results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
-    found = Evaluation(results, card="# card", samples="samples", step=7, lineage=LINEAGE)
+    evaluation = Evaluation(results, model_card="# card", samples="samples", step=7, split=LINEAGE)
     name = run_id or uuid.uuid4().hex  # of a run that the store does not know
-    return record_evaluation(params, found, name, "<html/>", {"Loss by position": "<svg/>"}, model)
+    return record_evaluation(
+        params, params.evaluate, evaluation, name, "<html/>", {"Loss by position": "<svg/>"}, model
+    )
 
 
 class Fault(KeyboardInterrupt):

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_ind
 
 from gptpipe.base.files import write_bytes
+from gptpipe.evaluate.charts import thinned
 from gptpipe.record.store import connect, store_errors
 from gptpipe.shell.environment import experiment_name
 from gptpipe.shell.errors import ConfigError, InputError
 
 _CURVES = ("train/loss", "val/loss")
 _OVER = ("step", "tokens", "minutes")
-_POINTS = 200  # of one curve; of a longer one, means of neighbours
 _MORE_IS_BETTER = ("accuracy", "bleu", "rouge_l")
 
 
@@ -87,10 +87,11 @@ def _draw(groups: dict[str, pd.DataFrame]) -> Figure:
 
 @store_errors()
 def _history(run: "pd.Series[str]", metric: str) -> pd.DataFrame:
-    """A run's values of a metric by step: means of neighbours, of `_POINTS` at the most."""
+    """The curve of a metric in a run, over steps, tokens and minutes, thinned for drawing."""
     points = mlflow.MlflowClient().get_metric_history(run["run_id"], metric)
     table = pd.DataFrame([(p.step, p.timestamp, p.value) for p in points], columns=["step", "minutes", "value"])
     per_step = (float(run.get(f"params.{key}", "nan")) for key in ("train.batch_size", "model.context_length"))
     table["tokens"] = table["step"] * math.prod(per_step)
     table["minutes"] = (table["minutes"] - pd.Timestamp(run["start_time"]).timestamp() * 1000) / 60_000
-    return table.groupby(table["step"] // (1 + table["step"].max() // _POINTS)).mean()
+    table = table.sort_values("step")
+    return pd.DataFrame({name: thinned(table[name].tolist()) for name in table})

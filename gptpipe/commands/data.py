@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from gptpipe.base.files import write_bytes
 from gptpipe.base.manifest import MANIFEST, read_manifest
 from gptpipe.base.pages import render_markdown, snippet
-from gptpipe.evaluate import charts
+from gptpipe.evaluate.charts import bar_chart, length_histogram
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 
 _SHOWN, _CHARACTERS = 3, 300  # longest, shortest and random documents; of each
@@ -37,8 +37,8 @@ def view_data(root: Path, seed: int) -> str:
     drawn = np.sort(np.random.default_rng(seed).choice(len(lengths), min(_SHOWN, len(lengths)), replace=False))
     shown = {"longest": order[::-1][:_SHOWN], "shortest": order[:_SHOWN], f"drawn by seed {seed}": drawn}
     texts = _texts(shards, [table.num_rows for table in columns], set(np.concatenate(list(shown.values())).tolist()))
-    exponents, n = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
-    histogram = {f"{2**i:,}": int(many) for i, many in zip(exponents, n, strict=True)}
+    upper_bounds, counts = length_histogram(lengths)
+    histogram = {f"{bound:,}": count for bound, count in zip(upper_bounds.tolist(), counts.tolist(), strict=True)}
     sources = documents.group_by("source").aggregate([("n_bytes", "count"), ("n_bytes", "sum")]).to_pylist()
     reports = root / "reports"
     overlap = json.loads((reports / "split.json").read_bytes()) if (reports / "split.json").exists() else None
@@ -48,7 +48,7 @@ def view_data(root: Path, seed: int) -> str:
         made=made, sources=sources, histogram=histogram, overlap=overlap, lost=lost.partition("\n\n")[2],
         shown={name: [texts[i] for i in rows.tolist()] for name, rows in shown.items()},
     )  # fmt: skip
-    write_bytes(reports / "data.svg", charts.bars("documents of up to so many bytes", histogram).encode())
+    write_bytes(reports / "data.svg", bar_chart("documents of up to so many bytes", histogram).encode())
     write_bytes(reports / "data.md", page.encode())
     return page
 

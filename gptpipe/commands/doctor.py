@@ -27,7 +27,7 @@ from gptpipe.commands import dvc_state
 from gptpipe.evaluate.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME, stored_model
 from gptpipe.evaluate.report import read_training_reports
 from gptpipe.params import load_params
-from gptpipe.record.run import send_outbox
+from gptpipe.record.outbox import send_outbox
 from gptpipe.record.store import find_run, read_run_id, store_errors, without_credentials
 from gptpipe.shell.console import printable
 from gptpipe.shell.environment import experiment_name, project_root, tracking_uri

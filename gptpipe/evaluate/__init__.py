@@ -1,1 +1,1 @@
-"""Stage evaluate: score, sample, report and register the trained model."""
+"""Stage evaluate: score the trained model, sample from it, report on it and register it."""

@@ -1,29 +1,32 @@
-"""Charts as SVG text for the report and the tracking store, in the colour of the text around them."""
+"""Charts as SVG text for the report and the tracking store. They take the colour of the text around them."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_SIZE = (4.4, 2.8)  # inches: readable on a phone, two beside each other on a desk
-_INK = "#010203"  # stands for the colour of the text, until the page says what that is
+_SIZE = (4.4, 2.8)  # inches: readable on a phone, two side by side on a large screen
+_INK = "#010203"  # a placeholder for the colour of the surrounding text
 _COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#6b7280")
-_POINTS = 200  # of one line; of a longer one, means of neighbours
+_MAX_POINTS = 200  # of one line
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
+IntArray = npt.NDArray[np.int64]
 
 
-def lines(x: str, y: str, series: Mapping[str, Line], *, diagonal: bool = False, log_x: bool = False) -> str:
-    """One line for each of `series`; `diagonal` also draws x = y."""
+def line_chart(x: str, y: str, series: Mapping[str, Line], *, diagonal: bool = False, log_x: bool = False) -> str:
+    """One line for each of `series`, by its name; `x` and `y` label the axes. `diagonal` also draws x = y."""
 
     def draw(axes: Axes) -> None:
         for name, (xs, ys) in series.items():
-            axes.plot(_thin(xs), _thin(ys), label=name, linewidth=1.2, marker="." if len(xs) < 40 else None)
+            axes.plot(thinned(xs), thinned(ys), label=name, linewidth=1.2, marker="." if len(xs) < 40 else None)
         if diagonal:
             axes.axline((0, 0), slope=1, color=_INK, linewidth=0.6, linestyle=":")
         if log_x:
@@ -34,8 +37,8 @@ def lines(x: str, y: str, series: Mapping[str, Line], *, diagonal: bool = False,
     return _svg(draw, x, y)
 
 
-def bars(x: str, values: Mapping[str, float]) -> str:
-    """A bar for each name, its value at the end."""
+def bar_chart(x: str, values: Mapping[str, float]) -> str:
+    """A horizontal bar for each name, with its value at the end; `x` labels the axis."""
 
     def draw(axes: Axes) -> None:
         container = axes.barh(list(values), list(values.values()), color=_COLOURS[0], height=0.6)
@@ -47,10 +50,19 @@ def bars(x: str, values: Mapping[str, float]) -> str:
 
 
 def _svg(draw: Callable[[Axes], None], x: str, y: str) -> str:
-    """Equal input gives equal bytes. Text stays text; ids that only matplotlib needs go."""
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": x + y, "font.size": 8, "axes.spines.top": False,
-             "axes.spines.right": False, **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor",
-             "xtick.color", "ytick.color"), _INK)}  # fmt: skip
+    """The SVG of what `draw` draws. Equal input gives equal bytes. Text stays text; ids and metadata are removed."""
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": x + y,
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+    }
     with rc_context(style), io.StringIO() as page:
         figure = Figure(_SIZE, layout="constrained")
         axes = figure.add_subplot()
@@ -63,6 +75,13 @@ def _svg(draw: Callable[[Axes], None], x: str, y: str) -> str:
     return svg.replace(_INK, "currentColor")
 
 
-def _thin(values: Sequence[float]) -> Sequence[float]:
-    n = -(-len(values) // _POINTS)
+def thinned(values: Sequence[float]) -> Sequence[float]:
+    """The values of a curve, reduced to 200 points or less: each is the mean of neighbouring values."""
+    n = math.ceil(len(values) / _MAX_POINTS)
     return values if n <= 1 else [float(np.mean(values[i : i + n])) for i in range(0, len(values), n)]
+
+
+def length_histogram(lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Numbers of documents by length: the upper bounds of the classes, powers of 2, and the counts."""
+    exponents, counts = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
+    return 2**exponents, counts

@@ -1,6 +1,7 @@
-"""Stage evaluate as one function: model and split in, figures and pages out."""
+"""Stage evaluate as one function: check the inputs, score, sample, and write the reports."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import pandas as pd
 from gptpipe.base.files import write_bytes, write_json
 from gptpipe.base.manifest import Manifest, verify
 from gptpipe.base.pages import render_markdown
+from gptpipe.evaluate.charts import length_histogram
 from gptpipe.evaluate.params import EvaluateParams
-from gptpipe.evaluate.reference_points import unigram_bits_per_byte, xz_bits_per_byte
-from gptpipe.formats.sides import Side
+from gptpipe.evaluate.reference_points import reference_bits_per_byte
+from gptpipe.formats.sides import SIDES, Side
 from gptpipe.formats.streams import Stream, open_stream, verify_split
+from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
+from gptpipe.model.gpt import GPT
 from gptpipe.score.continuations import continue_documents, continue_text, load_generator, overlap_scores
-from gptpipe.score.metrics import calibration_error, calibration_table, figures, figures_by_source
-from gptpipe.score.scoring import score
+from gptpipe.score.metrics import Metrics, calibration_error, calibration_table, compute_metrics, metrics_by_source
+from gptpipe.score.scoring import Scores, score
 from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import IntegrityError
 
@@ -29,89 +33,130 @@ _HELD_OUT: tuple[Side, ...] = ("val", "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found, for the record."""
+    """The outcome of an evaluation, for the report and the tracking store."""
 
-    results: dict[str, Any]  # as in reports/eval.json
-    card: str
-    samples: str
-    step: int  # of the training, that the model is from
-    lineage: Manifest  # of the split
+    results: dict[str, Any]  # the content of reports/eval.json
+    model_card: str
+    samples: str  # the page reports/samples.md
+    step: int  # the training step that the model is from
+    split: Manifest
 
-    def metrics(self) -> dict[str, float]:
-        """The figures by the names that the tracking store gets, such as `test/bits_per_byte`."""
-        flat: dict[str, float] = {}
+    def metrics(self) -> Metrics:
+        """The metrics under their names in the tracking store, such as `test/bits_per_byte`."""
+        metrics: Metrics = {}
         for part in (*_HELD_OUT, "continuations"):
-            flat |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
+            metrics |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
         for side, references in self.results["reference_bits_per_byte"].items():
-            flat |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
-        return flat
+            metrics |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
+        return metrics
+
+    def summary(self) -> list[str]:
+        """One line of headline metrics for each held-out side."""
+        lines: list[str] = []
+        for side in _HELD_OUT:
+            if side in self.results:
+                metrics, xz = self.results[side], self.results["reference_bits_per_byte"][side]["xz"]
+                bits = f"{metrics['bits_per_byte']:.4f} ± {metrics['bits_per_byte_standard_error']:.4f} bits per byte"
+                lines.append(f"{side} {bits} (xz -9e: {xz:.4f}), perplexity {metrics['perplexity']:.2f}")
+        return lines
 
 
 def evaluate_model(
     model_folder: Path, split_folder: Path, reports: Path, params: EvaluateParams, seed: int
 ) -> Evaluation:
-    """Score a model on what was held out, sample from it, and write the reports. Raises IntegrityError."""
+    """Score a model on the held-out documents, sample from it, and write reports. Raises IntegrityError."""
     keep_freed_memory()
-    made, lineage = verify(model_folder), verify_split(split_folder)
-    if made.made_from.get("split") != lineage.digest:
-        raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
+    model_manifest, split = _verified(model_folder, split_folder)
     model, tokenizer = load_generator(model_folder)
     model.to(best_device())
-    streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in ("train", *_HELD_OUT)}
+    streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in SIDES}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
-    results: dict[str, Any] = {"by_source": {}, "reference_bits_per_byte": {}}
-    xz = xz_bits_per_byte(streams["train"], held_out, tokenizer)
-    positions, calibration = [], []
-    with Progress("evaluate", unit="tokens", total=sum(len(s.tokens) - 1 for s in held_out.values())) as progress:
-        for side, stream in held_out.items():
-            scores = score(model, stream, advance=progress.advance)
-            results[side] = figures(scores.by_document, stream.documents)
-            results["by_source"][side] = figures_by_source(scores.by_document, stream.documents)
-            by_confidence = calibration_table(scores.by_confidence)
-            results[side]["calibration_error"] = calibration_error(by_confidence)
-            calibration.append(by_confidence.assign(split=side))
-            nats, hits, n_tokens = scores.by_position
-            n = n_tokens.clip(min=1)
-            found = {"loss": nats / n, "token_accuracy": hits / n}
-            positions.append(pd.DataFrame({"split": side, "position": np.arange(len(n)), **found}))
-            results["reference_bits_per_byte"][side] = {
-                "unigram": unigram_bits_per_byte(streams["train"], stream, tokenizer.vocab_size),
-                "xz": xz[side],
-            }
+
+    scores = _score(model, held_out)
     last = streams["test"] if "test" in held_out else streams["val"]
     continuations = continue_documents(
         model, tokenizer, last, params.continuation_documents, params.continuation_tokens
     )
+    samples = _sample(model, tokenizer, params, seed)
+
+    results: dict[str, Any] = {side: _metrics_of_side(scores[side], held_out[side]) for side in held_out}
+    results["by_source"] = {
+        side: metrics_by_source(scores[side].by_document, stream.documents) for side, stream in held_out.items()
+    }
+    results["reference_bits_per_byte"] = reference_bits_per_byte(streams["train"], held_out, tokenizer)
     results["continuations"] = overlap_scores(continuations)
     results["test_digest"] = documents_digest(streams["test"])
-    sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
-    samples = {p: "".join(continue_text(model, tokenizer, p, params.max_new_tokens, sampling)) for p in params.prompts}
+
     trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
     card = render_markdown(_TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out))
     page = render_markdown(_TEMPLATES / "samples.md.jinja", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
-    by_source = results["by_source"].items()
-    sources = [{"split": side, "source": name, **found} for side, of in by_source for name, found in of.items()]
-    tables = {
-        "positions": pd.concat(positions),
-        "sources": pd.DataFrame(sources),
-        "calibration": pd.concat(calibration),
-        "lengths": pd.concat([_lengths(side, stream) for side, stream in streams.items()]),
-    }
-    for name, table in tables.items():
+    for name, table in _tables(scores, streams, results["by_source"]).items():
         write_bytes(reports / f"eval.{name}.csv", table.to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
-    return Evaluation(results, card, page, made.counts["best_step"], lineage)
+    return Evaluation(results, card, page, model_manifest.counts["best_step"], split)
 
 
-def _lengths(side: str, stream: Stream) -> pd.DataFrame:
-    """Share of a side's documents by length, up to each power of 2 tokens."""
-    up_to = (2 ** np.ceil(np.log2(stream.documents["n_tokens"]))).astype(int)
-    shares = up_to.value_counts(normalize=True).sort_index()
-    return pd.DataFrame({"split": side, "n_tokens": shares.index, "share": shares.to_numpy()})
+def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:
+    """The manifests of the model and of the split it was trained on. Raises IntegrityError."""
+    model, split = verify(model_folder), verify_split(split_folder)
+    if model.made_from.get("split") != split.digest:
+        raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
+    return model, split
+
+
+def _score(model: GPT, held_out: Mapping[Side, Stream]) -> dict[Side, Scores]:
+    n_tokens = sum(len(stream.tokens) - 1 for stream in held_out.values())
+    with Progress("evaluate", unit="tokens", total=n_tokens) as progress:
+        return {side: score(model, stream, advance=progress.advance) for side, stream in held_out.items()}
+
+
+def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int) -> dict[str, str]:
+    """The continuation of each prompt."""
+    sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
+    return {
+        prompt: "".join(continue_text(model, tokenizer, prompt, params.max_new_tokens, sampling))
+        for prompt in params.prompts
+    }
+
+
+def _metrics_of_side(scores: Scores, stream: Stream) -> Metrics:
+    metrics = compute_metrics(scores.by_document, stream.documents)
+    return {**metrics, "calibration_error": calibration_error(calibration_table(scores.by_confidence))}
+
+
+def _tables(
+    scores: Mapping[Side, Scores], streams: Mapping[Side, Stream], by_source: Mapping[Side, Mapping[str, Metrics]]
+) -> dict[str, pd.DataFrame]:
+    """The tables that charts are drawn from, by the name of their CSV file; the column `split` names the side."""
+    sources = [
+        {"split": side, "source": source, **metrics}
+        for side, metrics_of_sources in by_source.items()
+        for source, metrics in metrics_of_sources.items()
+    ]
+    calibration = [calibration_table(scores[side].by_confidence).assign(split=side) for side in scores]
+    return {
+        "positions": pd.concat([_position_table(side, scores[side]) for side in scores]),
+        "sources": pd.DataFrame(sources),
+        "calibration": pd.concat(calibration),
+        "lengths": pd.concat([_length_table(side, stream) for side, stream in streams.items()]),
+    }
+
+
+def _position_table(side: Side, scores: Scores) -> pd.DataFrame:
+    """Mean loss and accuracy at each position in the window."""
+    nats, hits, n_tokens = scores.by_position
+    n = n_tokens.clip(min=1)
+    return pd.DataFrame({"split": side, "position": np.arange(len(n)), "loss": nats / n, "token_accuracy": hits / n})
+
+
+def _length_table(side: Side, stream: Stream) -> pd.DataFrame:
+    """The share of a side's documents in each class of length, in tokens."""
+    upper_bounds, counts = length_histogram(stream.documents["n_tokens"].to_numpy())
+    return pd.DataFrame({"split": side, "n_tokens": upper_bounds, "share": counts / max(1, counts.sum())})
 
 
 def documents_digest(stream: Stream) -> str:
-    """SHA-256 of the sorted document ids: names a test set whatever it is tokenized with."""
+    """SHA-256 of the sorted document ids. It identifies a test set independently of the tokenizer."""
     return hashlib.sha256("\n".join(sorted(stream.documents["id"])).encode()).hexdigest()

@@ -8,7 +8,7 @@ from gptpipe.base.params import Count, Positive, Section
 
 
 class EvaluateParams(Section):
-    """What is sampled from the trained model."""
+    """What to sample from the trained model, and how."""
 
     prompts: tuple[str, ...]
     max_new_tokens: Positive

@@ -1,4 +1,4 @@
-"""What the model's bits per byte are measured against: two predictors that need no training worth the name."""
+"""Reference points for the model's bits per byte: a unigram model and the compressor xz."""
 
 import lzma
 import math
@@ -17,10 +17,21 @@ _CHUNK = 1 << 20  # tokens counted or decoded at once
 _XZ_WINDOW = 64 << 20  # bytes that `xz -9` can look back
 
 
-def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> float:
-    """Bits per byte of a model that knows only how frequent each token of the train split is, with add-one smoothing.
+def reference_bits_per_byte(
+    train: Stream, held_out: Mapping[Side, Stream], tokenizer: Tokenizer
+) -> dict[Side, dict[str, float]]:
+    """Bits per byte of both reference points for each held-out side."""
+    xz = xz_bits_per_byte(train, held_out, tokenizer)
+    return {
+        side: {"unigram": unigram_bits_per_byte(train, stream, tokenizer.vocab_size), "xz": xz[side]}
+        for side, stream in held_out.items()
+    }
 
-    Scores the same tokens as the model does: all but the first.
+
+def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> float:
+    """Bits per byte of a model that knows only the frequency of each token in `train`, with add-one smoothing.
+
+    It scores the same tokens as the network: all but the first.
     """
     counts = np.ones(vocab_size)
     for start in range(0, len(train.tokens), _CHUNK):
@@ -33,31 +44,32 @@ def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> f
 
 
 def xz_bits_per_byte(train: Stream, held_out: Mapping[Side, Stream], tokenizer: Tokenizer) -> dict[Side, float]:
-    """Bits per byte that `xz -9e` needs for each held-out text behind the training text.
+    """Bits per byte that `xz -9e` needs for each held-out text if it has compressed the training text before.
 
-    The size of both together less that of the training text alone. Of the training text the last 64 MB, for xz looks
-    no further back. One thread for each text: xz works without the interpreter's lock.
+    This is the compressed size of both together minus that of the training text. Only the last 64 MB of the training
+    text are used, because xz looks no further back. Each text has its own thread; xz releases the interpreter's lock.
     """
-    n_train = min(len(train.tokens), max(1, int(_XZ_WINDOW * len(train.tokens) / max(1, train.n_bytes))))
-    seen = b"".join(_text(train.tokens[-n_train:], tokenizer))
-    behind = [_text(train.tokens[:0], tokenizer), *(_text(stream.tokens, tokenizer) for stream in held_out.values())]
+    tokens_per_byte = len(train.tokens) / max(1, train.n_bytes)
+    n_train = min(len(train.tokens), max(1, int(_XZ_WINDOW * tokens_per_byte)))
+    train_text = b"".join(_text(train.tokens[-n_train:], tokenizer))
+    texts = [_text(stream.tokens, tokenizer) for stream in held_out.values()]
     with ThreadPoolExecutor(n_workers()) as threads:
-        alone, *together = threads.map(lambda text: _compressed_size(seen, text), behind)
+        size_of_train, *sizes = threads.map(lambda text: _compressed_size(train_text, text), [iter(()), *texts])
     return {
-        side: 8 * (size - alone) / stream.n_bytes
-        for (side, stream), size in zip(held_out.items(), together, strict=True)
+        side: 8 * (size - size_of_train) / stream.n_bytes
+        for (side, stream), size in zip(held_out.items(), sizes, strict=True)
     }
 
 
 def _text(tokens: npt.NDArray[np.unsignedinteger], tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The text of a stream piece by piece; a line feed closes each document."""
-    spelled = {i: token for token, i in tokenizer.ranks.items()} | {tokenizer.end_of_text: b"\n"}
+    """Yield the text of a stream in pieces; each document ends with a line feed."""
+    bytes_of_id = {i: token for token, i in tokenizer.ranks.items()} | {tokenizer.end_of_text: b"\n"}
     for start in range(0, len(tokens), _CHUNK):
-        yield b"".join(map(spelled.__getitem__, tokens[start : start + _CHUNK].tolist()))
+        yield b"".join(map(bytes_of_id.__getitem__, tokens[start : start + _CHUNK].tolist()))
 
 
 def _compressed_size(before: bytes, text: Iterable[bytes]) -> int:
-    """Bytes of a text behind another one, under `xz -9e`."""
+    """Compressed size in bytes of `before` followed by `text`, under `xz -9e`."""
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     size = len(compressor.compress(before)) + sum(len(compressor.compress(piece)) for piece in text)
     return size + len(compressor.flush())

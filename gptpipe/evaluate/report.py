@@ -1,4 +1,4 @@
-"""What evaluation writes for people, from `templates/`: samples, model card, and report.html, which fetches nothing."""
+"""reports/report.html: one page that works offline, with charts of the training and of the evaluation."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ from gptpipe.base.files import write_bytes
 from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
-from gptpipe.evaluate import charts
+from gptpipe.evaluate.charts import Line, bar_chart, line_chart
 from gptpipe.shell.errors import IntegrityError
 
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
@@ -22,7 +22,7 @@ _TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
 
 @dataclass(frozen=True)
 class TrainingReports:
-    """What stage train wrote to `reports`."""
+    """The content of the reports that stage train wrote."""
 
     summary: dict[str, Any]
     samples: list[tuple[int, str, str]]  # step, prompt, continuation
@@ -31,10 +31,10 @@ class TrainingReports:
 
 
 def read_training_reports(reports: Path, model: Path) -> TrainingReports:
-    """The reports of stage train, each compared with its SHA-256 in the model's manifest. Raises IntegrityError."""
+    """Read the reports of stage train and check each SHA-256 against the model's manifest. Raises IntegrityError."""
     digests = verify(model).counts.get("reports")
     if not isinstance(digests, dict):
-        raise IntegrityError(f"{model / MANIFEST}: it does not name the reports of its training; run `dvc repro`")
+        raise IntegrityError(f"{model / MANIFEST}: it does not list the reports of its training; run `dvc repro`")
     contents: dict[str, bytes] = {}
     for name in ("train.json", "train.samples.json", "train.steps.csv", "train.validations.csv"):
         path = reports / name
@@ -45,7 +45,7 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
         if hashlib.sha256(contents[name]).hexdigest() != digests.get(name):
             raise IntegrityError(
                 f"{path}: not as stage train wrote it; `dvc repro` restores it, or `dvc repro -f train` if DVC's cache "
-                "has the same damage"
+                "is damaged too"
             )
     return TrainingReports(
         summary=json.loads(contents["train.json"]),
@@ -55,57 +55,66 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
     )
 
 
-def draw_figures(reports: Path, trained: TrainingReports) -> dict[str, str]:
-    """Title -> SVG, from the reports of stage train and the tables that evaluate wrote to `reports`."""
-    names = ("eval.positions", "eval.sources", "eval.calibration", "eval.lengths")
-    positions, sources, calibration, lengths = (pd.read_csv(reports / f"{name}.csv") for name in names)
-
-    def by_split(table: pd.DataFrame, x: str, y: str) -> dict[str, charts.Line]:
-        return {str(split): (rows[x].tolist(), rows[y].tolist()) for split, rows in table.groupby("split", sort=False)}
-
-    def by_step(table: pd.DataFrame, y: str) -> charts.Line:
-        return table["step"].tolist(), table[y].tolist()
-
-    loss = {"train": by_step(trained.steps, "loss"), "val": by_step(trained.validations, "val_loss")}
-    held_out = {f"{row['source']}, {row['split']}": row["bits_per_byte"] for row in sources.to_dict("records")}
-    by_position, sure = by_split(positions, "position", "loss"), by_split(calibration, "confidence", "accuracy")
-    right = by_split(positions, "position", "token_accuracy")
-    length = by_split(lengths, "n_tokens", "share")
+def draw_charts(reports: Path, training: TrainingReports) -> dict[str, str]:
+    """Title -> SVG, from the reports of stage train and the tables that stage evaluate wrote to `reports`."""
+    positions, sources, calibration, lengths = (
+        pd.read_csv(reports / f"eval.{name}.csv") for name in ("positions", "sources", "calibration", "lengths")
+    )
+    steps, validations = training.steps, training.validations
+    loss = {"train": _line(steps, "step", "loss"), "val": _line(validations, "step", "val_loss")}
+    learning_rate = {"lr": _line(steps, "step", "lr")}
+    gradient_norm = {"norm": _line(steps, "step", "grad_norm")}
+    loss_by_position = _line_per_split(positions, "position", "loss")
+    accuracy_by_position = _line_per_split(positions, "position", "token_accuracy")
+    bits_by_source = {f"{row['source']}, {row['split']}": row["bits_per_byte"] for row in sources.to_dict("records")}
+    accuracy_by_confidence = _line_per_split(calibration, "confidence", "accuracy")
+    share_by_length = _line_per_split(lengths, "n_tokens", "share")
     return {
-        "Loss": charts.lines("step", "nats per token", loss),
-        "Learning rate": charts.lines("step", "learning rate", {"lr": by_step(trained.steps, "lr")}),
-        "Gradient norm": charts.lines("step", "norm before clipping", {"norm": by_step(trained.steps, "grad_norm")}),
-        "Loss by position": charts.lines("position", "nats per token", by_position),
-        "Accuracy by position": charts.lines("position", "token accuracy", right),
-        "Bits per byte by source": charts.bars("bits per byte", held_out),
-        "Calibration": charts.lines("confidence", "accuracy", sure, diagonal=True),
-        "Length of documents": charts.lines("tokens, up to", "share of documents", length, log_x=True),
+        "Loss": line_chart("step", "nats per token", loss),
+        "Learning rate": line_chart("step", "learning rate", learning_rate),
+        "Gradient norm": line_chart("step", "norm before clipping", gradient_norm),
+        "Loss by position": line_chart("position", "nats per token", loss_by_position),
+        "Accuracy by position": line_chart("position", "token accuracy", accuracy_by_position),
+        "Bits per byte by source": bar_chart("bits per byte", bits_by_source),
+        "Calibration": line_chart("confidence", "accuracy", accuracy_by_confidence, diagonal=True),
+        "Length of documents": line_chart("tokens, up to", "share of documents", share_by_length, log_x=True),
     }
 
 
-def write_page(
+def _line(table: pd.DataFrame, x: str, y: str) -> Line:
+    return table[x].tolist(), table[y].tolist()
+
+
+def _line_per_split(table: pd.DataFrame, x: str, y: str) -> dict[str, Line]:
+    return {str(split): _line(rows, x, y) for split, rows in table.groupby("split", sort=False)}
+
+
+def write_report(
     reports: Path,
-    trained: TrainingReports,
+    training: TrainingReports,
     params: Section,
-    lineage: Manifest,
+    split: Manifest,
     collected: dict[str, Any],
     run_id: str,
-    figures: dict[str, str],
+    charts: dict[str, str],
 ) -> str:
-    """Write report.html and return it; `lineage` is the split's manifest, `collected` the counts of stage collect."""
+    """Write report.html and return it.
+
+    `split` is the manifest of the split, `collected` the counts of stage collect, `charts` is title -> SVG.
+    """
     results = json.loads((reports / "eval.json").read_bytes())
     page = render_html(
         _TEMPLATE,
         results=results,
-        trained=trained.summary,
-        samples=trained.samples,
+        trained=training.summary,
+        samples=training.samples,
         sides=[side for side in ("test", "val") if side in results],
-        figures=figures,
+        charts=charts,
         after=unescape((reports / "samples.md").read_text(encoding="utf-8")),
         params=params.model_dump(mode="json"),
         collected=collected,
-        split=lineage.counts,
-        ancestors=sorted(lineage.lineage("split").items()),
+        split=split.counts,
+        ancestors=sorted(split.lineage("split").items()),
         run_id=run_id,
     )
     write_bytes(reports / "report.html", page.encode())

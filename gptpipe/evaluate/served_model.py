@@ -1,4 +1,4 @@
-"""The registered model as MLflow runs it: a file of code beside a model folder, no pickle anywhere."""
+"""The registered model in the form that MLflow serves: a file of code and a model folder, without pickle."""
 
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ class Generator(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """The prompts with their continuations, in a column `text`. Stops at the end of a document.
+        """The prompts with their continuations, in a column `text`. A continuation stops at the end of a document.
 
-        A server answers 400 to a MlflowException. It has seen to types, and passes over parameters it does not know.
+        MLflow's server has checked the types of `params` and dropped unknown ones. It answers MlflowException with
+        status 400.
         """
         options = dict(params or {})
         max_new_tokens = int(options.pop("max_new_tokens"))

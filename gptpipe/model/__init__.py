@@ -1,1 +1,1 @@
-"""The network: integers in, logits out. Knows neither text nor files, but for the layout that it is stored in."""
+"""The network: integers in, logits out. It knows no text, and of files only the Hugging Face layout of its weights."""

@@ -1,4 +1,4 @@
-"""Where the network computes, how precisely, and with what memory."""
+"""The device that the network runs on: its precision, its memory, and tensors that are sharded over several."""
 
 import ctypes
 import sys
@@ -12,51 +12,60 @@ from torch import Tensor
 
 from gptpipe.shell.errors import ResourceError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 def best_device() -> torch.device:
-    """The fastest kind of device that is there."""
+    """The fastest kind of device that is available."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
-    """Matrix products in `precision`, everything that needs it in float32."""
+    """Compute matrix products in `precision`; torch keeps sensitive operations in float32."""
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step, instead of giving it back to the system each time.
+    """Let glibc keep freed memory for the next step, instead of returning it to the system.
 
-    A step frees and takes the same large blocks again, and each first touch of a new page is a fault: measured at a
-    tenth of the default run's step. Does nothing where the C library has no such setting.
+    Every step allocates and frees the same large blocks. If they are new to the process, the first access to each page
+    is a page fault, which costs a tenth of the default run's step. Has no effect with other C libraries.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this machine, or the accelerator, can still give."""
+    """Free bytes of the device: of the accelerator, or of this machine and the container it runs in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *_left_to_cgroups()])
+    return min([psutil.virtual_memory().available, *_free_in_cgroups()])
 
 
-def _left_to_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What limits of a container or a batch system leave (Linux, version 2); what is only cached counts as free."""
+def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Free bytes within each memory limit of a container or batch system (cgroup version 2 of Linux).
+
+    Cached files count as free.
+    """
     with suppress(OSError):
         folder = root / own.read_text().rpartition("::/")[2].strip()
         for group in (folder, *folder.parents):
-            with suppress(OSError, ValueError, IndexError):  # no such file above the root; `max` is no limit
+            with suppress(OSError, ValueError, IndexError):  # above the root there are no such files; `max` is no limit
                 cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
-                yield int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cached
+                used = int((group / "memory.current").read_text())
+                yield int((group / "memory.max").read_text()) - used + cached
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of an accelerator, or of the machine, for which torch has no class of its own."""
+    """Whether memory ran out, on the accelerator or the CPU; for the CPU torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -72,17 +81,23 @@ def memory_errors(message: str) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether other processes hold parts of the tensor. Without the import that names the class: it takes 2 s."""
+    """Whether other processes hold parts of the tensor.
+
+    Importing DTensor for an isinstance check would take 2 s.
+    """
     return hasattr(tensor, "full_tensor")
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensor with all its parts; every process that holds one must ask."""
+    """The full tensor. If it is sharded, every process that holds a part must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor that every process has, moved to where `other` is, and split as it is if of its shape."""
+    """Move a full tensor to the device of `other`, and shard it in the same way if the shapes are equal.
+
+    Every process must have the full tensor.
+    """
     if not is_sharded(other) or tensor.shape != other.shape:
         return tensor.to(other.device)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -8,7 +8,7 @@ from gptpipe.base.params import Positive, PositiveFloat, Section, Share
 
 
 class ModelParams(Section):
-    """The network, but for its vocabulary, which the tokenizer decides."""
+    """The network. The size of its vocabulary comes from the tokenizer."""
 
     architecture: Literal["gpt2", "llama", "qwen3"]
     context_length: Annotated[int, Field(ge=2)]
@@ -24,7 +24,8 @@ class ModelParams(Section):
     tie_embeddings: bool
 
     @property
-    def head_width(self) -> int:
+    def resolved_head_dim(self) -> int:
+        """`head_dim`, or n_embd / n_head if it is null."""
         return self.head_dim or self.n_embd // self.n_head
 
     @field_validator("n_kv_head")
@@ -39,22 +40,22 @@ class ModelParams(Section):
 
     @field_validator("head_dim")
     @classmethod
-    def _fits_the_width(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
+    def _fits_the_network(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
         n_head, n_embd = info.data.get("n_head"), info.data.get("n_embd")
         if n_head is None or n_embd is None:
             return head_dim
         if head_dim is None and n_embd % n_head:
-            raise ValueError(f"n_head {n_head} must divide n_embd {n_embd} where head_dim is null")
+            raise ValueError(f"n_head {n_head} must divide n_embd {n_embd} if head_dim is null")
         if info.data.get("architecture") == "gpt2":
             if head_dim not in (None, n_embd / n_head):
-                raise ValueError("gpt2 has heads of n_embd / n_head numbers: set it to null")
+                raise ValueError("the head_dim of gpt2 is always n_embd / n_head: set it to null")
         elif (head_dim or n_embd // n_head) % 2:
-            raise ValueError(f"rotary positions need an even head width, it is {head_dim or n_embd // n_head}")
+            raise ValueError(f"rotary positions need an even head_dim, it is {head_dim or n_embd // n_head}")
         return head_dim
 
     @field_validator("tie_embeddings")
     @classmethod
-    def _is_tied_in_gpt2(cls, tie_embeddings: bool, info: ValidationInfo) -> bool:
+    def _gpt2_ties_embeddings(cls, tie_embeddings: bool, info: ValidationInfo) -> bool:
         if info.data.get("architecture") == "gpt2" and not tie_embeddings:
-            raise ValueError("gpt2 has one matrix for input and output: set it to true")
+            raise ValueError("gpt2 uses one matrix for input and output: set it to true")
         return tie_embeddings

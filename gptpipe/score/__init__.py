@@ -1,1 +1,1 @@
-"""What a model predicts and how well: one definition of loss, for training and evaluation."""
+"""How well a model predicts text: one definition of loss, used by training and evaluation."""

@@ -1,4 +1,4 @@
-"""Text from the model: continuations of a prompt, and how near those of held-out documents come to the real text."""
+"""Text sampled from the model: continuations of prompts and of held-out documents, compared with the real text."""
 
 import codecs
 from collections.abc import Iterator
@@ -15,19 +15,20 @@ from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import load_model
 from gptpipe.shell.errors import IntegrityError
 
-_BATCH = 16  # documents continued at once: each has a cache of keys and values over the whole context
+_BATCH = 16  # documents continued at once; each needs a cache of keys and values for the whole context
 
 
 def load_generator(folder: Path) -> tuple[GPT, Tokenizer]:
-    """The network of a model folder on the CPU, and its tokenizer. The caller has verified the folder.
+    """The network of a model folder, on the CPU, and its tokenizer. The caller has verified the folder.
 
     Raises InputError, IntegrityError, ResourceError.
     """
-    tokenizer, model = Tokenizer.load(folder), load_model(folder)
+    tokenizer = Tokenizer.load(folder)
+    model = load_model(folder)
     if model.vocab_size != tokenizer.vocab_size:
         raise IntegrityError(
-            f"{folder}: the network has {model.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}; make the "
-            "folder again with `dvc repro -f`"
+            f"{folder}: the network has {model.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}; create "
+            "the folder again with `dvc repro -f`"
         )
     return model, tokenizer
 
@@ -35,10 +36,10 @@ def load_generator(folder: Path) -> tuple[GPT, Tokenizer]:
 def continue_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[str]:
-    """The continuation of a prompt piece by piece, up to the end of the document or `max_new_tokens`."""
+    """Yield the continuation of a prompt in pieces, up to the end of the document or `max_new_tokens` tokens."""
     device = model.embedding.weight.device
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_text]], device=device)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
     for token in generate(model, ids, max_new_tokens, sampling):
         if int(token) == tokenizer.end_of_text:
             break
@@ -48,7 +49,7 @@ def continue_text(
 
 @dataclass(frozen=True)
 class Continuation:
-    """The start of a held-out document, how it goes on, and how the model goes on."""
+    """The start of a held-out document, its real continuation, and the model's."""
 
     prompt: str
     reference: str
@@ -58,35 +59,40 @@ class Continuation:
 def continue_documents(
     model: GPT, tokenizer: Tokenizer, stream: Stream, n_documents: int, n_tokens: int
 ) -> list[Continuation]:
-    """Greedy continuations by `n_tokens` of the first `n_documents` that have twice as many, given the first half."""
+    """Continue the first `n_tokens` of documents by `n_tokens`, greedily.
+
+    Uses the first `n_documents` with more than 2 * `n_tokens` tokens.
+    """
     table = stream.documents[stream.documents["n_tokens"] > 2 * n_tokens].head(n_documents)
     device = model.embedding.weight.device
     results: list[Continuation] = []
     for start in range(0, len(table), _BATCH):
         offsets = table["offset"].to_numpy()[start : start + _BATCH]
-        whole = np.stack([stream.tokens[o : o + 2 * n_tokens] for o in offsets]).astype(np.int64)  # (B, 2 * n_tokens)
-        prompts = torch.from_numpy(whole[:, :n_tokens]).to(device)
+        texts = np.stack([stream.tokens[offset : offset + 2 * n_tokens] for offset in offsets])
+        texts = texts.astype(np.int64)  # (B, 2 * n_tokens)
+        prompts = torch.from_numpy(texts[:, :n_tokens]).to(device)
         steps = list(generate(model, prompts, n_tokens, Sampling(temperature=0)))
         generated = torch.stack(steps, dim=1).cpu().numpy()
-        for ids, new in zip(whole, generated, strict=True):
+        for text, new in zip(texts, generated, strict=True):
             ends = np.flatnonzero(new == tokenizer.end_of_text)
-            kept = new[: ends[0]] if len(ends) else new
-            prompt, reference = tokenizer.decode(ids[:n_tokens].tolist()), tokenizer.decode(ids[n_tokens:].tolist())
-            results.append(Continuation(prompt, reference, tokenizer.decode(kept.tolist())))
+            n_new = ends[0] if len(ends) else len(new)
+            parts = (text[:n_tokens], text[n_tokens:], new[:n_new])
+            results.append(Continuation(*(tokenizer.decode(part.tolist()) for part in parts)))
     return results
 
 
 def overlap_scores(continuations: list[Continuation]) -> dict[str, float]:
     """Corpus BLEU (Papineni et al., 2002; 0 to 100) and mean ROUGE-L F1 (Lin, 2004; 0 to 1) of continuations.
 
-    Both count shared words; for open-ended text they are low by nature and serve to compare models, not to judge one.
+    Both count shared words. For open-ended text they are always low: use them to compare models, not to judge one.
     """
     if not continuations:
         return {}
-    import sacrebleu  # late: with rouge_score, a second of import that only evaluation needs
+    import sacrebleu  # late: importing both takes a second, and only evaluation needs them
     from rouge_score import rouge_scorer
 
-    generated, references = [c.generated for c in continuations], [c.reference for c in continuations]
+    generated = [c.generated for c in continuations]
+    references = [c.reference for c in continuations]
     bleu = sacrebleu.corpus_bleu(generated, [references])
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     rouge = [scorer.score(c.reference, c.generated)["rougeL"].fmeasure for c in continuations]

@@ -3,9 +3,10 @@
 import math
 from typing import Protocol
 
+from gptpipe.score.metrics import Metrics
 from gptpipe.shell.errors import NumericError
 from gptpipe.train.batches import Batches
-from gptpipe.train.state import Metrics, TrainState
+from gptpipe.train.state import TrainState
 from gptpipe.train.step import STABILITY_ADVICE, Plan, optimizer_step
 
 

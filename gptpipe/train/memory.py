@@ -2,8 +2,9 @@
 
 import torch
 
+from gptpipe.model.cpu_kernels import LinearCrossEntropy
 from gptpipe.model.device import available_memory, is_sharded
-from gptpipe.model.gpt import GPT, LinearCrossEntropy
+from gptpipe.model.gpt import GPT
 from gptpipe.shell.console import complain
 from gptpipe.shell.environment import rank_info
 from gptpipe.shell.errors import ResourceError

@@ -11,12 +11,13 @@ from gptpipe.base.manifest import Manifest, new_folder
 from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
+from gptpipe.score.metrics import Metrics
 from gptpipe.shell.errors import one_line
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
-from gptpipe.train.state import VALIDATION_METRICS, Metrics, Sample, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, Sample, TrainState
 
 
 def write_model(

@@ -18,7 +18,7 @@ from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
 from gptpipe.score.continuations import continue_text
-from gptpipe.score.metrics import Figures, figures
+from gptpipe.score.metrics import Metrics, compute_metrics
 from gptpipe.score.scoring import score
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
@@ -36,7 +36,7 @@ from gptpipe.train.red_flags import red_flags
 from gptpipe.train.results import samples_table, summarise, write_model, write_reports
 from gptpipe.train.runtime import loss_function
 from gptpipe.train.signals import deferred_signals
-from gptpipe.train.state import VALIDATION_METRICS, Entry, Metrics, TrainState
+from gptpipe.train.state import VALIDATION_METRICS, Entry, TrainState
 from gptpipe.train.step import Plan
 
 _MAX_ROLL_BACKS = 3  # to one checkpoint; more would not help
@@ -68,7 +68,7 @@ OpenRecord = Callable[[str, Manifest, dict[str, Any]], AbstractContextManager[Re
 
 
 @distributed.process_group()
-def train_model(params: RunParams, split: Path, model_folder: Path, reports: Path, open_record: OpenRecord) -> Figures:
+def train_model(params: RunParams, split: Path, model_folder: Path, reports: Path, open_record: OpenRecord) -> Metrics:
     """Train a model on `split`; write it to `model_folder`, its curves and summary to `reports`.
 
     Continues a stopped training of the same parameters and data. If that training is finished, only writes the results
@@ -99,7 +99,7 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():
             mark_finished(folder, run_id, inputs.runtime.describe())
-    best: Figures = summary["val"]
+    best: Metrics = summary["val"]
     return best
 
 
@@ -269,7 +269,7 @@ class _Training:
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
-        metrics = figures(scores.by_document, self.inputs.val.documents)
+        metrics = compute_metrics(scores.by_document, self.inputs.val.documents)
         self.log(self.state.step, {f"val/{name}": metrics[name] for name in VALIDATION_METRICS})
         return distributed.from_first(metrics["loss"])
 

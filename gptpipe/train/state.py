@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from gptpipe.model.gpt import GPT
+from gptpipe.score.metrics import Metrics
 
-Metrics = dict[str, float]
 Entry = tuple[int, int, Metrics]  # of the journal: step, milliseconds since 1970, metrics
 Sample = tuple[int, str, str]  # step, prompt, continuation
 VALIDATION_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptpipe.model.device import autocast, gather, is_out_of_memory
+from gptpipe.score.metrics import Metrics
 from gptpipe.shell.environment import rank_info
 from gptpipe.shell.errors import NumericError, ResourceError, SpikeError
 from gptpipe.train.batches import Batches
@@ -20,7 +21,7 @@ from gptpipe.train.memory import SMALLER_BATCHES, halved
 from gptpipe.train.optim import set_lr
 from gptpipe.train.params import TrainParams
 from gptpipe.train.schedule import learning_rate
-from gptpipe.train.state import Metrics, TrainState
+from gptpipe.train.state import TrainState
 
 STABILITY_ADVICE = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
 # A spike is measured against the last 100 steps, once there are 20.

@@ -100,7 +100,7 @@ def test_params_are_frozen(params: Params) -> None:
         ({"n_head": "3"}, "model.head_dim: n_head 3 must divide n_embd 128 where head_dim is null"),
         ({"n_kv_head": "3"}, "model.n_kv_head: must divide n_head 2, got 3"),
         ({"n_kv_head": "0"}, "model.n_kv_head: Input should be greater than or equal to 1, got 0"),
-        ({"head_dim": "31"}, "model.head_dim: rotary positions need an even head width, it is 31, got 31"),
+        ({"head_dim": "31"}, "model.head_dim: rotary positions need an even head_dim, it is 31, got 31"),
         ({"architecture": "gpt3"}, "model.architecture: Input should be 'gpt2', 'llama' or 'qwen3', got 'gpt3'"),
         (
             {"architecture": "gpt2", "n_kv_head": "1"},
@@ -108,7 +108,7 @@ def test_params_are_frozen(params: Params) -> None:
         ),
         (
             {"architecture": "gpt2", "head_dim": "32"},
-            "model.head_dim: gpt2 has heads of n_embd / n_head numbers: set it to null, got 32",
+            "model.head_dim: the head_dim of gpt2 is always n_embd / n_head: set it to null, got 32",
         ),
         (
             {"architecture": "gpt2", "tie_embeddings": "false"},

@@ -14,7 +14,7 @@ from gptpipe.evaluate.evaluate import documents_digest, evaluate_model
 from gptpipe.formats.streams import open_stream
 from gptpipe.shell.errors import IntegrityError
 
-FIGURES = {
+METRICS = {
     *("loss", "perplexity", "bits_per_byte", "token_accuracy"),
     *(f"{name}_standard_error" for name in ("loss", "perplexity", "bits_per_byte", "token_accuracy")),
     *("n_tokens", "n_bytes", "n_documents", "calibration_error"),
@@ -31,12 +31,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Projec
     return project
 
 
-def test_reports(project: Project, tmp_path: Path) -> None:
+def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     params = tiny.params()
-    found = evaluate_model(project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed)
+    evaluation = evaluate_model(project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed)
     results = json.loads((tmp_path / "eval.json").read_bytes())
-    assert results == found.results
-    assert set(results["val"]) == set(results["test"]) == FIGURES
+    assert results == evaluation.results
+    assert set(results["val"]) == set(results["test"]) == METRICS
     trained = json.loads((project.root / "reports/train.json").read_bytes())
     assert results["val"]["loss"] == pytest.approx(trained["val"]["loss"], rel=1e-9)  # one definition of loss
     assert set(results["by_source"]["test"]) == {"text-0", "text-1"}
@@ -55,14 +55,14 @@ def test_reports(project: Project, tmp_path: Path) -> None:
     card = (tmp_path / "model_card.md").read_text()
     assert f"{results['test']['loss']:.4f} ± {results['test']['loss_standard_error']:.4f}" in card
     assert card.startswith((project.root / "models/gpt/README.md").read_text())
-    verify(project.root / "models/gpt")  # train's output is as it was
+    verify(project.root / "models/gpt")  # the output of stage train is unchanged
 
 
-def test_metrics_for_the_record(project: Project, tmp_path: Path) -> None:
+def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path: Path) -> None:
     params = tiny.params()
-    found = evaluate_model(project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed)
-    metrics = found.metrics()
-    assert {f"{side}/{name}" for side in ("val", "test") for name in FIGURES} <= set(metrics)
+    evaluation = evaluate_model(project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed)
+    metrics = evaluation.metrics()
+    assert {f"{side}/{name}" for side in ("val", "test") for name in METRICS} <= set(metrics)
     assert {"test/xz_bits_per_byte", "val/unigram_bits_per_byte", "continuations/bleu"} <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
 

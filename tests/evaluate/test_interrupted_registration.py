@@ -1,4 +1,4 @@
-"""A registration that is killed or stopped at any write, then repeated: one run, one logged model, one version."""
+"""A registration that is killed or stopped at any write and then repeated: one run, one logged model, one version."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ from gptpipe.params import Params
 
 pytestmark = pytest.mark.usefixtures("project")
 
-SAMPLES = (0.3, 0.6, 0.9)  # positions among all writes that the quick test takes
+SAMPLES = (0.3, 0.6, 0.9)  # fractions of all writes at which the quick test interrupts
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _libraries(tmp_path_factory: pytest.TempPathFactory, fresh_store: Path, shipped: Params) -> None:
-    """Register a model here once, so that MLflow has loaded what it needs, and forked processes inherit it."""
+    """Register a model once in this process, so that forked processes inherit MLflow's imports."""
     with pytest.MonkeyPatch.context() as patch:
         project = tmp_path_factory.mktemp("warm")
         shutil.copy(fresh_store, project / "mlflow.db")
@@ -29,7 +29,7 @@ def _libraries(tmp_path_factory: pytest.TempPathFactory, fresh_store: Path, ship
 
 
 def n_writes(registration: Registration) -> int:
-    """The number of writes of an undisturbed registration, which can be repeated without a change."""
+    """The number of writes of an uninterrupted registration. Also checks that a repetition changes nothing."""
     code, n = in_a_child(registration.act)
     assert code == ENDED
     registration.check()
@@ -45,7 +45,7 @@ def registration(project: Path, params: Params, is_known: bool) -> Iterator[Regi
 
 
 @pytest.mark.parametrize(("is_known", "fault"), [(True, "stop"), (False, "kill")])
-def test_a_registration_that_ends_at_some_write_is_completed_by_the_next(
+def test_a_registration_interrupted_at_some_writes_is_completed_by_a_rerun(
     registration: Registration, fault: str
 ) -> None:
     n = n_writes(registration)
@@ -58,8 +58,10 @@ def test_a_registration_that_ends_at_some_write_is_completed_by_the_next(
 @pytest.mark.skipif("GPTPIPE_TEST_STRIDE" not in os.environ, reason="takes an hour: set GPTPIPE_TEST_STRIDE to 1")
 @pytest.mark.parametrize("is_known", [True, False], ids=["known run", "fresh clone"])
 @pytest.mark.parametrize("fault", ["kill", "stop"])
-def test_a_registration_that_ends_at_any_write_is_completed_by_the_next(registration: Registration, fault: str) -> None:
-    """GPTPIPE_TEST_STRIDE=5 takes every fifth write, 1 all of them."""
+def test_a_registration_interrupted_at_any_write_is_completed_by_a_rerun(
+    registration: Registration, fault: str
+) -> None:
+    """GPTPIPE_TEST_STRIDE=5 interrupts at every fifth write, 1 at all of them."""
     stride = int(os.environ.get("GPTPIPE_TEST_STRIDE", "1"))
     for at in range(0, n_writes(registration), stride):
         registration.try_fault(fault, at)

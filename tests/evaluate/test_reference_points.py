@@ -1,4 +1,4 @@
-"""The reference points, by hand and by `lzma` itself."""
+"""The reference points, compared with a calculation by hand and with `lzma`."""
 
 import lzma
 import math
@@ -19,8 +19,8 @@ def stream_of(tokens: list[int], n_bytes: int) -> Stream:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_unigram_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Tokens 0, 0, 1 of a vocabulary of 3 become 3/6, 2/6 and 1/6; the first of the held-out 2, 0, 1, 2 is left out."""
+def test_unigram_bits_per_byte_calculated_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Training tokens 0, 0, 1 give probabilities 3/6, 2/6 and 1/6. The first held-out token is not scored."""
     monkeypatch.setattr(reference_points, "_CHUNK", chunk)
     bits = -(math.log2(3 / 6) + math.log2(2 / 6) + math.log2(1 / 6))
     found = unigram_bits_per_byte(stream_of([0, 0, 1], 9), stream_of([2, 0, 1, 2], 10), 3)
@@ -28,7 +28,9 @@ def test_unigram_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_xz_is_the_growth_of_the_archive(toy_split: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_xz_bits_per_byte_are_the_growth_of_the_archive(
+    toy_split: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(reference_points, "_CHUNK", chunk)
     tokenizer = Tokenizer.load(toy_split / TOKENIZER)
     train, val = open_stream(toy_split, "train"), open_stream(toy_split, "val")
@@ -45,4 +47,4 @@ def test_xz_is_the_growth_of_the_archive(toy_split: Path, monkeypatch: pytest.Mo
     assert 0 < expected < 8
     found = xz_bits_per_byte(train, {"val": val, "test": train}, tokenizer)
     assert found["val"] == pytest.approx(expected)
-    assert found["test"] < 0.2 < expected  # what it has seen already costs next to nothing
+    assert found["test"] < 0.2 < expected  # text that xz has seen costs almost nothing

@@ -1,4 +1,4 @@
-"""Registering a model: figures in its run, the champion, and the registered model as MLflow serves it."""
+"""Registering a model: metrics in its run, the champion, and the registered model as MLflow serves it."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def champion() -> str:
 
 
 def another(model: Path) -> None:
-    """Make the model another one, by a file more."""
+    """Make it another model by adding a file."""
     content = {path.name: path.read_bytes() for path in model.iterdir() if path.name != "manifest.json"}
     with new_folder(model, {}) as new:
         for name, text in {**content, f"more-{len(content)}": b""}.items():
@@ -54,7 +54,7 @@ def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(pa
     another(model)
     assert "stays with 2.0000" in evaluate(params, model, None, 2.5)
     another(model)
-    assert "stays with 2.0000" in evaluate(params, model, None, 2.0)  # as good is not better
+    assert "stays with 2.0000" in evaluate(params, model, None, 2.0)  # equal is not better
     assert champion() == "1"
     another(model)
     assert "tested on other documents and stays" in evaluate(params, model, None, 1.0, digest="d2")
@@ -67,8 +67,8 @@ def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(pa
     assert "version 6, which is the champion already" in evaluate(params, model, None, 1.5)
 
 
-def test_a_model_is_registered_once_whatever_is_evaluated_of_it(params: Params, model: Path, project: Path) -> None:
-    """By two runs, and with other values of `evaluate`; a copy that is damaged or lost is uploaded again."""
+def test_a_model_is_registered_once_even_if_it_is_evaluated_again(params: Params, model: Path, project: Path) -> None:
+    """By two runs, and with other values of `evaluate`. A damaged or lost copy is uploaded again."""
     evaluate(params, model, "a" * 32, 2.0)
     changed = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"top_k": 7})})
     assert "version 1, which is the champion already" in evaluate(changed, model, "b" * 32, 2.0)
@@ -84,7 +84,7 @@ def test_a_model_is_registered_once_whatever_is_evaluated_of_it(params: Params, 
         damage()
         assert "version 1" in evaluate(params, model, "a" * 32, 2.0)
         assert stored.read_bytes() == content
-    client.delete_logged_model(logged.model_id)  # as a person may
+    client.delete_logged_model(logged.model_id)  # as a user may do
     assert "version 2" in evaluate(params, model, "a" * 32, 2.0)
     assert [str(version.version) for version in client.search_model_versions("name = 'gpt'")] == ["2"]
     assert len(client.search_logged_models([experiment])) == 1
@@ -92,7 +92,7 @@ def test_a_model_is_registered_once_whatever_is_evaluated_of_it(params: Params, 
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
-def test_the_run_of_a_model_that_is_evaluated_is_finished(params: Params, model: Path, status: str) -> None:
+def test_the_run_of_an_evaluated_model_becomes_finished(params: Params, model: Path, status: str) -> None:
     client = connect()
     run_id = client.create_run(client.get_experiment_by_name("gptpipe").experiment_id).info.run_id
     if status != "RUNNING":
@@ -115,7 +115,7 @@ def test_two_evaluations_at_once_register_one_version(params: Params, model: Pat
         assert store.execute("select status from runs").fetchall() == [("FINISHED",)] * 2
 
 
-def test_figures_go_to_the_run_of_the_training(params: Params, model: Path) -> None:
+def test_metrics_are_logged_to_the_run_of_the_training(params: Params, model: Path) -> None:
     with training_run(params, None, LINEAGE, {}) as record:
         pass
     evaluate(params, model, record.run_id, 2.0)
@@ -126,18 +126,20 @@ def test_figures_go_to_the_run_of_the_training(params: Params, model: Path) -> N
     assert (version.run_id, version.description) == (record.run_id, "# card")
 
 
-def test_the_figures_of_the_best_validation_stand_once(params: Params, model: Path) -> None:
-    """Evaluation scores what training scored at the best step; a second point there would bend the curve."""
+def test_the_metrics_of_the_best_validation_are_logged_once(params: Params, model: Path) -> None:
+    """Evaluation scores the same documents as the training did; a second point would distort the curve."""
     with training_run(params, None, LINEAGE, {}) as record:
         record.metrics([(0, 1, {"val/loss": 8.0}), (7, 2, {"val/loss": 1.0 + 1e-9})])
     evaluate(params, model, record.run_id, 2.0)
     evaluate(params, model, record.run_id, 1.9)
-    history = {key: [(m.step, m.value) for m in connect().get_metric_history(record.run_id, key)]
-               for key in ("val/loss", "test/bits_per_byte")}  # fmt: skip
+    history = {
+        key: [(m.step, m.value) for m in connect().get_metric_history(record.run_id, key)]
+        for key in ("val/loss", "test/bits_per_byte")
+    }
     assert history == {"val/loss": [(0, 8.0), (7, 1.0 + 1e-9)], "test/bits_per_byte": [(7, 2.0), (7, 1.9)]}
 
 
-def test_a_run_that_the_store_does_not_know_gets_a_successor(params: Params, model: Path) -> None:
+def test_a_run_that_the_store_does_not_know_is_replaced_by_a_new_run(params: Params, model: Path) -> None:
     evaluate(params, model, "0" * 32, 2.0)
     client = connect()
     (run,) = client.search_runs([client.get_experiment_by_name("gptpipe").experiment_id])
@@ -145,7 +147,9 @@ def test_a_run_that_the_store_does_not_know_gets_a_successor(params: Params, mod
     assert run.data.metrics["test/bits_per_byte"] == 2.0
 
 
-def test_a_dead_store_is_said_and_does_no_harm(params: Params, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_gives_a_warning(
+    params: Params, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert evaluate(params, model, None, 2.0).startswith("warning: not recorded")
 
@@ -175,12 +179,12 @@ WRONG = [
 ]
 
 
-def test_what_is_served_answers_with_text_and_refuses_in_words(
+def test_the_served_model_answers_with_text_and_explains_refusals(
     params: Params, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the program that `mlflow models serve` starts."""
+    """Uses the server program of `mlflow models serve`."""
     evaluate(params, model, None, 2.0)
-    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # which init sets for good
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # init would set it permanently
     app = init(mlflow.pyfunc.load_model("models:/gpt@champion"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -213,9 +217,7 @@ def ask(address: str, options: Any) -> tuple[int, dict[str, Any]]:
             return error.code, json.load(error)
 
 
-def test_a_registered_model_with_another_tokenizer_or_shape_is_refused(
-    params: Params, model: Path, project: Path
-) -> None:
+def test_a_registered_model_with_changed_files_is_refused(params: Params, model: Path, project: Path) -> None:
     evaluate(params, model, None, 2.0)
     (stored,) = (project / "mlartifacts").rglob("model.safetensors")
     for name, old, new in (

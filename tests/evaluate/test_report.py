@@ -1,10 +1,11 @@
-"""reports/report.html of a toy run: what stands on it, and how a browser shows it on a phone and in the dark."""
+"""reports/report.html of a toy run: its content, and its appearance on a phone and in dark mode."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from browser import browser  # noqa: F401  (a fixture)
@@ -12,35 +13,44 @@ from markdown_it import MarkdownIt
 from toy_project import Project
 
 from gptpipe.base.manifest import read_manifest
-from gptpipe.evaluate import charts
+from gptpipe.evaluate.charts import length_histogram, line_chart, thinned
 from gptpipe.evaluate.evaluate import evaluate_model
-from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
+from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
 from gptpipe.shell.errors import IntegrityError
 
-TITLES = ["Loss", "Learning rate", "Gradient norm", "Loss by position", "Accuracy by position",
-          "Bits per byte by source", "Calibration", "Length of documents"]  # fmt: skip
+TITLES = [
+    "Loss",
+    "Learning rate",
+    "Gradient norm",
+    "Loss by position",
+    "Accuracy by position",
+    "Bits per byte by source",
+    "Calibration",
+    "Length of documents",
+]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
-    """The reports of a short training whose prompt is markup, and whose model flags itself."""
+    """The reports of a short training whose prompt is markup, and which raises a red flag."""
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("project")
         patch.setenv("DVC_ROOT", str(root))
         project = Project(root, toy_split)
         hostile = ("<script>hostile()</script>\n```\n# the\n[a](javascript:b) \x1b[31m",)
-        params = tiny.params(train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None,
-                             evaluate__prompts=hostile)  # fmt: skip
+        params = tiny.params(
+            train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None, evaluate__prompts=hostile
+        )
         project.train(params)
         folder = root / "reports"
-        found = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)
+        evaluation = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)
         counts = read_manifest(toy_split.parent / "raw").counts
-        trained = read_training_reports(folder, root / "models/gpt")
-        write_page(folder, trained, params, found.lineage, counts, "run-1", draw_figures(folder, trained))
+        training = read_training_reports(folder, root / "models/gpt")
+        write_report(folder, training, params, evaluation.split, counts, "run-1", draw_charts(folder, training))
     return folder
 
 
-def test_the_page_is_whole_and_made_the_same_way_twice(reports: Path) -> None:
+def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Path) -> None:
     page = (reports / "report.html").read_text()
     results = json.loads((reports / "eval.json").read_bytes())
     for side in ("val", "test"):
@@ -51,11 +61,11 @@ def test_the_page_is_whole_and_made_the_same_way_twice(reports: Path) -> None:
     assert "&lt;b&gt;the&lt;/b&gt;" in page  # model text is never markup
     assert "<b>the</b>" not in page
     assert "<script>" not in page
-    assert "&lt;script&gt;hostile()" in page  # shown as it is, not as the entities of samples.md
+    assert "&lt;script&gt;hostile()" in page  # escaped once, unlike the entities of samples.md
     assert "gptpipe restore run-1" in page
     assert read_manifest(reports.parent / "models/gpt").made_from["split"] in page
-    trained = read_training_reports(reports, reports.parent / "models/gpt")
-    assert draw_figures(reports, trained) == draw_figures(reports, trained)
+    training = read_training_reports(reports, reports.parent / "models/gpt")
+    assert draw_charts(reports, training) == draw_charts(reports, training)
 
 
 REPORTS = ["train.json", "train.samples.json", "train.steps.csv", "train.validations.csv"]
@@ -79,8 +89,8 @@ def test_a_report_that_stage_train_did_not_write_is_refused(reports: Path, tmp_p
         read_training_reports(copy, model)
 
 
-def test_samples_cannot_be_markup(reports: Path) -> None:
-    """samples.md once held generated text, and documents, as raw HTML."""
+def test_samples_contain_no_markup(reports: Path) -> None:
+    """Generated text and documents used to be raw HTML in samples.md."""
     page = (reports / "samples.md").read_text()
     assert not {"script", "```", "\x1b", "<b>"} & set(page.split())
     assert "<" not in page
@@ -90,18 +100,24 @@ def test_samples_cannot_be_markup(reports: Path) -> None:
 
 
 def test_a_long_curve_is_thinned_to_means_of_neighbours() -> None:
-    many = [float(i) for i in range(100_000)]
-    svg = charts.lines("x", "y", {"a": (many, many)})
+    values = [float(i) for i in range(100_000)]
+    svg = line_chart("x", "y", {"a": (values, values)})
     assert len(svg) < 20_000
-    assert charts._thin(many)[0] == sum(range(500)) / 500
+    assert thinned(values)[0] == sum(range(500)) / 500
+
+
+def test_lengths_are_counted_up_to_each_power_of_2() -> None:
+    upper_bounds, counts = length_histogram(np.array([0, 1, 2, 3, 4, 5, 1000]))
+    assert upper_bounds.tolist() == [1, 2, 4, 8, 1024]
+    assert counts.tolist() == [2, 1, 2, 1, 1]
 
 
 @pytest.mark.browser
-def test_in_a_browser(browser: Any, reports: Path) -> None:  # noqa: F811
+def test_the_page_in_a_browser_on_a_phone_and_in_dark_mode(browser: Any, reports: Path) -> None:  # noqa: F811
     browser.get((reports / "report.html").as_uri())
     assert [caption.text for caption in browser.find_elements("css selector", "figcaption")] == TITLES
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.get_log("browser") == []  # nothing refused, nothing missing
+    assert browser.get_log("browser") == []  # nothing is blocked or missing
     for width, height in ((1400, 900), (360, 740)):
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -117,7 +133,7 @@ def test_in_a_browser(browser: Any, reports: Path) -> None:  # noqa: F811
             "getComputedStyle(document.querySelector('svg text')).fill]"
         )
         paper, text, axis = (sum(map(int, colour[4:-1].split(","))) for colour in browser.execute_script(colours))
-        assert text == axis  # charts follow the text
+        assert text == axis  # charts have the colour of the text
         ink[scheme] = text - paper
     assert ink["light"] < -600
     assert ink["dark"] > 600

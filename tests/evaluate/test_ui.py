@@ -1,4 +1,4 @@
-"""MLflow's pages of a toy run, opened in a browser as `mlflow ui` without flags shows them."""
+"""MLflow's pages of a toy run in a browser, as `mlflow ui` without options shows them."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from browser import browser  # noqa: F401  (a fixture)
 from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.registry import record_evaluation
-from gptpipe.evaluate.report import draw_figures, read_training_reports, write_page
+from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
 from gptpipe.record.run import training_run
 from gptpipe.record.store import connect
 from gptpipe.train.session import train_model
@@ -28,42 +28,50 @@ from gptpipe.train.session import train_model
 pytestmark = pytest.mark.usefixtures("project")
 
 COLUMNS = ["test/bits_per_byte", "val/bits_per_byte", "val/loss", "params_digest", "environment.device", "changed"]
-FIGURES = ["loss", "learning_rate", "gradient_norm", "loss_by_position", "accuracy_by_position",
-           "bits_per_byte_by_source", "calibration", "length_of_documents"]  # fmt: skip
+CHARTS = [
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "loss_by_position",
+    "accuracy_by_position",
+    "bits_per_byte_by_source",
+    "calibration",
+    "length_of_documents",
+]
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple[Path, str]:
-    """A project's root after stages train and evaluate of an experiment, and the id of its run."""
+    """The root of a project after stages train and evaluate of an experiment, and the id of the run."""
     root = tmp_path_factory.mktemp("recorded")
     (root / ".dvc").mkdir()
     params = tiny.params()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # mlflow itself sets the second
+        for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # MLflow sets the second
             patch.delenv(name, raising=False)
         patch.setenv("DVC_EXP_NAME", "dapper-owl")
         model, reports = Path("models/gpt"), Path("reports")
         train_model(params, toy_split, model, reports, functools.partial(training_run, params))
         run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
-        found = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
-        trained, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
-        figures = draw_figures(reports, trained)
-        page = write_page(reports, trained, params, found.lineage, counts, run_id, figures)
-        record_evaluation(params, found, run_id, page, figures, model)
+        evaluation = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
+        training, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
+        charts = draw_charts(reports, training)
+        page = write_report(reports, training, params, evaluation.split, counts, run_id, charts)
+        record_evaluation(params, params.evaluate, evaluation, run_id, page, charts, model)
     return root, run_id
 
 
-def test_figures_are_with_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     root, run_id = recorded
     monkeypatch.chdir(root)
     names = {Path(file.path).stem for file in connect().list_artifacts(run_id, "figures")}
-    assert names == set(FIGURES)
+    assert names == set(CHARTS)
 
 
 @pytest.fixture(scope="module")
 def ui(recorded: tuple[Path, str]) -> Iterator[str]:
-    """The address of `mlflow ui`, started in the root; of its flags only the port, so that tests do not meet."""
+    """The address of `mlflow ui`, started in the root; only the port is set, so that tests do not collide."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -74,7 +82,7 @@ def ui(recorded: tuple[Path, str]) -> Iterator[str]:
             env={
                 **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            },  # a dozen processes for nothing
+            },  # it would start a dozen processes
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -95,7 +103,7 @@ def ui(recorded: tuple[Path, str]) -> Iterator[str]:
 
 
 def shows(browser: Any, *words: str) -> None:  # noqa: F811
-    """Wait until the page has all the words."""
+    """Wait until the page contains all words."""
     deadline = time.monotonic() + 120
     while missing := [word for word in words if word not in browser.execute_script("return document.body.innerText")]:
         assert time.monotonic() < deadline, f"{browser.current_url}: no {missing}"
@@ -103,9 +111,9 @@ def shows(browser: Any, *words: str) -> None:  # noqa: F811
 
 
 @pytest.mark.browser
-def test_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
+def test_the_pages_of_a_run_and_of_its_model_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
     run_id = recorded[1]
-    browser.set_window_size(1700, 1000)  # the table makes no columns that are out of sight
+    browser.set_window_size(1700, 1000)  # the table has only the columns that fit
     browser.get(f"{ui}/#/experiments/1/runs")
     shows(browser, "dapper-owl", "All runs with their figures", "split/train", "stages.train")
     browser.find_element("css selector", "[data-component-id='mlflow.assistant.chat_panel.close']").click()
@@ -122,7 +130,7 @@ def test_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None
     browser.find_element("css selector", "input[placeholder='Search metric charts']").send_keys("(train|val)/loss$")
     shows(browser, "dapper-owl (train/loss)", "dapper-owl (val/loss)")
     browser.get(f"{run}/artifacts")
-    for name, words in (("samples.json", ["step", "continuation"]), ("figures", [f"{name}.svg" for name in FIGURES])):
+    for name, words in (("samples.json", ["step", "continuation"]), ("figures", [f"{name}.svg" for name in CHARTS])):
         shows(browser, name)
         browser.find_element("xpath", f"//*[text()='{name}']").click()
         shows(browser, *words)

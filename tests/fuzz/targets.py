@@ -31,7 +31,8 @@ from gptpipe.collect.tables import parquet_rows
 from gptpipe.formats.hf_tokenizer import to_tokenizer_json
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
-from gptpipe.model.hf_weights import CONFIG, WEIGHTS, load_model, save_model
+from gptpipe.model.hf_config import CONFIG
+from gptpipe.model.hf_weights import WEIGHTS, load_model, save_model
 from gptpipe.params import load_params
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.tokenize.tokenizers import train_tokenizer
@@ -403,13 +404,13 @@ class _Writer:
 
 
 def _outbox(content: bytes) -> None:
-    from gptpipe.record import run as record
+    from gptpipe.record import outbox
 
-    record.RunWriter = _Writer  # type: ignore[assignment,misc]
+    outbox.RunWriter = _Writer  # type: ignore[assignment,misc]
     folder = Path(".gptpipe", "outbox")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{'0' * 32}.jsonl").write_bytes(content)
-    record.send_outbox()
+    outbox.send_outbox()
 
 
 JSON = (mutations.json_tree,)

@@ -1,4 +1,4 @@
-"""Drawing the next token, and generation with its cache and its sliding context."""
+"""Drawing the next token, and generating with a cache and a sliding context."""
 
 from typing import Any
 
@@ -32,33 +32,42 @@ def drawn(sampling: Sampling, n: int = 20_000) -> list[float]:
         (Sampling(top_p=0.4), [0, 1, 0, 0]),
         (Sampling(top_p=0.6), [0, 0.625, 0, 0.375]),
         (Sampling(top_p=0.9), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
-        (Sampling(top_k=3, top_p=0.8), [0, 0.625, 0, 0.375]),  # nucleus of what top_k leaves
+        (Sampling(top_k=3, top_p=0.8), [0, 0.625, 0, 0.375]),  # top_p applies to what top_k leaves
     ],
 )
-def test_shares_of_draws(sampling: Sampling, shares: list[float]) -> None:
-    """A share of 20,000 draws has a standard deviation of at most 0.0035; a share of nothing is exactly nothing."""
+def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling, shares: list[float]) -> None:
+    """The standard deviation of a share of 20,000 draws is at most 0.0035; a probability of 0 gives exactly 0."""
     found = drawn(sampling)
     assert found == pytest.approx(shares, abs=0.014)
     assert [share == 0 for share in found] == [share == 0 for share in shares]
 
 
-def test_top_k_keeps_k_of_equals() -> None:
+def test_top_k_keeps_k_of_equally_probable_tokens() -> None:
     ids = draw(torch.zeros(2000, 5), Sampling(top_k=2), torch.Generator().manual_seed(0))
     assert len(ids.unique()) == 2
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": 0},
-     {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"seed": -1}, {"seed": 2**64}],
-)  # fmt: skip
-def test_senseless_sampling_is_told(values: dict[str, Any]) -> None:
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+)
+def test_invalid_sampling_options_are_a_config_error(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="sampling needs"):
         Sampling(**values)
 
 
 def without_cache(model: GPT, prompt: torch.Tensor, n: int) -> list[int]:
-    """Greedy tokens, each from a whole pass over a context that drops its older half when it would overflow."""
+    """Greedy tokens, each from a pass over the whole context, which drops its older half when it is full."""
     context = prompt[:, -model.params.context_length :]
     new = []
     for _ in range(n):
@@ -72,9 +81,7 @@ def without_cache(model: GPT, prompt: torch.Tensor, n: int) -> list[int]:
 
 @pytest.mark.parametrize("switches", tiny.SWITCHES[::3], ids=lambda s: str(s["architecture"]))
 @pytest.mark.parametrize("n_prompt", [1, 5, 16, 23])
-def test_greedy_generation_is_that_of_whole_passes_also_past_the_context(
-    switches: dict[str, Any], n_prompt: int
-) -> None:
+def test_greedy_generation_with_a_cache_equals_generation_without_one(switches: dict[str, Any], n_prompt: int) -> None:
     model, prompts = tiny.network(**switches), tiny.token_ids(2, n_prompt)
     steps = list(generate(model, prompts, 40, Sampling(temperature=0)))
     assert torch.stack(steps, dim=1).tolist() == without_cache(model, prompts, 40)
@@ -88,20 +95,20 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
 
 @pytest.mark.parametrize("was_training", [True, False])
 @pytest.mark.parametrize("n_taken", [1, 5])
-def test_training_is_not_disturbed(was_training: bool, n_taken: int) -> None:
+def test_generation_does_not_disturb_training(was_training: bool, n_taken: int) -> None:
     model = tiny.network(dropout=0.5).train(was_training)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     steps = generate(model, tiny.token_ids(1, 3), 5, Sampling())
     for _ in range(n_taken):
         next(steps)
-    steps.close()  # also a reader who stops early
+    steps.close()  # the reader may stop early
     assert model.training is was_training
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_cache_beyond_the_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted: keys and values of 2 layers, 2 heads and 8 numbers, for the context or for fewer tokens."""
+def test_a_cache_that_does_not_fit_in_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size is that of keys and values of 2 layers, 2 heads and 8 numbers, for the context or fewer tokens."""
     model, prompt = tiny.network(), tiny.token_ids(1, 3)
     monkeypatch.setattr("gptpipe.model.generate.available_memory", lambda _: 2 * 2 * 2 * 8 * 4 * 15)
     assert len(list(generate(model, prompt, 12, Sampling()))) == 12

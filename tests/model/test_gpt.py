@@ -1,4 +1,4 @@
-"""The network by itself: positions, causality, its cache and its loss. test_layout compares it with transformers."""
+"""The network alone: positions, causality, cache and loss. test_hf_weights compares it with transformers."""
 
 import math
 from typing import Any
@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptpipe.model.gpt import GPT, TanhGELU, document_mask, gelu, rotary_tables, rotate
+from gptpipe.model.cpu_kernels import TanhGELU
+from gptpipe.model.gpt import GPT, document_mask, gelu, rotary_tables, rotate
 
 every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
 
 
 def test_rotary_tables_of_two_frequencies() -> None:
-    cos, sin = rotary_tables(n_positions=3, head_width=4, theta=100.0)
+    cos, sin = rotary_tables(n_positions=3, head_dim=4, theta=100.0)
     angles = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.1, 1.0, 0.1], [2.0, 0.2, 2.0, 0.2]])
     torch.testing.assert_close(cos, angles.cos())
     torch.testing.assert_close(sin, angles.sin())
@@ -28,7 +29,7 @@ def test_rotation_turns_pairs_by_their_angle() -> None:
     torch.testing.assert_close(rotate(x, cos, sin), torch.tensor([[[[-3.0, -2.0, 1.0, -4.0]]]]))
 
 
-def test_scores_depend_on_distance_not_on_place() -> None:
+def test_attention_scores_depend_on_the_distance_only() -> None:
     cos, sin = rotary_tables(32, 8, 10000.0)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
 
@@ -39,7 +40,7 @@ def test_scores_depend_on_distance_not_on_place() -> None:
     assert not torch.allclose(scored(5, 2), scored(5, 3))
 
 
-def test_gelu_and_its_gradient_are_those_of_torch() -> None:
+def test_gelu_and_its_gradient_equal_those_of_torch() -> None:
     x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e15, -200.0, 0.0, 200.0, 1e15])])
     weights = torch.randn(len(x), generator=torch.Generator().manual_seed(0))
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -53,7 +54,7 @@ def test_gelu_and_its_gradient_are_those_of_torch() -> None:
 
 
 @every_architecture
-def test_no_position_sees_the_future(switches: dict[str, Any]) -> None:
+def test_no_position_depends_on_later_tokens(switches: dict[str, Any]) -> None:
     model = tiny.network(**switches)
     embedded: list[torch.Tensor] = []
     model.embedding.register_forward_hook(lambda _, __, out: (out.retain_grad(), embedded.append(out))[0])
@@ -64,7 +65,7 @@ def test_no_position_sees_the_future(switches: dict[str, Any]) -> None:
 
 
 @every_architecture
-def test_the_cache_gives_the_logits_of_a_whole_pass(switches: dict[str, Any]) -> None:
+def test_logits_with_a_cache_equal_those_of_a_single_pass(switches: dict[str, Any]) -> None:
     model, tokens = tiny.network(**switches), tiny.token_ids(3, 12)
     cache = model.new_cache(3, 1000)
     with torch.no_grad():
@@ -75,8 +76,8 @@ def test_the_cache_gives_the_logits_of_a_whole_pass(switches: dict[str, Any]) ->
 
 @every_architecture
 @pytest.mark.parametrize("vocab_size", [50, 600])
-def test_loss_and_its_gradients_are_those_of_cross_entropy(switches: dict[str, Any], vocab_size: int) -> None:
-    """Also with 20 x 16 rows, which are more than are taken at once, and with a last piece that is smaller."""
+def test_loss_and_its_gradients_equal_those_of_cross_entropy(switches: dict[str, Any], vocab_size: int) -> None:
+    """Compared for two sizes of the vocabulary."""
     model = tiny.network(vocab_size, **switches)
     tokens, targets = (tiny.token_ids(20, 16, vocab_size=vocab_size, seed=seed) for seed in (1, 2))
 
@@ -108,7 +109,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(backend: str | None) -> 
 
 @every_architecture
 def test_with_document_masking_each_document_is_scored_as_if_alone(switches: dict[str, Any]) -> None:
-    """Rotary positions are relative; of learned ones, only the first document stands where it would stand alone."""
+    """Learned positions are absolute: only the first document has the same positions as it has alone."""
     model, end = tiny.network(**switches), 49
     tokens = tiny.token_ids(1, 12, vocab_size=49)
     tokens[0, [4, 5, 9]] = end
@@ -131,7 +132,7 @@ def test_loss_with_an_end_of_text_masks_documents() -> None:
         torch.testing.assert_close(model.loss(tokens, targets, end_of_text=end), expected)
 
 
-def test_loss_is_finite_where_the_target_is_all_but_impossible() -> None:
+def test_loss_is_finite_if_the_target_has_almost_no_probability() -> None:
     model = tiny.network()
     with torch.no_grad():
         model.head.weight *= 1e4
@@ -160,7 +161,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @every_architecture
-def test_a_new_network_bets_evenly(switches: dict[str, Any]) -> None:
+def test_a_new_network_gives_all_tokens_the_same_probability(switches: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = GPT(tiny.model_params(**switches), 200)
     with torch.no_grad():
@@ -168,16 +169,16 @@ def test_a_new_network_bets_evenly(switches: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(math.log(200), abs=0.1)
 
 
-def test_parameters_of_gpt2_small_are_counted_once() -> None:
-    """124,439,808 is the figure that the literature and transformers give."""
+def test_gpt2_small_has_124_million_parameters() -> None:
+    """124,439,808 is the number in the literature and in transformers."""
     small = {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "n_inner": 3072}
     with torch.device("meta"):
         assert GPT(tiny.model_params(**small, architecture="gpt2"), 50257).n_parameters() == 124_439_808
 
 
 @every_architecture
-def test_flops_are_those_that_torch_counts(switches: dict[str, Any]) -> None:
-    """Of a forward pass, times three."""
+def test_flops_equal_those_that_torch_counts(switches: dict[str, Any]) -> None:
+    """torch counts a forward pass; a backward pass takes twice as many."""
     model = tiny.network(**switches)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(tiny.token_ids(2, 16))

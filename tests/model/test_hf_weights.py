@@ -1,4 +1,4 @@
-"""The Hugging Face layout, out and in, with `transformers` itself as the judge."""
+"""The Hugging Face layout, written and read, compared with `transformers`."""
 
 import json
 import os
@@ -15,10 +15,11 @@ from torch import Tensor
 from gptpipe.base.manifest import new_folder
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.formats.tokenizer import Tokenizer
-from gptpipe.model import hf_weights as layout
+from gptpipe.model import hf_weights
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
-from gptpipe.model.hf_weights import from_config, initialise_from, load_model, save_model
+from gptpipe.model.hf_config import params_of
+from gptpipe.model.hf_weights import initialise_from, load_model, save_model
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
@@ -34,14 +35,16 @@ TEXT = (
 
 def saved(folder: Path, model: GPT, end_of_text: int = 0) -> Path:
     folder.mkdir(exist_ok=True)
-    weights = dict(sorted(model.named_parameters()))  # as a checkpoint has them
+    weights = dict(sorted(model.named_parameters()))  # sorted, as in a checkpoint
     save_model(folder, model.params, model.vocab_size, end_of_text, weights)
     return folder
 
 
 def read_by_transformers(folder: Path) -> Any:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert {name: list(keys) for name, keys in info.items() if keys} == {}  # nothing missing, left over or misshapen
+    assert {
+        name: list(keys) for name, keys in info.items() if keys
+    } == {}  # no tensor is missing, left over or of another shape
     return model.eval()
 
 
@@ -74,8 +77,8 @@ def test_we_read_what_we_save(tmp_path: Path, switches: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("switches", [tiny.SWITCHES[0], tiny.SWITCHES[3]], ids=lambda s: str(s["architecture"]))
-def test_their_loss_on_the_stream_is_ours(tmp_path: Path, switches: dict[str, Any]) -> None:
-    """What a figure means: consecutive windows of the token stream, every token but the first, the mean in nats."""
+def test_transformers_gives_the_same_loss_on_a_stream(tmp_path: Path, switches: dict[str, Any]) -> None:
+    """The definition of the loss: every token but the first, in consecutive windows of the stream, in nats."""
     from gptpipe.formats.streams import open_stream
     from gptpipe.score.scoring import score
 
@@ -100,7 +103,7 @@ def small_tokenizer() -> Tokenizer:
     return train_tokenizer([TEXT * 20, "some more words to merge, other letters: xyz " * 20], 330)
 
 
-def test_auto_tokenizer_gives_our_ids(tmp_path: Path) -> None:
+def test_auto_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     tokenizer = small_tokenizer()
     saved(tmp_path, tiny.network(tokenizer.vocab_size), tokenizer.end_of_text)
     save_tokenizer_json(tmp_path, tokenizer, 16)
@@ -116,8 +119,15 @@ def test_auto_tokenizer_gives_our_ids(tmp_path: Path) -> None:
 
 def their_models() -> list[Any]:
     common = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
-    modern = {**common, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 16}  # fmt: skip
+    modern = {
+        **common,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16,
+    }
     gpt2 = {**common, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
     t = transformers
     return [
@@ -153,7 +163,7 @@ def test_we_read_what_transformers_saves(tmp_path: Path, kind: Any, config: Any,
 
 
 def gpt2_without_prefix(folder: Path) -> Any:
-    """As OpenAI's own upload of GPT-2: no `transformer.`, and buffers beside the weights."""
+    """Like OpenAI's own upload of GPT-2: without `transformer.`, and with buffers besides the weights."""
     theirs = random_model(*their_models()[0].values)
     theirs.save_pretrained(folder)
     weights = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
@@ -167,7 +177,7 @@ def test_gpt2_without_the_prefix(tmp_path: Path) -> None:
     assert_same_logits(load_model(tmp_path), theirs)
 
 
-def test_learned_positions_can_be_cut_not_grown(tmp_path: Path) -> None:
+def test_learned_positions_can_be_cut_off_but_not_added(tmp_path: Path) -> None:
     gpt2_without_prefix(tmp_path)
     whole = load_model(tmp_path)
     shorter = GPT(whole.params.model_copy(update={"context_length": 8}), 50)
@@ -179,7 +189,7 @@ def test_learned_positions_can_be_cut_not_grown(tmp_path: Path) -> None:
         initialise_from(longer, tmp_path)
 
 
-def test_rotary_positions_take_any_context(tmp_path: Path) -> None:
+def test_a_rotary_model_can_start_with_another_context_length(tmp_path: Path) -> None:
     model = tiny.network()
     saved(tmp_path, model)
     longer = GPT(model.params.model_copy(update={"context_length": 64, "dropout": 0.3}), 50)
@@ -188,7 +198,7 @@ def test_rotary_positions_take_any_context(tmp_path: Path) -> None:
 
 
 def model_outputs(model: GPT) -> Any:
-    """Our network under transformers' calling convention."""
+    """Our network with the calling convention of transformers."""
 
     class Outputs:
         def eval(self) -> Any:
@@ -200,19 +210,23 @@ def model_outputs(model: GPT) -> Any:
     return Outputs()
 
 
-def test_all_that_differs_is_told_at_once(tmp_path: Path) -> None:
+def test_all_differences_to_the_folder_are_reported_at_once(tmp_path: Path) -> None:
     saved(tmp_path, tiny.network())
     other = tiny.network(60, n_embd=64, n_layer=3, head_dim=8, tie_embeddings=False)
     with pytest.raises(ConfigError) as caught:
         initialise_from(other, tmp_path)
-    for part in ("n_layer is 3, the folder has 2", "n_embd is 64, the folder has 32", "60 entries, the folder has 50",
-                 "tie_embeddings is False, the folder has True"):  # fmt: skip
+    for part in (
+        "n_layer is 3, the folder has 2",
+        "n_embd is 64, the folder has 32",
+        "60 entries, the folder has 50",
+        "tie_embeddings is False, the folder has True",
+    ):
         assert part in str(caught.value)
     assert "head_dim" not in str(caught.value)  # 8 is the folder's 32 / 4
     assert "\n" not in str(caught.value)
 
 
-def test_another_head_width_is_told(tmp_path: Path) -> None:
+def test_another_head_dim_is_reported(tmp_path: Path) -> None:
     saved(tmp_path, tiny.network())
     with pytest.raises(ConfigError, match=r"model\.head_dim is 16, the folder has 8"):
         initialise_from(tiny.network(head_dim=16), tmp_path)
@@ -232,7 +246,7 @@ def test_another_head_width_is_told(tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "has no vocab_size"),
     ],
 )
-def test_a_configuration_we_cannot_compute_is_told(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_an_unsupported_configuration_is_an_input_error(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     saved(tmp_path, tiny.network())
     config = json.loads((tmp_path / "config.json").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -243,13 +257,13 @@ def test_a_configuration_we_cannot_compute_is_told(tmp_path: Path, change: dict[
 
 
 @pytest.mark.parametrize("switches", [tiny.SWITCHES[0], tiny.SWITCHES[2], tiny.SWITCHES[3]], ids=str)
-def test_what_a_configuration_leaves_out_is_as_transformers_has_it(tmp_path: Path, switches: dict[str, Any]) -> None:
+def test_missing_keys_have_the_defaults_of_transformers(tmp_path: Path, switches: dict[str, Any]) -> None:
     saved(tmp_path, tiny.network(**switches))
     config = json.loads((tmp_path / "config.json").read_bytes())
     for key in ("tie_word_embeddings", "attention_dropout", "attention_bias", "n_inner", "rope_parameters"):
         config.pop(key, None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ours, theirs = from_config(config, tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = params_of(config, tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
     assert ours.tie_embeddings is theirs.tie_word_embeddings
     if ours.architecture == "gpt2":
         assert (ours.n_inner, theirs.n_inner) == (128, None)  # 4 times n_embd
@@ -257,7 +271,7 @@ def test_what_a_configuration_leaves_out_is_as_transformers_has_it(tmp_path: Pat
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-def test_a_missing_or_damaged_folder_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: not readable"):
         load_model(tmp_path / "nowhere")
     folder = saved(tmp_path / "model", tiny.network())
@@ -271,7 +285,7 @@ def test_a_missing_or_damaged_folder_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", "no json", '{"weight_map": {"x": "model-9.safetensors"}}'])
-def test_a_damaged_index_is_told(tmp_path: Path, index: str) -> None:
+def test_a_damaged_index_is_an_input_error(tmp_path: Path, index: str) -> None:
     saved(tmp_path, tiny.network())
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError):
@@ -279,7 +293,7 @@ def test_a_damaged_index_is_told(tmp_path: Path, index: str) -> None:
 
 
 def test_a_link_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
-    """Neither of weights nor of the configuration; a link inside of the folder is followed."""
+    """For weights and for the configuration. A link inside the folder is followed."""
     sound = saved(tmp_path / "sound", tiny.network())
     for name in ("model.safetensors", "config.json"):
         folder = saved(tmp_path / f"links {name}", tiny.network())
@@ -292,8 +306,8 @@ def test_a_link_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
             load_model(folder)
 
 
-def test_a_folder_of_the_hugging_face_cache_is_read(tmp_path: Path) -> None:
-    """Its files are links to blobs beside the snapshots."""
+def test_a_folder_of_the_hugging_face_cache_is_loaded(tmp_path: Path) -> None:
+    """Its files are links to blobs in a neighbouring folder."""
     model = tiny.network()
     real, cache = saved(tmp_path / "real", model), tmp_path / "models--a--b"
     snapshot = cache / "snapshots" / "0123456789abcdef"
@@ -307,7 +321,7 @@ def test_a_folder_of_the_hugging_face_cache_is_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_manifest_may_consist_of_links(tmp_path: Path) -> None:
-    """DVC makes them with cache.type symlink; the manifest pins their content."""
+    """DVC creates links with cache.type symlink; the manifest pins their content."""
     real = tiny.make_model(tmp_path / "real")
     (tmp_path / "links").mkdir()
     for path in real.iterdir():
@@ -315,28 +329,30 @@ def test_a_folder_with_a_manifest_may_consist_of_links(tmp_path: Path) -> None:
     load_model(tmp_path / "links")
 
 
-def test_a_model_beyond_the_memory_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted: 4 bytes of each weight, and twice the tables of rotary positions."""
+def test_a_model_that_does_not_fit_in_memory_is_a_resource_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size is 4 bytes of each weight, and twice the tables of rotary positions."""
     model = tiny.network(50)
     saved(tmp_path, model)
     needed = 4 * model.n_parameters() + 2 * 2 * 16 * 8 * 4  # two tables of 16 positions and 8 numbers
-    monkeypatch.setattr(layout, "available_memory", lambda _: needed)
+    monkeypatch.setattr(hf_weights, "available_memory", lambda _: needed)
     load_model(tmp_path)
-    monkeypatch.setattr(layout, "available_memory", lambda _: needed - 1)
-    monkeypatch.setattr(layout, "_fill", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(hf_weights, "available_memory", lambda _: needed - 1)
+    monkeypatch.setattr(hf_weights, "_copy_weights", lambda *_: pytest.fail("too late"))
     with pytest.raises(ResourceError, match="are available; choose a smaller model"):
         load_model(tmp_path)
 
 
 def test_a_failed_allocation_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, tiny.network())
-    monkeypatch.setattr(layout, "load_file", lambda _: torch.empty(1 << 60))
+    monkeypatch.setattr(hf_weights, "load_file", lambda _: torch.empty(1 << 60))
     with pytest.raises(ResourceError, match="out of memory"):
         load_model(tmp_path)
 
 
-def test_what_can_be_computed_may_be_stored_beside_the_weights(tmp_path: Path) -> None:
-    """As older versions of transformers did; also the head of a tied model."""
+def test_stored_tensors_that_are_not_weights_are_ignored(tmp_path: Path) -> None:
+    """Older versions of transformers stored them, and the head of a tied model."""
     model = tiny.network()
     saved(tmp_path, model)
     weights = load_file(tmp_path / "model.safetensors")
@@ -347,7 +363,7 @@ def test_what_can_be_computed_may_be_stored_beside_the_weights(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("change", ["missing", "misshapen"])
-def test_weights_that_do_not_fit_are_told(tmp_path: Path, change: str) -> None:
+def test_weights_that_do_not_fit_the_network_are_an_integrity_error(tmp_path: Path, change: str) -> None:
     saved(tmp_path, tiny.network())
     weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -359,8 +375,8 @@ def test_weights_that_do_not_fit_are_told(tmp_path: Path, change: str) -> None:
         load_model(tmp_path)
 
 
-def test_one_of_our_own_folders_is_verified_before_it_is_a_start(tmp_path: Path) -> None:
-    """A flipped bit in a safetensors file loads as another number."""
+def test_a_folder_with_a_manifest_is_verified_before_training_starts_from_it(tmp_path: Path) -> None:
+    """safetensors does not notice a flipped bit."""
     model = tiny.network()
     with new_folder(tmp_path / "model", {}) as folder:
         saved(folder.path, model)

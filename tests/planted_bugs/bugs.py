@@ -357,8 +357,8 @@ BUGS = (
     Bug(
         "a resumed run logs its steps twice",
         "gptpipe/record/store.py",
-        "new = [row for row in content if row[3] not in self._known.get(row[0], ())]",
-        "new = list(content)",
+        "new = [row for row in rows if row[3] not in self._stored_steps.get(row[0], ())]",
+        "new = list(rows)",
         ("tests/record/test_run.py::test_a_resumed_run_gets_each_step_once",),
     ),
     Bug(

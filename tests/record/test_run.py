@@ -1,4 +1,4 @@
-"""The record of a training in a real SQLite store, and what happens when the store is not there."""
+"""The record of a training in a real SQLite store, and what happens if the store fails."""
 
 import json
 import os
@@ -19,8 +19,10 @@ from gptpipe.base.files import write_bytes
 from gptpipe.params import Params
 from gptpipe.record import run as record_module
 from gptpipe.record import store as store_module
-from gptpipe.record.run import send_outbox, training_run
-from gptpipe.record.store import RunWriter, StoreError, changed_code, connect, describe_run, may_hold_secrets
+from gptpipe.record.description import changed_code, describe_run, may_hold_secrets
+from gptpipe.record.outbox import send_outbox
+from gptpipe.record.run import training_run
+from gptpipe.record.store import RunWriter, StoreError, connect
 from gptpipe.shell.errors import Interrupted, NumericError, SpikeError
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -31,7 +33,7 @@ def rows(project: Path) -> list[tuple[str, int, float]]:
         return sorted(database.execute("select key, step, value from metrics where key not like 'system/%'"))
 
 
-def test_a_run_holds_parameters_data_metrics_and_texts(project: Path, params: Params) -> None:
+def test_a_run_has_parameters_data_metrics_and_texts(project: Path, params: Params) -> None:
     with training_run(params, None, LINEAGE, {"threads": 2}) as record:
         record.metrics([(1, 1000, {"train/loss": 3.0}), (2, 2000, {"train/loss": 2.0, "val/loss": 2.5})])
         record.text("samples/step-00000002.md", "hello")
@@ -52,8 +54,8 @@ def test_a_run_holds_parameters_data_metrics_and_texts(project: Path, params: Pa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file size limits")
-def test_a_store_that_could_not_be_made_is_made_the_next_time(project: Path, params: Params) -> None:
-    """A full disk, or a kill, once left tables of which MLflow says for ever that they are there already."""
+def test_a_store_that_could_not_be_created_is_created_the_next_time(project: Path, params: Params) -> None:
+    """A full disk or a kill used to leave partial tables, for which MLflow failed forever."""
     (project / "mlflow.db").unlink()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -71,22 +73,22 @@ def test_a_store_that_could_not_be_made_is_made_the_next_time(project: Path, par
     assert list(project.glob(".mlflow*")) == []
 
 
-def test_its_description_says_what_counts_and_how_to_come_back(params: Params) -> None:
+def test_the_description_of_a_run_has_metrics_red_flags_and_the_command_to_restore_it(params: Params) -> None:
     with training_run(params, None, LINEAGE, {"device": "cpu"}) as record:
         record.metrics([(1, 1000, {"val/bits_per_byte": 2.5, "train/loss": 3.0})])
         record.tags({"red_flag.overfitting": "overfitting: words"})
     tags = connect().get_run(record.run_id).data.tags
-    note = tags["mlflow.note.content"]
-    assert "| val/bits_per_byte | 2.5000 |" in note
-    assert "Red flags: overfitting: words." in note
-    assert f"gptpipe restore {record.run_id}" in note
+    description = tags["mlflow.note.content"]
+    assert "| val/bits_per_byte | 2.5000 |" in description
+    assert "Red flags: overfitting: words." in description
+    assert f"gptpipe restore {record.run_id}" in description
     assert (tags["environment.device"], len(tags["params_digest"])) == ("cpu", 12)
     assert tags["process"].startswith(f"{os.getpid()} on ")
     experiment = connect().get_experiment_by_name("gptpipe")
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "test/bits_per_byte"
 
 
-def test_what_a_run_changes_is_told_from_its_commit(
+def test_tags_name_the_parameters_that_differ_from_the_commit(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
@@ -107,7 +109,7 @@ def test_what_a_run_changes_is_told_from_its_commit(
     assert "+train: {lr: 1e-4" in patch
 
 
-def test_how_busy_the_machine_is_stands_beside_the_curves(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_load_of_the_machine_is_logged(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "_SYSTEM_SECONDS", 0.2)
     with training_run(params, None, LINEAGE, {}) as record:
         time.sleep(1.5)
@@ -117,7 +119,7 @@ def test_how_busy_the_machine_is_stands_beside_the_curves(params: Params, monkey
 
 
 def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> None:
-    """A killed training logged step 3 after its checkpoint at 2; resumed, it logs everything from its journal."""
+    """A killed training has logged step 3 after its checkpoint at step 2; the resumed one logs its whole journal."""
     with training_run(params, None, LINEAGE, {}) as first:
         first.metrics([(step, step, {"train/loss": float(step)}) for step in (1, 2, 3)])
     with training_run(params, first.run_id, LINEAGE, {}) as second:
@@ -127,14 +129,14 @@ def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> Non
 
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(15, "saved"), "KILLED"), (ValueError(), "FAILED")])
-def test_the_status_says_how_a_training_ended(params: Params, error: Exception, status: str) -> None:
+def test_the_status_of_a_run_says_how_the_training_ended(params: Params, error: Exception, status: str) -> None:
     with pytest.raises(type(error)), training_run(params, None, LINEAGE, {}) as record:
         raise error
     assert connect().get_run(record.run_id).info.status == status
 
 
 @pytest.mark.parametrize(("error", "flag"), [(NumericError, "not_finite"), (SpikeError, "spike")])
-def test_a_loss_that_is_not_finite_or_leaps_is_a_red_flag_of_the_run(
+def test_a_loss_that_is_not_finite_or_spikes_is_a_red_flag_of_the_run(
     params: Params, error: type[NumericError], flag: str
 ) -> None:
     with pytest.raises(NumericError), training_run(params, None, LINEAGE, {}) as record:
@@ -154,10 +156,10 @@ def test_a_run_names_the_commit_of_its_code(project: Path, params: Params) -> No
     assert connect().get_run(record.run_id).data.tags["mlflow.source.git.commit"] == head
 
 
-def test_what_a_dead_server_did_not_take_goes_out_later(
+def test_what_a_dead_server_did_not_take_is_sent_later(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as unused:  # a port that refuses
+    with socket.socket() as unused:  # a port that refuses connections
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
@@ -179,7 +181,7 @@ def test_what_a_dead_server_did_not_take_goes_out_later(
     assert sorted(run.data.tags.get("best_step", "") for run in runs) == ["", "1"]
 
 
-def test_a_store_that_is_locked_is_given_up_on_in_seconds_and_nothing_is_lost(
+def test_a_locked_store_fails_in_seconds_and_nothing_is_lost(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow would wait for 20 seconds in each of its calls."""
@@ -189,7 +191,7 @@ def test_a_store_that_is_locked_is_given_up_on_in_seconds_and_nothing_is_lost(
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="locked"):
             connect(to_write=True)
-        connect()  # who only reads is not kept from it
+        connect()  # readers are not affected
         with training_run(params, None, LINEAGE, {}) as record:
             record.metrics([(1, 1000, {"train/loss": 3.0})])
         assert [path.stem for path in (project / ".gptpipe/outbox").glob("*.jsonl")] == [record.run_id]
@@ -200,7 +202,7 @@ def test_a_store_that_is_locked_is_given_up_on_in_seconds_and_nothing_is_lost(
 def test_a_queued_experiment_writes_to_the_main_checkout(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DVC runs it in a copy with a `.dvc` of its own, and names the main checkout in DVC_ROOT."""
+    """DVC runs it in a copy that has its own `.dvc`; DVC_ROOT is the main checkout."""
     copy = project / ".dvc" / "tmp" / "exps" / "copy"
     (copy / ".dvc").mkdir(parents=True)
     monkeypatch.chdir(copy)
@@ -252,10 +254,10 @@ def test_a_damaged_line_of_the_outbox_is_set_aside_and_the_rest_is_sent(
     assert f"{first}.jsonl.damaged" in said
 
 
-def test_what_the_store_refuses_for_ever_does_not_block_the_rest(
+def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     project: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run of the first file was deleted in MLflow. The training's own tag is too long a name for MLflow."""
+    """MLflow refuses the first file because its run was deleted, and the first tag because its name is too long."""
     content = json.dumps(GOOD).encode() + b"\n"
     write_bytes(project / f".gptpipe/outbox/{RUN}.jsonl", content)
     with training_run(params, None, LINEAGE, {}) as record:
@@ -269,7 +271,7 @@ def test_what_the_store_refuses_for_ever_does_not_block_the_rest(
     assert f"it has no run {RUN}" in capsys.readouterr().err
 
 
-def test_an_unexpected_error_while_tracking_is_told_and_nothing_is_lost(
+def test_an_unexpected_error_while_tracking_is_reported_and_nothing_is_lost(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -287,7 +289,7 @@ def test_an_unexpected_error_while_tracking_is_told_and_nothing_is_lost(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file size limits")
 @pytest.mark.parametrize("is_journal_kept", [True, False])
-def test_a_store_that_cannot_grow_is_one_line_and_training_ends_well(
+def test_a_store_on_a_full_disk_gives_warnings_and_the_training_ends_normally(
     project: Path, params: Params, capfd: pytest.CaptureFixture[str], is_journal_kept: bool
 ) -> None:
     connect()
@@ -310,9 +312,27 @@ def test_a_store_that_cannot_grow_is_one_line_and_training_ends_well(
         assert record.run_id
 
 
-SECRETS = [".env", ".ENV.production", "conf/.envrc", "prod.env", "server.pem", "Server.KEY", "id_rsa", "id_ed25519.pub",
-           "aws/Credentials.json", ".netrc", "keys.p12", ".dvc/config.local", ".dvc/config", ".ssh/known",
-           "secrets.yaml", "client_secret.json", "passwords.txt", ".git-credentials", ".npmrc"]  # fmt: skip
+SECRETS = [
+    ".env",
+    ".ENV.production",
+    "conf/.envrc",
+    "prod.env",
+    "server.pem",
+    "Server.KEY",
+    "id_rsa",
+    "id_ed25519.pub",
+    "aws/Credentials.json",
+    ".netrc",
+    "keys.p12",
+    ".dvc/config.local",
+    ".dvc/config",
+    ".ssh/known",
+    "secrets.yaml",
+    "client_secret.json",
+    "passwords.txt",
+    ".git-credentials",
+    ".npmrc",
+]
 PLAIN = [
     "environment.py",
     "gptpipe/formats/tokenizer.py",
@@ -324,7 +344,7 @@ PLAIN = [
 ]
 
 
-def test_names_of_files_that_may_hold_secrets() -> None:
+def test_names_of_files_that_may_contain_secrets() -> None:
     assert [name for name in SECRETS if not may_hold_secrets(name)] == []
     assert [name for name in PLAIN if may_hold_secrets(name)] == []
 
@@ -333,15 +353,15 @@ def git(*arguments: str) -> None:
     subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.com", *arguments], check=True)
 
 
-def test_a_patch_has_staged_files_but_none_that_may_hold_secrets(project: Path) -> None:
+def test_a_patch_has_staged_files_but_none_that_may_contain_secrets(project: Path) -> None:
     for name in ("kept.txt", "old.env", "server.pem", "deep/.env", "plain.txt"):
         write_bytes(project / name, f"{name}: {'canary ' * 50}\n".encode())
     git("init", "-q")
     git("add", "kept.txt", "old.env", "server.pem", "plain.txt")
     git("commit", "-qm", "first")
-    git("mv", "old.env", "settings.txt")  # a rename from such a name, and one to such a name
+    git("mv", "old.env", "settings.txt")  # renamed from the name of a secret, and to one
     git("mv", "plain.txt", "now.key")
-    write_bytes(project / "server.pem", b"changed canary\n")  # known to git already
+    write_bytes(project / "server.pem", b"changed canary\n")  # tracked by git
     write_bytes(project / "kept.txt", b"words\n")
     write_bytes(project / "Deep [x]/Staged.ENV", b"canary\n")
     write_bytes(project / "new.txt", b"new words\n")
@@ -350,16 +370,30 @@ def test_a_patch_has_staged_files_but_none_that_may_hold_secrets(project: Path) 
     assert patch is not None
     assert "+words" in patch
     assert "+new words" in patch
-    assert patch.count("canary") == 50  # what kept.txt had before
-    assert left_out == ["Deep [x]/Staged.ENV", "deep/.env", "now.key", "old.env", "plain.txt", "server.pem",
-                        "settings.txt"]  # fmt: skip
+    assert patch.count("canary") == 50  # the old content of kept.txt
+    assert left_out == [
+        "Deep [x]/Staged.ENV",
+        "deep/.env",
+        "now.key",
+        "old.env",
+        "plain.txt",
+        "server.pem",
+        "settings.txt",
+    ]
 
 
-def test_no_secret_of_the_environment_reaches_the_record(
+def test_no_secret_from_environment_variables_is_recorded(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MY_SECRET", "DB_PASSWORD", "MLFLOW_TRACKING_PASSWORD",
-             "MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY")  # fmt: skip
+    names = (
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "MY_SECRET",
+        "DB_PASSWORD",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+        "WANDB_API_KEY",
+    )
     for name in names:
         monkeypatch.setenv(name, f"canary-of-{name}")
     git("init", "-q")
@@ -382,7 +416,7 @@ def test_no_secret_of_the_environment_reaches_the_record(
     assert [path for path in kept if b"canary" in path.read_bytes()] == []
 
 
-def test_a_git_that_refuses_is_one_line(
+def test_a_failing_git_gives_one_warning(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     git("init", "-q")

@@ -27,7 +27,8 @@ from toy_project import Project
 
 from gptpipe.params import Params
 from gptpipe.record import run as record_module
-from gptpipe.record.run import send_outbox, training_run
+from gptpipe.record.outbox import send_outbox
+from gptpipe.record.run import training_run
 from gptpipe.record.store import connect
 from gptpipe.shell.errors import Interrupted
 from gptpipe.train.session import train_model
@@ -67,9 +68,11 @@ class Server:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *where],
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # a dozen processes for nothing
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # it would start a dozen processes
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         while self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
@@ -80,13 +83,13 @@ class Server:
 
     def kill(self) -> None:
         if self.process is not None:
-            with suppress(ProcessLookupError):  # it ended by itself
+            with suppress(ProcessLookupError):  # it has ended already
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
     def counts(self) -> Counter[tuple[str, int]]:
-        """How many rows the store has of each metric and step of the training."""
+        """The number of rows that the store has for each run and step."""
         with closing(sqlite3.connect(self.folder / "server.db")) as database:
             return Counter(database.execute("select run_uuid, step from metrics where key = 'train/loss'").fetchall())
 
@@ -98,7 +101,7 @@ def free_port() -> int:
 
 
 class Middleman(ThreadingHTTPServer):
-    """Stands between a training and its server, and answers as `mood` says."""
+    """A proxy between a training and its server; `mood` is the way it answers."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -122,13 +125,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.is_over.wait(60)
             case "broken":
                 self.answer(500, b"out of order", "text/plain")
-            case "dumb":  # as the page of a proxy that asks for a login
+            case "dumb":  # like a proxy that asks for a login
                 self.answer(200, b"<html>log in</html>", "text/html")
             case "slow":
                 time.sleep(0.1)
                 self.answer(*self.forward(body))
             case "forgetful" if self.path.endswith(("/create", "/log-batch", "/log-inputs")):
-                self.forward(body)  # done, but the answer is lost
+                self.forward(body)  # the request is executed, but the answer is lost
                 self.answer(500, b"out of order", "text/plain")
             case _:
                 self.answer(*self.forward(body))
@@ -207,7 +210,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_each_step_once(
 
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for all tests that do not kill it."""
+    """One server for all tests that do not kill it."""
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()
     try:
@@ -218,7 +221,7 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def middleman(steady: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Middleman]:
-    """In front of `steady`, to whoever logs in this test; all patience is short."""
+    """A proxy in front of `steady` that this test logs to; all waits are short."""
     between = Middleman(steady)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", between.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
@@ -235,7 +238,7 @@ def middleman(steady: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.F
 
 
 def logged(key: str = "train/loss") -> dict[str, list[int]]:
-    """The steps of a metric in each run of the experiment that has ended well."""
+    """The steps of a metric in each run of the experiment; all runs must be FINISHED."""
     client = connect()
     experiment = client.get_experiment_by_name(os.environ["MLFLOW_EXPERIMENT_NAME"])
     runs = client.search_runs([experiment.experiment_id])
@@ -244,10 +247,10 @@ def logged(key: str = "train/loss") -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("mood", ["silent", "broken", "dumb", "slow", "forgetful"])
-def test_a_training_is_not_harmed_and_nothing_is_lost(
+def test_a_faulty_server_does_not_change_a_training_and_nothing_is_lost(
     middleman: Middleman, mood: str, project: Path, toy_split: Path, undisturbed: dict[str, str]
 ) -> None:
-    """The same weights; what the store did not get waits, and goes out once, when it is itself again."""
+    """The weights are the same. What the store did not get waits, and is sent once when the server works again."""
     params, middleman.mood = tiny.params(), mood
     open_record = functools.partial(training_run, params)
     train_model(params, toy_split, project / "models/gpt", project / "reports", open_record)
@@ -255,9 +258,9 @@ def test_a_training_is_not_harmed_and_nothing_is_lost(
     assert len(list((project / ".gptpipe/outbox").glob("*.jsonl"))) == 1
     wait_until(
         lambda: all(thread.name != "tracking" for thread in threading.enumerate())
-    )  # as if its process had ended
+    )  # as if the process had ended
     middleman.mood = "helpful"
-    for _ in range(10):  # a server at work on what was given up on may refuse the same again
+    for _ in range(10):  # the server may still work on an abandoned request, and refuse its repetition
         send_outbox()
         if not list((project / ".gptpipe/outbox").glob("*.jsonl")):
             break
@@ -276,8 +279,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> di
         return project.digests()
 
 
-def test_a_training_that_never_met_its_store_is_one_run_after_a_resume(middleman: Middleman, params: Params) -> None:
-    """Stopped and resumed while the server is out of order: both go out as one run, each step once."""
+def test_a_training_resumed_before_its_store_answered_is_one_run(middleman: Middleman, params: Params) -> None:
+    """Stopped and resumed while the server is broken: both are sent as one run, each step once."""
     middleman.mood = "broken"
     with suppress(Interrupted), training_run(params, None, LINEAGE, {}) as first:
         first.metrics(entries(1, 2))
@@ -290,9 +293,9 @@ def test_a_training_that_never_met_its_store_is_one_run_after_a_resume(middleman
     ((run_id, steps),) = logged().items()
     assert steps == [1, 2, 3]
     assert connect().get_run(run_id).data.tags["rolled_back.00000002"] == "words"
-    with training_run(params, first.run_id, LINEAGE, {}) as third:  # by the name of then
+    with training_run(params, first.run_id, LINEAGE, {}) as third:  # by the name that it had before the store answered
         third.metrics(entries(3, 4))
-    send_outbox()  # what the short patience left
+    send_outbox()  # what was not sent because the waits are short
     assert logged() == {run_id: [1, 2, 3, 4]}
     assert third.run_id == run_id
 
@@ -304,7 +307,7 @@ def sqlite_store(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @contextmanager
 def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An `mlflow server` on a PostgreSQL cluster of its own, on loopback; it does not run as root."""
+    """An `mlflow server` with a new PostgreSQL cluster on loopback; PostgreSQL does not run as root."""
     pytest.importorskip("psycopg2", reason="needs psycopg2")
     if not (shutil.which("initdb") and shutil.which("postgres")):
         pytest.skip("needs PostgreSQL: Debian's postgresql, its initdb and postgres in the PATH")
@@ -345,5 +348,5 @@ def test_four_writers_at_a_fresh_store(
     (project / "mlflow.db").unlink()
     with store(project, monkeypatch):
         subprocess.run(command, cwd=project, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
-        send_outbox()  # what a busy machine did not get done in time
+        send_outbox()  # what a busy machine did not send in time
         assert list(logged().values()) == [list(range(50))] * 4

@@ -1,4 +1,4 @@
-"""Text from the model, and how near it comes to the real text."""
+"""Text sampled from the model, and its similarity to the real text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +14,11 @@ from gptpipe.score import continuations
 from gptpipe.score.continuations import Continuation, continue_documents, continue_text, overlap_scores
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
-BYTES = train_tokenizer(["ab " * 50], 257)  # every byte a token, and the end of text
+BYTES = train_tokenizer(["ab " * 50], 257)  # a token for every byte, and the end of text
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
-    """Let the model say exactly these tokens."""
+    """Let the model generate exactly these tokens."""
 
     def generate(*_: object) -> Iterator[torch.Tensor]:
         yield from (torch.tensor([i]) for i in ids)
@@ -26,7 +26,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
     monkeypatch.setattr(continuations, "generate", generate)
 
 
-def test_a_character_may_span_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_character_may_span_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = BYTES.encode("é猫🙂")
     assert len(ids) == 9
     scripted(monkeypatch, ids)
@@ -34,12 +34,12 @@ def test_a_character_may_span_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [piece for piece in pieces if piece] == ["é", "猫", "🙂"]
 
 
-def test_it_stops_at_the_end_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continuation_stops_at_the_end_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [*BYTES.encode("ab"), BYTES.end_of_text, *BYTES.encode("cd")])
     assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "ab"
 
 
-def test_a_broken_character_at_the_end_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_character_at_the_end_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, BYTES.encode("猫")[:2])
     assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "\N{REPLACEMENT CHARACTER}"
 
@@ -71,14 +71,14 @@ def test_documents_are_continued_after_their_first_half(
             assert continuation.generated == alone
 
 
-def test_no_document_is_long_enough(toy_split: Path) -> None:
+def test_without_long_documents_there_are_no_continuations(toy_split: Path) -> None:
     tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
     found = continue_documents(tiny.network(300), tokenizer, stream, 3, 10_000)
     assert found == []
     assert overlap_scores(found) == {}
 
 
-def test_overlap_of_the_same_and_of_nothing() -> None:
+def test_overlap_scores_of_equal_and_of_disjoint_texts() -> None:
     text = "the quick brown fox jumps over the lazy dog"
     same = overlap_scores([Continuation("p", text, text)] * 2)
     assert same["bleu"] == pytest.approx(100)
@@ -90,7 +90,7 @@ def test_overlap_of_the_same_and_of_nothing() -> None:
     assert overlap_scores([Continuation("p", text, "")])["rouge_l"] == 0
 
 
-def test_rouge_by_hand() -> None:
+def test_rouge_l_calculated_by_hand() -> None:
     """Common subsequence `the dog` of 3 and 4 words: precision 2/4, recall 2/3, F1 4/7; and a perfect one."""
     pair = [Continuation("p", "the big dog", "the dog was here"), Continuation("p", "yes it is", "yes it is")]
     found = overlap_scores(pair)

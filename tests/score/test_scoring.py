@@ -1,4 +1,4 @@
-"""Scoring: every token but the first, exactly once, against a loop that does it one window at a time."""
+"""Scoring of every token but the first, exactly once, compared with a loop over single tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,33 @@ from gptpipe.score.scoring import CONFIDENCE_BINS, Scores, score
 
 
 def stream_of(*lengths: int) -> Stream:
-    """Documents of so many tokens each."""
+    """A stream of documents with these numbers of tokens."""
     tokens = np.random.default_rng(0).integers(50, size=sum(lengths)).astype(np.uint16)
     offsets = np.cumsum([0, *lengths])[:-1]
-    table = {"id": [f"d{i}" for i in range(len(lengths))], "source": "text", "offset": offsets, "n_tokens": lengths,
-             "n_bytes": [3 * n for n in lengths]}  # fmt: skip
+    table = {
+        "id": [f"d{i}" for i in range(len(lengths))],
+        "source": "text",
+        "offset": offsets,
+        "n_tokens": lengths,
+        "n_bytes": [3 * n for n in lengths],
+    }
     return Stream(tokens, pd.DataFrame(table))
 
 
 def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
-    """One token at a time: its document, its place in the window, its nats."""
+    """The expected sums, computed one token at a time."""
     context = model.params.context_length
     tokens = [int(t) for t in stream.tokens]
     document = [i for i, n in enumerate(stream.documents["n_tokens"]) for _ in range(n)]
-    sums: dict[str, list[float]] = {"nats": [0.0] * len(stream.documents), "n_tokens": [0.0] * len(stream.documents),
-                                    "correct": [0.0] * len(stream.documents), "by_position": [0.0] * context,
-                                    "n_by_position": [0.0] * context, "confidence": [0.0] * CONFIDENCE_BINS,
-                                    "n_by_confidence": [0.0] * CONFIDENCE_BINS}  # fmt: skip
+    sums: dict[str, list[float]] = {
+        "nats": [0.0] * len(stream.documents),
+        "n_tokens": [0.0] * len(stream.documents),
+        "correct": [0.0] * len(stream.documents),
+        "by_position": [0.0] * context,
+        "n_by_position": [0.0] * context,
+        "confidence": [0.0] * CONFIDENCE_BINS,
+        "n_by_confidence": [0.0] * CONFIDENCE_BINS,
+    }
     for target in range(1, len(tokens)):
         start = (target - 1) // context * context
         with torch.no_grad():
@@ -51,11 +61,11 @@ def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
 @pytest.mark.parametrize("windows_at_once", [1, 2, 100])
 @pytest.mark.parametrize("lengths", [(1, 20, 3, 40), (17,), (16, 1), (2,), (33, 32), (5, 1, 1)])
 def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int) -> None:
-    """With documents across windows, a last window of any length, and whatever number of windows goes at once."""
+    """Documents cross windows, the last window has any length, and any number of windows is scored at once."""
     model, stream = tiny.network(), stream_of(*lengths)
-    monkeypatch.setattr(scoring, "_LOGITS", windows_at_once * 16 * model.vocab_size)
-    heard: list[int] = []
-    scores, expected = score(model, stream, advance=heard.append), by_hand(model, stream)
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
+    reported: list[int] = []
+    scores, expected = score(model, stream, advance=reported.append), by_hand(model, stream)
     nats, hits, n_tokens = scores.by_document
     assert n_tokens.tolist() == expected["n_tokens"]
     assert scores.by_position[2].tolist() == expected["n_by_position"]
@@ -65,31 +75,31 @@ def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...
     assert scores.by_position[1].sum() == scores.by_confidence[1].sum() == sum(expected["correct"])
     np.testing.assert_allclose(scores.by_confidence[0], expected["confidence"], rtol=1e-5)
     assert scores.by_confidence[2].tolist() == expected["n_by_confidence"]
-    assert n_tokens.sum() == sum(heard) == len(stream.tokens) - 1
+    assert n_tokens.sum() == sum(reported) == len(stream.tokens) - 1
     assert nats.sum() == pytest.approx(scores.by_position[0].sum())
 
 
 @pytest.mark.parametrize("n_parts", [2, 3, 7])
-def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
-    """And each hears of the same turns, also the parts that have nothing left to score in the last."""
+def test_the_scores_of_all_parts_add_up_to_those_of_the_stream(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
+    """All parts report the same turns, even parts without a batch in the last turn."""
     model, stream = tiny.network(), stream_of(1, 40, 3, 60)
-    monkeypatch.setattr(scoring, "_LOGITS", 16 * model.vocab_size)
-    whole, heard = score(model, stream), [[] for _ in range(n_parts)]
-    parts = [score(model, stream, part=(i, n_parts), advance=heard[i].append) for i in range(n_parts)]
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 16 * model.vocab_size)
+    whole, reported = score(model, stream), [[] for _ in range(n_parts)]
+    parts = [score(model, stream, part=(i, n_parts), advance=reported[i].append) for i in range(n_parts)]
     for name, expected in vars(whole).items():
         np.testing.assert_allclose(sum(getattr(part, name) for part in parts), expected, rtol=1e-12)
     assert all(part.by_document[2].sum() > 0 for part in parts)
-    assert all(turns == heard[0] for turns in heard)
-    assert sum(heard[0]) == 103
+    assert all(turns == reported[0] for turns in reported)
+    assert sum(reported[0]) == 103
 
 
 @pytest.mark.parametrize("lengths", [(), (1,)])
-def test_nothing_to_score(lengths: tuple[int, ...]) -> None:
+def test_a_stream_of_less_than_two_tokens_has_no_scores(lengths: tuple[int, ...]) -> None:
     scores = score(tiny.network(), stream_of(*lengths))
     assert scores.by_document[0].tolist() == [0.0] * len(lengths)
 
 
-def test_it_disturbs_neither_the_mode_nor_the_generator() -> None:
+def test_scoring_changes_neither_training_mode_nor_random_generator() -> None:
     model = tiny.network(dropout=0.5).train()
     before = torch.get_rng_state()
     first, second = (score(model, stream_of(30)) for _ in range(2))
@@ -98,9 +108,9 @@ def test_it_disturbs_neither_the_mode_nor_the_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_split_as_it_lies_on_disk(toy_split: Path) -> None:
+def test_scoring_a_stream_from_disk(toy_split: Path) -> None:
     stream = open_stream(toy_split, "test")
     scores: Scores = score(tiny.network(300), stream)
     expected = stream.documents["n_tokens"].to_numpy(dtype=float)
-    expected[0] -= 1  # the very first token of the stream has nothing before it
+    expected[0] -= 1  # the first token of the stream is not scored
     assert scores.by_document[2].tolist() == expected.tolist()

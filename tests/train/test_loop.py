@@ -9,11 +9,12 @@ import pytest
 import tiny
 import torch
 
+from gptpipe.score.metrics import Metrics
 from gptpipe.shell.errors import Interrupted, NumericError, ResourceError, SpikeError
 from gptpipe.train.batches import Batches
 from gptpipe.train.loop import train
 from gptpipe.train.schedule import learning_rate
-from gptpipe.train.state import Metrics, TrainState
+from gptpipe.train.state import TrainState
 from gptpipe.train.step import Plan, optimizer_step
 
 

@@ -112,8 +112,8 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
         (tmp_path / group / "memory.current").write_text(f"{current}\n")
         (tmp_path / group / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\nactive_file 1\n")
     (tmp_path / "own").write_text("1:name=systemd:/x\n0::/a/b\n")
-    assert list(device._left_to_cgroups(tmp_path, tmp_path / "own")) == [50]
-    assert list(device._left_to_cgroups(tmp_path, tmp_path / "none")) == []
+    assert list(device._free_in_cgroups(tmp_path, tmp_path / "own")) == [50]
+    assert list(device._free_in_cgroups(tmp_path, tmp_path / "none")) == []
 
 
 DESCRIBE = """

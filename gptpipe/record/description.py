@@ -1,0 +1,171 @@
+"""What the record says about a run besides its metrics: parameters, tags, data sets, packages and changed code."""
+
+import hashlib
+import json
+import os
+import platform
+from fnmatch import fnmatchcase
+from importlib.metadata import distributions
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gptpipe.base.files import to_json
+from gptpipe.base.manifest import Manifest
+from gptpipe.base.params import PARAMS, Section
+from gptpipe.record.store import MAX_TAG_CHARACTERS, REPRODUCE
+from gptpipe.shell.console import complain
+from gptpipe.shell.environment import git, project_root, provenance
+
+_MAX_PATCH_BYTES = 1 << 20  # a larger patch contains data rather than code
+
+# Names of files and folders that usually contain passwords, tokens or keys, in lower case.
+_SECRET_NAMES = (
+    # settings of an environment
+    ".env*",
+    "*.env",
+    # certificates and keys
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.jks",
+    "*.keystore",
+    "*.kdbx",
+    "*.ppk",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    # anything named after a secret
+    "*.token",
+    "*credential*",
+    "*password*",
+    "secret*",
+    "*_secret*",
+    "*-secret*",
+    # configuration files of common tools
+    ".netrc",
+    "_netrc",
+    ".pgpass",
+    ".my.cnf",
+    ".htpasswd",
+    ".npmrc",
+    ".pypirc",
+    "kubeconfig",
+    "config.local",
+    # folders
+    ".ssh",
+    ".aws",
+    ".azure",
+    ".gnupg",
+    ".kube",
+    ".docker",
+)
+
+
+def describe_run(params: Section, split: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `create` operation. `split` is the manifest of the split that the run uses.
+
+    Secrets stay out: of the environment variables it contains only DVC's names of the experiment, and files that may
+    contain secrets are left out.
+    """
+    patch, left_out = changed_code()
+    tags = _tags(params, environment)
+    if left_out:
+        tags["left_out_of_code.patch"] = ", ".join(left_out)[:MAX_TAG_CHARACTERS]
+    packages = {f"{package.name}=={package.version}\n" for package in distributions()}
+    texts = {"environment.txt": "".join(sorted(packages)), "lineage.json": split.to_bytes().decode()}
+    if patch is not None and len(patch) <= _MAX_PATCH_BYTES:
+        texts[f"{REPRODUCE}/code.patch"] = patch
+    return {
+        "name": os.environ.get("DVC_EXP_NAME"),
+        "tags": tags,
+        "params": _flat(params.model_dump(mode="json")),
+        "datasets": [_dataset(split, side) for side in ("train", "val", "test")],
+        "texts": texts,
+    }
+
+
+def _tags(params: Section, environment: dict[str, Any]) -> dict[str, str]:
+    origin = provenance()
+    if "mlflow.source.git.commit" not in origin and (project_root() / ".git").exists():
+        complain("warning: git does not answer, so the run is recorded without its code; `git status` gives the reason")
+    changed = _changed_params()
+    tags = {
+        **origin,
+        **{f"environment.{key}": str(value) for key, value in environment.items()},
+        "params_digest": hashlib.sha256(to_json(params.model_dump(mode="json"))).hexdigest()[:12],
+        "changed": ", ".join(f"{key}={value}" for key, value in changed.items())[:MAX_TAG_CHARACTERS],
+        "process": f"{os.getpid()} on {platform.node()}",
+        "mlflow.loggedArtifacts": json.dumps([{"path": "samples.json", "type": "table"}]),
+    }
+    if "dvc.exp_name" in origin:  # the runs of a sweep change the same parameters of the same commit
+        baseline = origin.get("dvc.baseline_rev", "")[:7]
+        tags["sweep"] = f"{baseline}: {', '.join(changed)}"[:MAX_TAG_CHARACTERS]
+    return tags
+
+
+def _dataset(split: Manifest, side: str) -> dict[str, str]:
+    """One side of the split as MLflow describes a data set."""
+    counts = {what: split.counts[f"{side}_{what}"] for what in ("documents", "tokens", "bytes")}
+    return {
+        "name": f"split/{side}",
+        "digest": split.files[f"{side}/tokens.npy"].sha256[:36],
+        "source_type": "local",
+        "source": f"data/split/{side}/tokens.npy",
+        "profile": json.dumps(counts),
+    }
+
+
+def changed_code() -> tuple[str | None, list[str]]:
+    """The differences from git's HEAD as a patch, and the changed files left out because they may contain secrets.
+
+    The patch contains staged new files. A renamed file is left out if its old or its new name looks like that of a
+    secret. The patch is None if git does not answer.
+    """
+    listed = git("diff", "--name-status", "-z", "-M", "HEAD", "--", ".")
+    if listed is None:
+        return None, []
+    fields = iter(listed.split("\0"))
+    secrets: set[str] = set()
+    for status in filter(None, fields):
+        n_names = 2 if status[0] in "RC" else 1  # renamed and copied files have an old and a new name
+        names = [next(fields) for _ in range(n_names)]
+        if any(map(may_hold_secrets, names)):
+            secrets.update(names)
+    excluded = [f":(top,literal,exclude){name}" for name in sorted(secrets)]
+    diff = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-renames", "HEAD", "--")
+    return git(*diff, ".", ":!dvc.lock", ":!reports", *excluded), sorted(secrets)
+
+
+def may_hold_secrets(path: str) -> bool:
+    """Whether a path looks like that of a secret. `.dvc/config` does, because it may contain a remote's password."""
+    parts = path.lower().split("/")
+    if parts[-2:] == [".dvc", "config"]:
+        return True
+    return any(fnmatchcase(part, pattern) for part in parts for pattern in _SECRET_NAMES)
+
+
+def _changed_params() -> dict[str, str]:
+    """Parameters that differ from the committed params.yaml: what this run tries."""
+    committed = git("show", f"HEAD:./{PARAMS}")
+    if committed is None or not PARAMS.exists():
+        return {}
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        before = _flat(yaml.load(committed))
+    except (YAMLError, AttributeError):  # the committed file is not valid
+        return {}
+    now = _flat(yaml.load(PARAMS.read_bytes()))
+    return {key: value for key, value in now.items() if before.get(key) != value}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested sections as `section.key` -> text."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
