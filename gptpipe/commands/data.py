@@ -56,13 +56,8 @@ def log_page(page: str, run_file: Path) -> None:
     """
     if not run_file.exists():
         return
-    from gptpipe.record.store import (
-        RunWriter,
-        connect,
-        find_run,
-        read_run_id,
-        store_errors,
-    )  # late: slow imports
+    # Imported here, because MLflow takes seconds.
+    from gptpipe.record.store import RunWriter, connect, find_run, read_run_id, store_errors
 
     with store_errors():
         run_id = find_run(connect(), read_run_id(run_file))

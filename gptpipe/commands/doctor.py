@@ -86,7 +86,7 @@ class _Report:
         try:
             finding = check(*args, **options)
         except GptpipeError as error:
-            finding = problem(type(error), first_line(error))
+            finding = Finding("error", first_line(error), exit_code=error.exit_code)
         except OSError as error:
             reason = f"{error.filename or name}: {error.strerror or error}"
             finding = problem(ResourceError, reason, "fix the permissions or the disk")

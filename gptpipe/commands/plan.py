@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Timing:
-    """Seconds."""
+    """Measured times in seconds."""
 
     warm_up: float  # by which the first steps take longer, for example to compile
     step: float
