@@ -1,9 +1,22 @@
-"""A headless Chromium for tests that look at pages as people do; where none is, they are skipped."""
+"""A headless Chromium for tests of pages. Without Chromium or selenium, these tests are skipped."""
 
 import shutil
 from collections.abc import Iterator
 
 import pytest
+
+ARGUMENTS = (
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-sync",
+    "disable-background-networking",
+    "disable-component-update",
+    "hide-scrollbars",
+    "window-size=1400,900",
+)
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +28,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     profile = tmp_path_factory.mktemp("chromium")
-    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                     "disable-background-networking", "disable-component-update", "hide-scrollbars",
-                     "window-size=1400,900", f"user-data-dir={profile}"):  # fmt: skip
+    for argument in (*ARGUMENTS, f"user-data-dir={profile}"):
         options.add_argument(f"--{argument}")
-    opened = webdriver.Chrome(service=webdriver.ChromeService(driver), options=options)
+    chrome = webdriver.Chrome(service=webdriver.ChromeService(driver), options=options)
     try:
-        yield opened
+        yield chrome
     finally:
-        opened.quit()
+        chrome.quit()

@@ -1,4 +1,4 @@
-"""Runs side by side, grouped by the parameters that they differ in apart from the seed."""
+"""`gptpipe compare`: runs in groups of equal parameters, apart from the seed."""
 
 import html
 import io
@@ -17,69 +17,98 @@ from gptpipe.record.store import connect, store_errors
 from gptpipe.shell.environment import experiment_name
 from gptpipe.shell.errors import ConfigError, InputError
 
-_CURVES = ("train/loss", "val/loss")
-_OVER = ("step", "tokens", "minutes")
-_MORE_IS_BETTER = ("accuracy", "bleu", "rouge_l")
+_CURVES = ("train/loss", "val/loss")  # rows of the figure
+_X_AXES = ("step", "tokens", "minutes")  # its columns
+_HIGHER_IS_BETTER = ("accuracy", "bleu", "rouge_l")  # endings of metrics' names
+_MAX_RUNS = 50_000  # MLflow's limit
 
 
 def compare(names: Sequence[str], metric: str, curves: Path | None = None) -> str:
-    """A table: mean of `metric` over the seeds of each group, best first, standard error, Welch's p against the best.
+    """A table with one row per group, best first: mean of `metric`, standard error, Welch's p against the best.
 
-    Of runs with equal parameters the newest counts, for repeating a seed adds no evidence. A single seed has the
-    standard error over documents. `names` choose runs: an id's beginning, a run's or experiment's name, or a sweep.
-    Draws the losses of the groups into `curves`. Raises ConfigError, InputError, StoreError.
+    Of runs with equal parameters and equal seed only the newest counts, because a repetition is no new
+    evidence. The standard error of a single seed is that over documents. `names` select runs: the beginning of
+    an id, the name of a run or an experiment, or a sweep. Draws the losses of the groups into the file
+    `curves`. Raises ConfigError, InputError, StoreError.
     """
     if curves and curves.suffix not in (".html", ".svg", ".png"):
-        raise ConfigError(f"compare: cannot draw into {curves}; end its name in .html, .svg or .png")
-    with store_errors():
-        connect()
-        found = mlflow.search_runs(experiment_names=[experiment_name()], max_results=50_000)  # newest first
-    own = found.reindex(columns=["run_id", "tags.mlflow.runName", "tags.dvc.exp_name", "tags.sweep"]).astype(str)
-    named = own.isin(names).any(axis=1) | own["run_id"].str.startswith(tuple(names) or "")
-    runs = found[named & found.get(f"metrics.{metric}", named).notna()]
-    runs = runs[~runs.get("tags.params_digest", runs["run_id"]).duplicated()]
-    if runs.empty or f"metrics.{metric}" not in found:
-        raise InputError(f"compare: none of {len(found)} runs has {metric} and one of the names; see `mlflow ui`")
-    params = runs.filter(regex=r"^params\.(?!seed$)").rename(columns=lambda key: str(key).removeprefix("params."))
-    differing = params.loc[:, params.nunique() > 1].to_dict("records")
-    changes = [", ".join(f"{key}={value}" for key, value in row.items()) for row in differing]
-    labels = pd.Series(changes, index=runs.index)
-    groups, values = runs.groupby(labels), runs[f"metrics.{metric}"]
-    table = groups[f"metrics.{metric}"].agg(["count", "mean", "sem"])
-    table = table.sort_values("mean", ascending=not metric.endswith(_MORE_IS_BETTER))
-    if f"metrics.{metric}_standard_error" in runs:
-        table["sem"] = table["sem"].fillna(groups[f"metrics.{metric}_standard_error"].first())
-    by_label = {label: values[labels == label] for label in table.index}
-    best = by_label[table.index[0]]
-    table["p"] = [float(ttest_ind(best, other, equal_var=False).pvalue) if min(len(best), len(other)) > 1
-                  else float("nan") for other in by_label.values()]  # fmt: skip
-    table.iloc[0, -1] = float("nan")
-    table.insert(0, "", ["best", *[""] * (len(table) - 1)])
-    table.columns = ["", "runs", metric, "standard error", "p against best"]
+        raise ConfigError(f"compare: cannot draw into {curves}; name a .html, .svg or .png file")
+    runs = _select_runs(names, metric)
+    labels = _label_groups(runs)
+    table = _statistics(runs, labels, metric)
     text = str(table.to_string(na_rep="", float_format="{:.4f}".format))
     if curves:
-        figure = _draw({label: runs[labels == label] for label in table.index})
-        with io.BytesIO() as drawn:
-            figure.savefig(drawn, format="png" if curves.suffix == ".png" else "svg", metadata=None)
-            content = drawn.getvalue()
-        if curves.suffix == ".html":
-            head = f'<!DOCTYPE html>\n<meta charset="utf-8"><title>{html.escape(metric)}</title>\n'
-            content = f"{head}<pre>{html.escape(text)}</pre>\n".encode() + content[content.index(b"<svg") :]
-        write_bytes(curves, content)
+        groups = {label: runs[labels == label] for label in table.index}
+        write_bytes(curves, _render(_draw(groups), curves.suffix, metric, text))
     return text
 
 
+def _select_runs(names: Sequence[str], metric: str) -> pd.DataFrame:
+    """The newest run of each set of parameters, of those with the metric and one of the names.
+
+    Without names, any name will do.
+    """
+    with store_errors():
+        connect()
+        # MLflow returns the newest run first.
+        all_runs = mlflow.search_runs(experiment_names=[experiment_name()], max_results=_MAX_RUNS)
+    name_columns = ["run_id", "tags.mlflow.runName", "tags.dvc.exp_name", "tags.sweep"]
+    run_names = all_runs.reindex(columns=name_columns).astype(str)
+    has_name = run_names.isin(names).any(axis=1) | run_names["run_id"].str.startswith(tuple(names) or "")
+    column = f"metrics.{metric}"
+    runs = all_runs[has_name & all_runs[column].notna()] if column in all_runs else all_runs.head(0)
+    if runs.empty:
+        raise InputError(
+            f"compare: none of {len(all_runs)} runs has {metric} and one of the names; `mlflow ui` shows both"
+        )
+    params_digest = runs.get("tags.params_digest", runs["run_id"])
+    return runs[~params_digest.duplicated()]
+
+
+def _label_groups(runs: pd.DataFrame) -> "pd.Series[str]":
+    """For each run, the values of the parameters in which the runs differ, without the seed."""
+    params = runs.filter(regex=r"^params\.(?!seed$)")
+    params.columns = [name.removeprefix("params.") for name in params.columns]
+    differing = params.loc[:, params.nunique() > 1].to_dict("records")
+    labels = [", ".join(f"{name}={value}" for name, value in row.items()) for row in differing]
+    return pd.Series(labels, index=runs.index)
+
+
+def _statistics(runs: pd.DataFrame, labels: "pd.Series[str]", metric: str) -> pd.DataFrame:
+    column = f"metrics.{metric}"
+    groups = runs.groupby(labels)
+    table = groups[column].agg(["count", "mean", "sem"])
+    table = table.sort_values("mean", ascending=not metric.endswith(_HIGHER_IS_BETTER))
+    if f"{column}_standard_error" in runs:
+        table["sem"] = table["sem"].fillna(groups[f"{column}_standard_error"].first())
+    values = [runs.loc[labels == label, column] for label in table.index]  # the best group is first
+    table["p"] = [math.nan, *(_p_value(values[0], other) for other in values[1:])]
+    table.insert(0, "", ["best", *[""] * (len(table) - 1)])
+    table.columns = ["", "runs", metric, "standard error", "p against best"]
+    return table
+
+
+def _p_value(best: "pd.Series[float]", other: "pd.Series[float]") -> float:
+    """Welch's t-test; not a number if a group has a single run."""
+    if min(len(best), len(other)) < 2:
+        return math.nan
+    return float(ttest_ind(best, other, equal_var=False).pvalue)
+
+
 def _draw(groups: dict[str, pd.DataFrame]) -> Figure:
-    """Losses over steps, tokens and time: the mean over a group's runs, and a band from the lowest to the highest."""
+    """Losses over steps, tokens and time: the mean of each group, and a band from its lowest to its highest run."""
     figure = Figure((14, 4 * len(_CURVES)), layout="constrained")
-    for panels, metric in zip(figure.subplots(len(_CURVES), len(_OVER), sharey="row"), _CURVES, strict=True):
+    rows = figure.subplots(len(_CURVES), len(_X_AXES), sharey="row")
+    for panels, metric in zip(rows, _CURVES, strict=True):
         for label, runs in groups.items():
-            runs_by_step = pd.concat([_history(run, metric) for _, run in runs.iterrows()]).groupby(level=0)
-            mean, low, high = runs_by_step.mean(), runs_by_step["value"].min(), runs_by_step["value"].max()
-            for panel, over in zip(panels, _OVER, strict=True):
-                panel.plot(mean[over], mean["value"], label=label or "all")
-                panel.fill_between(mean[over], low, high, alpha=0.2)
-                panel.set(xlabel=over, ylabel=metric)
+            histories = pd.concat([_history(run, metric) for _, run in runs.iterrows()])
+            by_step = histories.groupby(level=0)
+            mean = by_step.mean()
+            low, high = by_step["value"].min(), by_step["value"].max()
+            for panel, x_axis in zip(panels, _X_AXES, strict=True):
+                panel.plot(mean[x_axis], mean["value"], label=label or "all")
+                panel.fill_between(mean[x_axis], low, high, alpha=0.2)
+                panel.set(xlabel=x_axis, ylabel=metric)
                 panel.locator_params(axis="x", nbins=4)
     figure.axes[0].legend(frameon=False)
     return figure
@@ -87,11 +116,25 @@ def _draw(groups: dict[str, pd.DataFrame]) -> Figure:
 
 @store_errors()
 def _history(run: "pd.Series[str]", metric: str) -> pd.DataFrame:
-    """The curve of a metric in a run, over steps, tokens and minutes, thinned for drawing."""
+    """A run's values of a metric, with step, tokens and minutes, thinned for drawing."""
     points = mlflow.MlflowClient().get_metric_history(run["run_id"], metric)
     table = pd.DataFrame([(p.step, p.timestamp, p.value) for p in points], columns=["step", "minutes", "value"])
-    per_step = (float(run.get(f"params.{key}", "nan")) for key in ("train.batch_size", "model.context_length"))
-    table["tokens"] = table["step"] * math.prod(per_step)
-    table["minutes"] = (table["minutes"] - pd.Timestamp(run["start_time"]).timestamp() * 1000) / 60_000
+    batch_size = float(run.get("params.train.batch_size", "nan"))
+    context_length = float(run.get("params.model.context_length", "nan"))
+    table["tokens"] = table["step"] * batch_size * context_length
+    start = pd.Timestamp(run["start_time"]).timestamp() * 1000  # milliseconds, as the timestamps
+    table["minutes"] = (table["minutes"] - start) / 60_000
     table = table.sort_values("step")
     return pd.DataFrame({name: thinned(table[name].tolist()) for name in table})
+
+
+def _render(figure: Figure, suffix: str, metric: str, table: str) -> bytes:
+    """The figure as a PNG or SVG file, or as an HTML page with the table above it."""
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png" if suffix == ".png" else "svg", metadata=None)
+        image = file.getvalue()
+    if suffix != ".html":
+        return image
+    head = f'<!DOCTYPE html>\n<meta charset="utf-8"><title>{html.escape(metric)}</title>\n'
+    svg = image[image.index(b"<svg") :]  # without the XML declaration
+    return f"{head}<pre>{html.escape(table)}</pre>\n".encode() + svg

@@ -1,6 +1,7 @@
-"""Checks of the files that DVC keeps: a kill or a merge can leave them so that every later `dvc` command fails.
+"""Checks of `gptpipe doctor` on the files that DVC and git keep.
 
-Each check returns a sentence or raises; with `fix` it repairs what can be repaired without loss.
+A kill or a merge can leave these files in a state in which every later `dvc` command fails. With `fix`, a check
+repairs what can be repaired without loss.
 """
 
 import hashlib
@@ -19,30 +20,33 @@ from ruamel.yaml.error import YAMLError
 from voluptuous import Invalid
 
 from gptpipe.base.files import write_bytes
+from gptpipe.commands.findings import NOT_MADE, Finding, ok, problem, warning
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 
 LOCK = Path("dvc.lock")
 _STATUS_SECONDS = 600
+_GIT_SECONDS = 60
 
 
-def check_lock(*, fix: bool) -> str:
-    """dvc.lock has the form that DVC reads. Fixing moves it aside; `dvc repro` writes it again with the same bytes."""
+def check_lock(*, fix: bool) -> Finding:
+    """DVC can read dvc.lock. Fixing moves it aside; `dvc repro` writes it again with the same bytes."""
     if not LOCK.exists():
-        return "no dvc.lock yet; `dvc repro` writes it"
+        return ok("no dvc.lock yet; `dvc repro` writes it")
     try:
         COMPILED_LOCKFILE_SCHEMA(parse_yaml(LOCK.read_text(encoding="utf-8"), LOCK))
+        return ok("dvc.lock can be read")
     except (YAMLFileCorruptedError, Invalid, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is empty" if not LOCK.read_bytes().strip() else first_line(error)[:100]
-    else:
-        return "dvc.lock can be read"
+        is_empty = not LOCK.read_bytes().strip()
+        reason = "it is empty" if is_empty else first_line(error)[:100]
     if not fix:
-        raise IntegrityError(
-            f"{LOCK}: damaged ({reason}), so every dvc command fails; `gptpipe doctor --fix` moves it aside, then "
-            "`dvc repro` writes it again and takes the results from DVC's cache"
+        return problem(
+            IntegrityError,
+            f"{LOCK}: damaged ({reason}), so every dvc command fails",
+            "`gptpipe doctor --fix` moves it aside, then `dvc repro` writes it again from DVC's cache",
         )
     aside = _unused_name(LOCK)
     LOCK.rename(aside)
-    return f"moved the damaged {LOCK} to {aside}; `dvc repro` writes it again"
+    return ok(f"moved the damaged {LOCK} to {aside}; `dvc repro` writes it again")
 
 
 def _unused_name(path: Path) -> Path:
@@ -50,134 +54,178 @@ def _unused_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def check_rwlock(*, fix: bool) -> str:
-    """DVC's list of paths in use can be read. Only call this while no dvc process runs here."""
+def check_rwlock(*, fix: bool) -> Finding:
+    """DVC's list of paths in use is valid and empty. Call this only while no dvc process runs here."""
     path = Path(".dvc/tmp/rwlock")
     if not path.exists():
-        return "none"
+        return ok("none")
     try:
         in_use = RWLOCK_SCHEMA(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, Invalid, RecursionError):
-        problem = "damaged, so every dvc command that writes fails"
-    else:
         if not any(in_use.values()):
-            return "none"
-        problem = "names paths in use, but no dvc process runs here"
+            return ok("none")
+        reason = "names paths in use, but no dvc process runs here"
+    except (ValueError, Invalid, RecursionError):
+        reason = "damaged, so every dvc command that writes fails"
     if not fix:
-        raise ResourceError(f"{path}: {problem}; `gptpipe doctor --fix` removes it")
+        return problem(ResourceError, f"{path}: {reason}", "`gptpipe doctor --fix` removes it")
     path.unlink()
-    return f"removed {path}: {problem}"
+    return ok(f"removed {path}: {reason}")
 
 
-def check_ignored(*, fix: bool) -> str:
-    """Git ignores what DVC stores; DVC writes the .gitignore files for that, and a kill can cut them."""
-    missing: dict[Path, list[str]] = {}
-    for out in _stored_outputs():
-        file = out.parent / ".gitignore"
-        lines = file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []
-        if f"/{out.name}" not in lines and out.exists():
-            missing.setdefault(file, []).append(f"/{out.name}")
+def check_gitignores(*, fix: bool) -> Finding:
+    """Git ignores what DVC stores. DVC writes the .gitignore files for this, and a kill can cut them short."""
+    try:
+        outputs = _outputs_in_cache()
+    except (YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        return problem(
+            IntegrityError,
+            f"dvc.yaml: cannot be read ({first_line(error)[:100]})",
+            "`git diff dvc.yaml` shows what changed",
+        )
+    missing: dict[Path, list[str]] = {}  # .gitignore -> lines
+    for output in outputs:
+        file = output.parent / ".gitignore"
+        if output.exists() and f"/{output.name}" not in _lines(file):
+            missing.setdefault(file, []).append(f"/{output.name}")
     if not missing:
-        return "git ignores what DVC stores"
+        return ok("git ignores what DVC stores")
     files = ", ".join(map(str, missing))
     if not fix:
-        lost = ", ".join(name for names in missing.values() for name in names)
-        raise IntegrityError(
-            f"{files}: without {lost}, so git would take in what DVC stores; `gptpipe doctor --fix` adds it"
+        lines = ", ".join(line for added in missing.values() for line in added)
+        return problem(
+            IntegrityError,
+            f"{files}: without {lines}, so git would commit what DVC stores",
+            "`gptpipe doctor --fix` adds it",
         )
-    for file, names in missing.items():
-        before = file.read_bytes().decode(errors="ignore") if file.exists() else ""
-        write_bytes(file, "".join(f"{line}\n" for line in [*before.splitlines(), *names]).encode())
-    return f"added what was missing to {files}"
+    for file, added in missing.items():
+        lines_after = [*_lines(file, errors="ignore"), *added]
+        write_bytes(file, "".join(f"{line}\n" for line in lines_after).encode())
+    return ok(f"added what was missing to {files}")
 
 
-def _stored_outputs() -> list[Path]:
-    """What the stages of dvc.yaml write into DVC's cache."""
-    try:
-        pipeline = YAML(typ="safe", pure=True).load(Path("dvc.yaml").read_bytes())
-        outs = [out for stage in pipeline["stages"].values() for out in stage.get("outs", ())]
-        return [Path(out) for out in outs if isinstance(out, str)]
-    except FileNotFoundError:
+def _lines(file: Path, errors: str = "replace") -> list[str]:
+    """The lines of a text file; none if there is no such file. `errors`: as of `bytes.decode`."""
+    return file.read_bytes().decode(errors=errors).splitlines() if file.exists() else []
+
+
+def _outputs_in_cache() -> list[Path]:
+    """The outputs of dvc.yaml's stages that DVC keeps in its cache."""
+    file = Path("dvc.yaml")
+    if not file.exists():
         return []
-    except (YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"dvc.yaml: cannot be read ({first_line(error)[:100]}); `git diff dvc.yaml`") from error
+    stages = YAML(typ="safe", pure=True).load(file.read_bytes())["stages"].values()
+    outputs = [output for stage in stages for output in stage.get("outs", ())]
+    return [Path(output) for output in outputs if isinstance(output, str)]  # options would make it a mapping
 
 
-def check_cache(*, fix: bool) -> str:
-    """Each file of the cache has the content that its name gives. DVC itself trusts files that are write-protected.
+def check_cache(*, fix: bool) -> Finding:
+    """Each file of the cache has the content whose MD5 is its name. DVC itself trusts files that are
+    write-protected.
 
-    A file that was changed in place, through a hard link in the workspace, would come back with every `dvc repro`.
+    If a file was changed through a hard link in the workspace, every `dvc repro` would restore the changed
+    content.
     """
     files = sorted(path for path in Path(".dvc/cache/files/md5").glob("??/*") if path.is_file())
     damaged = [path for path in files if _md5(path) != path.parent.name + path.name.removesuffix(".dir")]
     if not damaged:
-        return f"{len(files)} files are as their names say"
+        return ok(f"{len(files)} files have the content that their names give")
     if not fix:
-        raise IntegrityError(
-            f"{damaged[0]}: not the content that its name gives ({len(damaged)} such files), and DVC would restore it; "
-            "`gptpipe doctor --fix` removes it from the cache, then `dvc repro` makes it again"
+        return problem(
+            IntegrityError,
+            f"{damaged[0]}: its content does not match its name ({len(damaged)} such files), and DVC would restore it",
+            "`gptpipe doctor --fix` removes it from the cache, then `dvc repro` makes it again",
         )
     for path in damaged:
         path.unlink()
-    return f"removed {len(damaged)} damaged files of {len(files)}; `dvc repro` makes them again"
+    return ok(f"removed {len(damaged)} damaged files of {len(files)}; `dvc repro` makes them again")
 
 
 def _md5(path: Path) -> str:
-    """MD5 as DVC names files by it; empty for one that it is still writing, whose name is longer."""
+    """A file's MD5 in hex, by which DVC names it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def check_pipeline(*, has_outputs: bool, other_dvc_runs: bool) -> Finding:
+    """`dvc status` finds the workspace as dvc.lock describes it."""
+    try:
+        changed = changed_stages()
+    except ResourceError as error:
+        if other_dvc_runs:
+            return warning(f"{error}, while another dvc command is running")
+        raise
+    if not changed:
+        return ok("the workspace is as in dvc.lock")
+    if not has_outputs:
+        return NOT_MADE
+    return warning(
+        f"not as in dvc.lock: {', '.join(changed)}",
+        "`dvc status` shows what changed, `dvc repro` runs these stages",
+    )
+
+
 def changed_stages() -> list[str]:
-    """What `dvc status` finds changed. Raises ResourceError where it fails."""
+    """The stages that `dvc status` reports as changed. Raises ResourceError if the command fails."""
     command = [sys.executable, "-m", "dvc", "status", "--json"]
     try:
-        asked = subprocess.run(
+        status = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=_STATUS_SECONDS
         )
-        if asked.returncode == 0:
-            return list(json.loads(asked.stdout))
-        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
-    except subprocess.TimeoutExpired:
-        reason = f"no answer in {_STATUS_SECONDS} s"
-    except ValueError:
-        reason = "its answer is not JSON"
-    raise ResourceError(f"`dvc status` fails: {reason}")
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError(f"`dvc status` fails: no answer in {_STATUS_SECONDS} s") from error
+    if status.returncode:
+        reason = (status.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ResourceError(f"`dvc status` fails: {reason}")
+    try:
+        return list(json.loads(status.stdout))
+    except ValueError as error:
+        raise ResourceError("`dvc status` fails: its answer is not JSON") from error
 
 
-def check_workspaces(in_use: list[Path], *, fix: bool) -> str:
-    """Copies of the project that killed `dvc exp run --temp` and queue workers left.
+def check_workspaces(in_use: list[Path], *, fix: bool) -> Finding:
+    """No copies of the project are left of killed `dvc exp run --temp` and queue workers; `in_use` are exempt.
 
-    DVC makes each from a commit and a stash entry that it keeps, and its results go to the project's cache and store,
-    so nothing in a copy is unique.
+    A copy contains nothing unique: DVC makes it from a commit and a stash entry, which it keeps, and the
+    results go to the project's cache and store.
     """
     exps = Path(".dvc/tmp/exps")  # `--temp` runs in exps/standalone/, the queue in exps/
     copies = sorted(path for path in [*exps.glob("tmp*"), *exps.glob("*/tmp*")] if path.is_dir())
-    left = [copy for copy in copies if not any(folder.is_relative_to(copy.resolve()) for folder in in_use)]
-    if not left:
-        return "none"
+    unused = [copy for copy in copies if not any(folder.is_relative_to(copy.resolve()) for folder in in_use)]
+    if not unused:
+        return ok("none")
     if not fix:
-        raise UserWarning(f"{len(left)}, as {left[0]}, of killed experiments; `gptpipe doctor --fix` removes them")
-    for copy in left:
+        return warning(
+            f"{len(unused)} workspaces of killed experiments, for example {unused[0]}",
+            "`gptpipe doctor --fix` removes them",
+        )
+    for copy in unused:
         shutil.rmtree(copy)
-    return f"removed {len(left)} workspaces of killed experiments"
+    return ok(f"removed {len(unused)} workspaces of killed experiments")
 
 
-def check_worktrees(*, fix: bool) -> str:
-    """Entries of git worktrees whose folder is gone, as of a `gptpipe restore` that was removed by hand."""
-    environment = {**os.environ, "LC_ALL": "C"}
-    command = ["git", "worktree", "prune", "--verbose", *([] if fix else ["--dry-run"])]
+def check_worktrees(*, fix: bool) -> Finding:
+    """Every git worktree has its folder; that of a `gptpipe restore` may have been removed by hand."""
+    command = ["git", "worktree", "prune", "--verbose"]
+    if not fix:
+        command.append("--dry-run")
     try:
-        asked = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, env=environment
+        prune = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_GIT_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserWarning(f"git does not answer: {first_line(error)}") from error
-    if asked.returncode:
-        raise UserWarning(f"git does not answer: {(asked.stderr.strip().splitlines() or ['no reason given'])[0][:200]}")
-    lines = (asked.stderr or asked.stdout).strip().splitlines()
-    if not lines:
-        return "none without their folder"
+        return warning(f"git does not answer: {first_line(error)}")
+    if prune.returncode:
+        reason = (prune.stderr.strip().splitlines() or ["no reason given"])[0][:200]
+        return warning(f"git does not answer: {reason}")
+    n_pruned = len((prune.stderr or prune.stdout).strip().splitlines())
+    if not n_pruned:
+        return ok("every worktree has its folder")
     if not fix:
-        raise UserWarning(f"{len(lines)} without their folder; `gptpipe doctor --fix` removes their entries from git")
-    return f"removed {len(lines)} entries without their folder"
+        text = f"{n_pruned} without their folder"
+        return warning(text, "`gptpipe doctor --fix` removes their entries from git")
+    return ok(f"removed {n_pruned} entries without their folder")

@@ -1,4 +1,4 @@
-"""What people meet first: `gptpipe`, the stages' help, and how errors end a program."""
+"""The command `gptpipe`, the help of the stages, and how errors end a program."""
 
 import os
 import pty
@@ -18,67 +18,85 @@ from gptpipe.shell.errors import GptpipeError, IntegrityError, Interrupted, Nume
 from gptpipe.shell.process import run
 
 ROOT = Path(__file__).parents[2]
+CLI = ("-m", "gptpipe.commands.cli")
 
 
 def python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this checkout, also where another is installed
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
-def gptpipe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return python("-c", "from gptpipe.commands.cli import main; main()", *arguments)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a tiny model folder."""
+    return str(make_model(tmp_path_factory.mktemp("model") / "gpt"))
 
 
-def test_generate_continues_the_prompt_by_its_seed(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "gpt")
-    command = ("generate", "the cat", "--model", str(model), "--max-new-tokens", "8")
-    first, again, other = gptpipe(*command), gptpipe(*command), gptpipe(*command, "--seed", "1")
-    assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout.startswith("the cat")
-    assert first.stdout == again.stdout != other.stdout
+def test_help_lists_every_command_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
 
-
-def test_the_help_is_a_map_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     def help_of(*command: str) -> str:
         with pytest.raises(SystemExit):
             _dispatch([*command, "--help"])
         return capsys.readouterr().out
 
-    shown = help_of()
-    for command in ("plan", "doctor", "compare", "generate", "restore"):
-        assert re.search(rf"^(\w+)? +gptpipe {command}\b.*  \w", shown, re.MULTILINE)
+    text = help_of()
+    for command in ("plan", "data", "doctor", "compare", "generate", "restore"):
+        assert re.search(rf"^ +{command}  +[A-Z].*\.$", text, re.MULTILINE)
         assert f"gptpipe {command} [-h]" in help_of(command)
-    for command in ("dvc repro", "dvc exp run", "mlflow ui", "dvc plots show", "dvc push"):
-        assert f"   {command} " in shown
+    for command in ("dvc repro", "dvc exp run", "dvc plots show", "dvc push", "mlflow ui"):
+        assert f"  {command} " in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
-def test_generate_asks_for_prompt_after_prompt(tmp_path: Path) -> None:
-    """On a terminal: Ctrl-C ends a text and not the program, the arrow brings the last prompt again, Ctrl-D ends."""
-    model = make_model(tmp_path / "gpt")
+def test_generate_continues_the_prompt(model: str) -> None:
+    command = (*CLI, "generate", "the cat", "--model", model, "--max-new-tokens", "8")
+    first, again, other_seed = python(*command), python(*command), python(*command, "--seed", "1")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert first.stdout.startswith("the cat")
+    assert first.stdout == again.stdout != other_seed.stdout
+
+
+def test_generate_answers_prompts_on_a_terminal(model: str) -> None:
+    """Ctrl-C ends a continuation, the up arrow brings back the last prompt, Ctrl-D ends the program."""
     controller, terminal = pty.openpty()
-    command = ["-m", "gptpipe.commands.cli", "generate", "--interactive", "--model", str(model), "--temperature", "0"]
-    process = subprocess.Popen([sys.executable, *command, "--max-new-tokens", "1000000"], cwd=ROOT, stdin=terminal,
-                               stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm"},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    command = [*CLI, "generate", "--interactive", "--model", model, "--temperature", "0"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--max-new-tokens", "1000000"],
+        cwd=ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(terminal)
 
     def read_until(pattern: str) -> str:
-        shown = ""
-        while not re.search(pattern, shown, re.DOTALL):
-            assert len(shown) < 20_000, shown[:2000]
-            assert select.select([controller], [], [], 60)[0], shown
-            shown += os.read(controller, 1024).decode(errors="replace")
-        return shown
+        text = ""
+        while not re.search(pattern, text, re.DOTALL):
+            assert len(text) < 20_000, text[:2000]
+            assert select.select([controller], [], [], 60)[0], text
+            text += os.read(controller, 1024).decode(errors="replace")
+        return text
 
     try:
-        texts = []
-        for typed in (b"the cat\n", b"\x1b[A\n"):
+        continuations = []
+        up_arrow = b"\x1b[A"
+        for typed in (b"the cat\n", up_arrow + b"\n"):
             read_until("> $")
             os.write(controller, typed)
-            texts.append(read_until(r"the cat\r\nthe cat.{40}").split("the cat\r\n")[1][:40])
+            answer = read_until(r"the cat\r\nthe cat.{40}")
+            continuations.append(answer.split("the cat\r\n")[1][:40])
             process.send_signal(signal.SIGINT)
-        assert texts[0] == texts[1]
+        assert continuations[0] == continuations[1]
         read_until("> $")
-        os.write(controller, b"\x04")
+        end_of_input = b"\x04"
+        os.write(controller, end_of_input)
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
@@ -87,41 +105,47 @@ def test_generate_asks_for_prompt_after_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["generate"], ["generate", "the", "--interactive"]])
-def test_generate_wants_one_of_prompt_and_interactive(arguments: list[str]) -> None:
+def test_generate_needs_either_prompt_or_interactive(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         _dispatch(arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["the", "--max-new-tokens", "0"], 2), (["the", "--max-new-tokens", "-5"], 2), (["the \udcff"], 3),
-     (["the", "--top-k", "-1"], 2), (["the", "--seed", str(2**70)], 2), (["the", "--temperature", "nan"], 2)],
-)  # fmt: skip
-def test_generate_rejects_what_it_cannot_continue(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
+    [
+        (["the", "--max-new-tokens", "0"], 2),
+        (["the", "--max-new-tokens", "-5"], 2),
+        (["the", "--top-k", "-1"], 2),
+        (["the", "--seed", str(2**70)], 2),
+        (["the", "--temperature", "nan"], 2),
+        (["the \udcff"], 3),  # a byte that is not UTF-8
+    ],
+)
+def test_generate_rejects_invalid_options(
+    model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
 ) -> None:
-    model = make_model(tmp_path / "gpt")
     with pytest.raises(SystemExit) as ended:
-        run(lambda: _dispatch(["generate", "--model", str(model), *arguments]))
-    found = capsys.readouterr()
-    assert (ended.value.code, found.out, len(found.err.splitlines())) == (code, "", 1)
+        run(lambda: _dispatch(["generate", "--model", model, *arguments]))
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out, len(output.err.splitlines())) == (code, "", 1)
 
 
-def test_plan_needs_a_split_and_says_how_to_get_one(tmp_path: Path) -> None:
+def test_generate_without_a_model_is_one_line(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    result = python(*CLI, "generate", "hello", "--model", missing)
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
+    assert missing in result.stderr
+
+
+def test_plan_without_a_split_is_one_line_with_advice(tmp_path: Path) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    result = python("-c", "from gptpipe.commands.cli import main; main()", "plan", folder=tmp_path)
+    result = python(*CLI, "plan", folder=tmp_path)
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
     assert "dvc repro" in result.stderr
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    result = gptpipe("generate", "hello", "--model", str(tmp_path / "none"))
-    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
-    assert str(tmp_path / "none") in result.stderr
-
-
 @pytest.mark.parametrize("stage", ["collect", "tokenize", "split", "train", "evaluate"])
-def test_a_stage_says_what_it_does(stage: str) -> None:
+def test_help_of_a_stage_says_what_it_does(stage: str) -> None:
     result = python("-m", f"stages.{stage}", "--help")
     assert result.returncode == 0
     assert f"{stage}: " in result.stdout
@@ -131,7 +155,7 @@ def test_a_stage_says_what_it_does(stage: str) -> None:
     ("error", "code"),
     [(IntegrityError("m"), 4), (ResourceError("m"), 5), (NumericError("m"), 6), (Interrupted(15, "m"), 143)],
 )
-def test_an_error_becomes_a_line_and_its_exit_code(
+def test_error_becomes_one_line_and_its_exit_code(
     error: GptpipeError, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main() -> None:

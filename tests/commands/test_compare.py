@@ -1,4 +1,4 @@
-"""`gptpipe compare` over runs whose figures are known, against statistics done by hand."""
+"""`gptpipe compare` over runs with known metrics, compared with statistics computed here."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,10 @@ from gptpipe.shell.errors import ConfigError, InputError
 pytestmark = pytest.mark.usefixtures("project")
 
 
-def log(lr: str, seed: int, value: float, metric: str = "test/bits_per_byte", error: bool = True, **tags: str) -> str:
+def log_run(
+    lr: str, seed: int, value: float, metric: str = "test/bits_per_byte", error: bool = True, **tags: str
+) -> str:
+    """Log a run with one metric, and its standard error if `error`; returns its id."""
     client = connect()
     experiment = client.get_experiment_by_name("gptpipe")
     assert experiment is not None
@@ -28,48 +31,49 @@ def log(lr: str, seed: int, value: float, metric: str = "test/bits_per_byte", er
 
 
 def rows(*names: str, metric: str = "test/bits_per_byte") -> list[list[str]]:
-    """Cells that hold anything, the header first."""
-    return [re.split(r"\s{2,}", line.strip()) for line in compare(names, metric).splitlines()]
+    """The cells of the table that are not empty, by row, the header first."""
+    table = compare(names, metric)
+    return [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
 
 
-def test_groups_over_seeds() -> None:
+def test_runs_are_grouped_over_seeds() -> None:
     for seed, (good, bad) in enumerate([(1.50, 1.60), (1.52, 1.70), (1.54, 1.65)]):
-        log("0.001", seed, good)
-        log("0.01", seed, bad)
-    log("0.01", 2, 1.65)  # repeated: the same seed is no new evidence
-    log("0.1", 0, 2.0)
+        log_run("0.001", seed, good)
+        log_run("0.01", seed, bad)
+    log_run("0.01", 2, 1.65)  # a repetition is no new evidence
+    log_run("0.1", 0, 2.0)
     p = ttest_ind([1.50, 1.52, 1.54], [1.60, 1.70, 1.65], equal_var=False).pvalue
     assert rows() == [
         ["runs", "test/bits_per_byte", "standard error", "p against best"],
         ["train.lr=0.001", "best", "3", "1.5200", f"{0.02 / 3**0.5:.4f}"],
         ["train.lr=0.01", "3", "1.6500", f"{0.05 / 3**0.5:.4f}", f"{p:.4f}"],
-        ["train.lr=0.1", "1", "2.0000", "0.0500"],  # a single seed: over documents, and no significance
+        ["train.lr=0.1", "1", "2.0000", "0.0500"],  # one seed: standard error over documents, no significance
     ]
 
 
-def test_more_is_better_where_it_is() -> None:
-    log("0.1", 0, 0.2, "test/token_accuracy")
-    log("0.2", 0, 0.3, "test/token_accuracy")
+def test_highest_accuracy_is_the_best() -> None:
+    log_run("0.1", 0, 0.2, "test/token_accuracy")
+    log_run("0.2", 0, 0.3, "test/token_accuracy")
     assert [row[:2] for row in rows(metric="test/token_accuracy")[1:]] == [
         ["train.lr=0.2", "best"],
         ["train.lr=0.1", "1"],
     ]
 
 
-def test_a_figure_without_a_standard_error_of_its_own() -> None:
-    """Of a single seed none is known; this was a traceback."""
+def test_metric_without_a_standard_error_over_documents() -> None:
+    """The standard error of a single seed is unknown then, and its cell is empty."""
     for seed, lr in enumerate(["0.1", "0.1", "0.2"]):
-        log(lr, seed, 2.0 + seed, "train/loss", error=False)
+        log_run(lr, seed, 2.0 + seed, "train/loss", error=False)
     assert [row[:4] for row in rows(metric="train/loss")[1:]] == [
         ["train.lr=0.1", "best", "2", "2.5000"],
         ["train.lr=0.2", "1", "4.0000"],
     ]
 
 
-def test_runs_are_chosen_by_id_experiment_or_sweep() -> None:
-    one = log("0.1", 0, 1.0, sweep="f00: train.lr")
-    log("0.2", 0, 1.1, sweep="f00: train.lr")
-    log("0.3", 0, 1.2, **{"dvc.exp_name": "brave-newt"})
+def test_runs_are_selected_by_id_experiment_or_sweep() -> None:
+    one = log_run("0.1", 0, 1.0, sweep="f00: train.lr")
+    log_run("0.2", 0, 1.1, sweep="f00: train.lr")
+    log_run("0.3", 0, 1.2, **{"dvc.exp_name": "brave-newt"})
     assert [row[0] for row in rows("f00: train.lr")[1:]] == ["train.lr=0.1", "train.lr=0.2"]
     assert [row[0] for row in rows(one[:12], "brave-newt")[1:]] == ["train.lr=0.1", "train.lr=0.3"]
     assert rows(one)[1:] == [["best", "1", "1.0000", "0.0500"]]
@@ -77,35 +81,48 @@ def test_runs_are_chosen_by_id_experiment_or_sweep() -> None:
         compare(["shy-owl"], "test/bits_per_byte")
 
 
-def test_curves_over_steps_tokens_and_time(tmp_path: Path) -> None:
-    """Two seeds of one rate and one of another, whose names are markup; each seed's losses are known."""
+@pytest.fixture
+def runs_with_curves() -> None:
+    """Two seeds of the learning rate `<i>`, which looks like markup, and one seed of 0.1."""
     client = connect()
     for lr, seed, losses in (("<i>", 0, [4.0, 2.0]), ("<i>", 1, [6.0, 4.0]), ("0.1", 0, [5.0, 5.0])):
-        run_id = log(lr, seed, 1.0 + losses[-1])
+        run_id = log_run(lr, seed, 1.0 + losses[-1])
         client.log_param(run_id, "train.batch_size", "8")
         client.log_param(run_id, "model.context_length", "16")
         start = client.get_run(run_id).info.start_time
         for metric in ("train/loss", "val/loss"):
             for step, loss in zip((10, 20), losses, strict=True):
-                client.log_metric(run_id, metric, loss, timestamp=start + step * 6000, step=step)
+                milliseconds = step * 6000  # a tenth of a minute per step
+                client.log_metric(run_id, metric, loss, timestamp=start + milliseconds, step=step)
+
+
+@pytest.mark.usefixtures("runs_with_curves")
+def test_curves_are_drawn_into_a_file(tmp_path: Path) -> None:
     page = tmp_path / "curves.html"
     table = compare([], "test/bits_per_byte", page)
+    assert table.splitlines()[1].split()[0] == "train.lr=<i>"
     text = page.read_text()
     assert text.count("<svg") == 1
     assert "train.lr=&lt;i&gt;" in text
     assert "<i>" not in text.split("</pre>")[0]
-    assert table.splitlines()[1].split()[0] == "train.lr=<i>"
     for name in ("svg", "png"):
         compare([], "test/bits_per_byte", tmp_path / f"curves.{name}")
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"curves\.pdf"):
         compare([], "test/bits_per_byte", tmp_path / "curves.pdf")
-    runs = client.search_runs(["1"], order_by=["start_time"])
-    found = mlflow.search_runs(experiment_names=["gptpipe"]).set_index("run_id").loc[[run.info.run_id for run in runs]]
-    figure = _draw({"both": found.reset_index()[found["params.train.lr"].to_numpy() == "<i>"]})
-    for panel, last in zip(figure.axes, (20, 20 * 8 * 16, 2.0), strict=False):
-        (line,) = panel.lines
-        assert list(line.get_xdata()) == pytest.approx([last / 2, last], rel=1e-3)
-        assert list(line.get_ydata()) == [5.0, 3.0]
+
+
+@pytest.mark.usefixtures("runs_with_curves")
+def test_curves_over_steps_tokens_and_minutes() -> None:
+    runs = mlflow.search_runs(experiment_names=["gptpipe"])
+    figure = _draw({"both seeds": runs[runs["params.train.lr"] == "<i>"]})
+    last_x = {"step": 20, "tokens": 20 * 8 * 16, "minutes": 2.0}
+    for panel, (label, last) in zip(figure.axes, last_x.items(), strict=False):
+        assert panel.get_xlabel() == label
+        (mean,) = panel.lines
+        assert list(mean.get_xdata()) == pytest.approx([last / 2, last], rel=1e-3)
+        assert list(mean.get_ydata()) == [5.0, 3.0]
         (band,) = panel.collections
-        assert (band.get_datalim(panel.transData).y0, band.get_datalim(panel.transData).y1) == (2.0, 6.0)
+        limits = band.get_datalim(panel.transData)
+        assert (limits.y0, limits.y1) == (2.0, 6.0)
