@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# GPT-2 small (124 M parameters) on 10 billion tokens, by eight GPUs: put Parquet files of text, as of FineWeb-Edu, into
-# data/sources/. By the arithmetic of docs/scaling.md an hour on eight H100; never run by us.
-# Needs `pip install -e '.[offline]'`. Run from the project's root, from a commit: bash recipes/gpt2-124m.sh
+# GPT-2 small (124 M parameters) on 10 billion tokens, on eight GPUs. Put Parquet files of text, such as FineWeb-Edu, into
+# data/sources/. Estimated at one hour on eight H100 (docs/scaling.md); we have not run it.
+# Needs `pip install -c constraints.txt -e '.[offline]'`. Run from the project's root, from a commit: bash recipes/gpt2-124m.sh
 # On one GPU: LAUNCHER=python bash recipes/gpt2-124m.sh
 set -euo pipefail
 
 settings=(
     -S "collect.sources=[{kind: parquet, paths: ['data/sources/**/*.parquet']}]"
     -S tokenize.encoding=gpt2
-    # A thousandth of ten million documents is enough to validate on.
+    # One document in a thousand is enough for validation: there are about ten million.
     -S split.val_fraction=0.001
     -S split.test_fraction=0.001
     -S model.architecture=gpt2
@@ -20,7 +20,7 @@ settings=(
     -S model.n_inner=3072
     -S model.norm_eps=1.0e-5
     -S model.tie_embeddings=true
-    # GPT-3's rate and schedule for this size (Brown et al., 2020, table 2.1 and appendix B), half a million tokens a step.
+    # GPT-3's learning rate and schedule for this size (Brown et al., 2020, table 2.1 and appendix B); 524,288 tokens a step.
     -S train.optimizer=adamw
     -S train.lr=6.0e-4
     -S train.schedule=cosine

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # TinyStories (Eldan and Li, 2023, arXiv:2305.07759): the first 200 MB, streamed from the Hugging Face hub.
-# Needs `pip install -e '.[huggingface,near]'`. Run from the project's root, from a commit: bash recipes/tinystories.sh
+# Needs `pip install -c constraints.txt -e '.[huggingface,near]'`. Run from the project's root, from a commit: bash recipes/tinystories.sh
 set -euo pipefail
 
 revision=f54c09fd23315a6f9c86f9dc80f725de7d8f9c64 # a commit of the dataset: branches and tags move
 
 settings=(
     -S "collect.sources=[{kind: huggingface, dataset: roneneldan/TinyStories, revision: $revision, max_bytes: 200000000}]"
-    # Many stories differ in a name: nearly equal ones must not stand on two sides of the split.
+    # Many stories differ only in a name; nearly equal stories must not be on both sides of the split.
     -S collect.dedup=near
-    # Much text is seen once; a hundredth of it is enough to validate on.
+    # There is enough text for a single pass; one percent of it is enough for validation and test.
     -S split.val_fraction=0.005
     -S split.test_fraction=0.005
     -S train.epochs=1

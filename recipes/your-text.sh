@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Your own files: put them into data/sources/ (plain, compressed, or in archives) before you run this.
 # Run from the project's root, from a commit: bash recipes/your-text.sh
-# Pages of the web, with the usual filters against menus, lists and spam: FILTERS=web bash recipes/your-text.sh
+# For web pages, with the usual filters against menus, lists and spam: FILTERS=web bash recipes/your-text.sh
 set -euo pipefail
 
 settings=(
-    # Every .txt is a document; an archive's files are too. For lines of JSON: {kind: jsonl, paths: [...], text_key: text}
+    # Each .txt file is a document, also inside an archive. For JSON lines: {kind: jsonl, paths: [...], text_key: text}
     -S "collect.sources=[{kind: text, paths: ['data/sources/**/*.txt*']}]"
-    # Old exports are often not UTF-8: strict stops and says where, replace puts U+FFFD and counts.
+    # Old exports are often not UTF-8: strict stops and says where; replace inserts U+FFFD and counts it.
     -S collect.encoding_errors=strict
     # About 4,096 entries for a megabyte, 16,384 for a hundred.
     -S tokenize.vocab_size=4096
 )
 if [ "${FILTERS:-}" = web ]; then
-    # C4's lines and phrases, Gopher's quality and repetition; reports/collect.md shows what each costs.
+    # C4's line and phrase filters, Gopher's quality and repetition filters; reports/collect.md counts what each removes.
     settings+=(
         -S 'collect.filters.drop_lines_with=[javascript,"terms of use","privacy policy","cookie policy","uses cookies","use of cookies","use cookies"]'
         -S collect.filters.drop_lines_below=5

@@ -182,7 +182,9 @@ def test_files_exist(page: Path) -> None:
             )
         elif span.startswith(".gptpipe/"):
             part = span.split("/")[1]
-            assert not part or part in source_text("gptpipe"), f"{page.name}: `{span}`: no code mentions it"
+            assert not part or re.search(rf'"{part}"|\.gptpipe/{part}\b', source_text("gptpipe")), (
+                f"{page.name}: `{span}`: no code mentions it"
+            )
 
 
 @of_pages()
@@ -248,5 +250,5 @@ def test_every_command_is_documented(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_ci_finds_the_test_command_in_the_readme() -> None:
     _, marker, rest = (ROOT / "README.md").read_text().partition("<!-- test command -->\n")
-    assert marker
-    assert re.match(r"```sh\n.*\bpytest\b.*\n```\n", rest)
+    assert marker, "README.md: no line `<!-- test command -->`, which .ci/run looks for"
+    assert re.match(r"```sh\n.*\bpytest\b.*\n```\n", rest), "README.md: no test command after its marker"
