@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one table, with peers or physical limits beside us in the same run."""
+"""Benchmarks: each prints one table, with peers or physical limits measured in the same run."""

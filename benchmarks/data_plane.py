@@ -1,13 +1,13 @@
-"""Tokenize, collect and split beside what people use instead, on the same text, in one run.
+"""Speed of tokenize, collect and split beside the usual tools, on the same text in the same run.
 
     python -m benchmarks.data_plane
 
-Text of this machine's Python (docstrings), in documents of 100 and of 4,000 characters, in the encoding `gpt2` and in
-one trained on it. Ours reads and writes Parquet; the others are given texts in memory and throw their ids away. All
-take turns, and the best of the rounds counts. Figures are ratios to a single-process loop of
-`tiktoken.encode_ordinary`, and to the physical limit, tiktoken on all cores without any file work: on a shared machine
-nothing else can be compared. `tokenize` is given its tokenizer; the row below trains it too. Last, the most memory that
-each stage held, in a process of its own. A quarter of an hour on two quiet cores.
+The text is the docstrings of this machine's Python, in documents of 100 and of 4,000 characters, with the encoding
+`gpt2` and with one trained on the text. gptpipe reads and writes Parquet; the other programs get texts in memory and
+discard their ids. All take turns, and the best round counts. Numbers are ratios to a single-process loop of
+`tiktoken.encode_ordinary`, and to the physical limit, which is tiktoken on all cores without file work: on a shared
+machine only ratios can be compared. `tokenize` gets a trained tokenizer; the row below it includes the training. The
+last column is the peak memory of each stage in a separate process. Takes a quarter of an hour on two idle cores.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def make_texts(length: int, n_bytes: int) -> list[str]:
-    """Pieces of docstrings of `length` characters, drawn by a fixed seed."""
+    """Pieces of docstrings of `length` characters, chosen with a fixed seed."""
     everything = "\n".join(python_docs())
     random_ = random.Random(0)
     starts = [random_.randrange(len(everything) - length) for _ in range(n_bytes // length)]
@@ -95,7 +95,7 @@ def make_texts(length: int, n_bytes: int) -> list[str]:
 
 
 def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callable[[], object]]:
-    """What takes turns, by name."""
+    """The programs to compare, by name."""
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", compression="zstd")
     params = collect_params(folder)
     section = tokenize_params(encoding)
@@ -165,7 +165,7 @@ def tokenize_params(encoding: str) -> TokenizeParams:
 
 
 def peak_mib(stage: str, folder: Path, encoding: str) -> int:
-    """Of a stage in a process of its own, which these stages do not leave; with what this module imports (Linux)."""
+    """Peak MiB of a stage in a separate process, with this module's imports (Linux). Stages here start no others."""
     done = subprocess.run(
         [sys.executable, "-c", STAGE, stage, folder, encoding], capture_output=True, text=True, check=True
     )

@@ -2,9 +2,10 @@
 
     python -m benchmarks.default_run
 
-Runs `dvc repro` on the embedded corpus in a fresh copy of the project, stage by stage; then gives the tutorial recipe
-the wall time that the train stage took, on the same documents and cores: GPT-2's vocabulary and architecture (depth and
-width as ours), dropout 0.1, AdamW at 3e-4, windows of 256 tokens half overlapping, batches of 8. About ten minutes.
+Runs `dvc repro` on the embedded corpus in a fresh copy of the project, stage by stage. Then trains the tutorial recipe
+for the wall time of the train stage, on the same documents and cores: GPT-2's vocabulary and architecture (with our
+depth and width), dropout 0.1, AdamW at 3e-4, windows of 256 tokens that overlap by half, batches of 8. Takes about ten
+minutes.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def copy_project(folder: Path) -> Path:
-    """The project's files without anything that a run has made."""
+    """Copy the project's files, without the outputs of runs."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         if name != "dvc.lock" and (not name.startswith("reports/") or name == "reports/.gitignore"):
@@ -83,7 +84,7 @@ def run_stage(project: Path, stage: str) -> float:
 
 
 def tutorial_bits_per_byte(project: Path, params: Params, seconds: float) -> tuple[float, int]:
-    """Train the tutorial recipe for some seconds; its bits per byte on the validation documents, and its steps."""
+    """Train the tutorial recipe for `seconds`; returns bits per byte on the validation documents, and steps."""
     context, batch_size = 256, 8
     gpt2 = named_tokenizer("gpt2")
     train, val = (np.concatenate(list(encoded(project, side, gpt2))) for side in ("train", "val"))
@@ -112,7 +113,7 @@ def tutorial_bits_per_byte(project: Path, params: Params, seconds: float) -> tup
 
 
 def encoded(project: Path, side: Side, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The documents of a side of the split, encoded anew."""
+    """The documents of one side of the split, encoded with GPT-2's vocabulary."""
     stream = open_stream(project / "data/split", side)
     ours = Tokenizer.load(project / "data/split/tokenizer")
     for offset, n_tokens in zip(stream.documents["offset"], stream.documents["n_tokens"], strict=True):
@@ -121,7 +122,7 @@ def encoded(project: Path, side: Side, tokenizer: Tokenizer) -> Iterator[np.ndar
 
 @torch.no_grad()
 def bits_per_byte(model: torch.nn.Module, tokens: torch.Tensor, context: int, n_bytes: int) -> float:
-    """Every token but the first, in consecutive windows."""
+    """Scores every token except the first, in consecutive windows."""
     model.eval()
     nats = 0.0
     for start in range(0, len(tokens) - 1, context):

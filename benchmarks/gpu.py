@@ -1,12 +1,12 @@
-"""What a GPU makes of GPT-2's 124M shape: a table of training steps, then ten minutes of training with its curve.
+"""GPT-2's 124M shape on a GPU: a table of training steps, then ten minutes of training with its curve.
 
     python -m benchmarks.gpu [--seconds 600] [--peak 989e12]
-    python -m benchmarks.gpu --rehearse        # the same, small, on a CPU: whether all of it works
+    python -m benchmarks.gpu --rehearse        # a small shape on a CPU, to check that everything works
 
-Steps at context 1,024 in bfloat16, compiled, beside `transformers` and a plain loop; the share is MFU against --peak,
-the device's dense bfloat16 FLOP/s (an H100's or H200's by default). The training is that of `dvc repro`, stage by stage
-in a copy of the project, on the source code of Python and of the packages that are installed beside it, by GPT-2's
-encoding. Writes benchmarks/results/gpu.md and gpu.svg (of a rehearsal: nothing).
+Steps have context 1,024, in bfloat16, compiled, beside `transformers` and a plain loop. The share is MFU: model FLOPs
+relative to --peak, the device's dense bfloat16 FLOP/s (default: an H100 or H200). The training runs `dvc repro` stage
+by stage in a copy of the project, on the source code of Python and of the installed packages, with GPT-2's encoding.
+Writes benchmarks/results/gpu.md and gpu.svg; a rehearsal writes nothing.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def train(folder: Path, shape: tuple[int, ...], n_tokens: int, is_small: bool) -> pd.DataFrame:
-    """Validations of a training on about so many tokens."""
+    """Train on about `tokens` tokens; returns the validations."""
     n_layer, n_head, width, context, batch_size, _ = shape
     project = copy_project(folder)
     path, yaml = project / "params.yaml", YAML()

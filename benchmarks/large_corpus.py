@@ -1,11 +1,10 @@
-"""Resident memory and speed of the stages before training, as a corpus grows.
+"""Resident memory and speed of the data stages as the corpus grows.
 
     python -m benchmarks.large_corpus [--gigabytes 0.03 0.3] [--encoding gpt2]
 
-For each size a project of its own, with documents of 4,000 characters from this machine's Python in one file of JSON
-lines: `python -m stages.collect`, `tokenize` and `split`, as `dvc repro` starts them. Resident is what a stage and all
-its processes held together, at most, looked at ten times a second; pages of files that are mapped count too. Needs
-twice the size on the disk of the temporary folder (TMPDIR).
+Each size gets its own project, with documents of 4,000 characters from this machine's Python in one JSON lines file.
+The stages run as under `dvc repro`. Resident memory is the peak of a stage and all its processes together, sampled ten
+times a second; pages of mapped files count too. Needs twice the size on the disk of the temporary folder (TMPDIR).
 """
 
 import argparse
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def write_text(path: Path, gigabytes: float) -> int:
-    """Documents that differ, by a fixed seed, and how many bytes of text they have."""
+    """Write distinct documents, chosen with a fixed seed; returns the number of bytes of text."""
     everything = "\n".join(python_docs())
     random_ = random.Random(0)
     n_bytes = n_documents = 0
@@ -71,7 +70,7 @@ def set_params(path: Path, encoding: str) -> None:
 
 
 def run(project: Path, stage: str) -> tuple[float, int]:
-    """Wall seconds of a stage, and the most resident megabytes of its process tree."""
+    """Wall seconds of a stage, and the peak resident megabytes of its process tree."""
     started, peak = time.perf_counter(), 0
     with subprocess.Popen([sys.executable, "-m", f"stages.{stage}"], cwd=project, stdout=sys.stderr) as process:
         tree = psutil.Process(process.pid)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in a line, its matrix-product rate, and figures with their spread."""
+"""Shared by the benchmarks: a description of the machine, its matrix-product rate, and numbers with their spread."""
 
 import platform
 import statistics
@@ -9,19 +9,19 @@ import torch
 
 
 def describe() -> str:
-    """Machine, threads and versions, for the line above a table."""
+    """Machine, threads and versions, as the line above a table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     return f"{platform.platform()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and, of several values, their standard deviation."""
+    """The mean, and with several values their standard deviation."""
     error = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{error}"
 
 
 def matrix_product_rate(n: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the best of some (n, n) float32 products on this machine's processor."""
+    """FLOP/s of this processor: the best of several (n, n) float32 products."""
     a, b = torch.randn(n, n), torch.randn(n, n)
     best = float("inf")
     for _ in range(repeats):

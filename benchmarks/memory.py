@@ -1,10 +1,10 @@
-"""Peak resident memory of training at GPT-2's vocabulary, beside a plain loop.
+"""Peak resident memory of training with GPT-2's vocabulary, beside a plain loop.
 
     python -m benchmarks.memory
 
-Vocabulary 50,257, batches of 16 x 512 tokens, 4 layers of width 256; each contender in a process of its own that takes
-two steps. The plain loop is that of benchmarks.training_speed. What a process holds before it builds a model (Python,
-torch) stands beside the peak.
+Vocabulary 50,257, batches of 16 x 512 tokens, 4 layers of width 256. Each contender takes two steps in a separate
+process. The plain loop is the one of benchmarks.training_speed. The table also shows what a process holds before it
+builds a model (Python and torch).
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def peak(contender: str) -> tuple[int, int]:
-    """Resident megabytes before the model is built, and at most."""
+    """Resident megabytes before the model is built, and at the peak."""
     keep_freed_memory()
     before = resident()
     device = torch.device("cpu")
@@ -60,7 +60,7 @@ def peak(contender: str) -> tuple[int, int]:
 
 
 def resident() -> int:
-    """Peak resident set so far, in megabytes."""
+    """Peak resident set size so far, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 

@@ -1,10 +1,10 @@
-"""What a training does beside its steps, as shares of the whole default run.
+"""What a training spends besides its steps, as shares of the whole default run.
 
     dvc repro split && python -m benchmarks.overheads
 
-On the split in data/split with params.yaml's own settings: cutting batches, validating, saving checkpoints,
-starting up, from the end of the imports to the first step without the validation before it, and the record: steps
-beside a thread that logs to a live, a refused and a silent server, each against no record, in turns.
+Uses the split in data/split and the settings of params.yaml. It measures cutting batches, validation, saving
+checkpoints, start-up (from the end of the imports to the first step, without the first validation), and the record:
+steps beside a thread that logs to a live, a refused and a silent server, each compared with no record, in turns.
 """
 
 import argparse
@@ -43,7 +43,7 @@ ROUNDS, STEPS = 5, 20  # of the record: blocks of each kind, and steps of a bloc
 
 
 class FirstStep(Exception):
-    """Ends the training that start-up is measured with."""
+    """Ends the training that measures start-up."""
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def typical(action: Callable[[], Any], n: int) -> float:
-    """Median seconds of `n` times, after two more to warm up."""
+    """Median seconds of `n` calls, after two calls to warm up."""
     times = []
     for _ in range(n + 2):
         started = time.perf_counter()
@@ -94,7 +94,7 @@ def typical(action: Callable[[], Any], n: int) -> float:
 
 
 def start_up() -> tuple[float, float]:
-    """Seconds from a call of train_model to its first step, without the validation; and those of the validation."""
+    """Seconds from the call of train_model to its first step, without the validation; and those of the validation."""
     validated = [0.0]
 
     def timed(*arguments: Any, **options: Any) -> Any:
@@ -122,7 +122,7 @@ def start_up() -> tuple[float, float]:
 
 
 def beside_a_record(step: Callable[[], Any]) -> dict[str, float]:
-    """How much slower a step is while its metrics go to a server, by the median of ROUNDS pairs of blocks."""
+    """How much slower a step is while its metrics go to a server: the median of ROUNDS pairs of blocks."""
     params, lineage = load_params(), read_manifest(SPLIT)
     slower: dict[str, list[float]] = {}
 
@@ -149,7 +149,7 @@ def beside_a_record(step: Callable[[], Any]) -> dict[str, float]:
 
 @contextmanager
 def servers(folder: Path) -> Iterator[dict[str, str]]:
-    """Addresses of a live `mlflow server`, of a port that refuses, and of one that takes calls and never answers."""
+    """Addresses of a live `mlflow server`, of a port that refuses, and of one that accepts calls and never answers."""
     live, refused, silent = (socket.create_server(("127.0.0.1", 0)) for _ in range(3))
     ports = [server.getsockname()[1] for server in (live, refused, silent)]
     live.close()
@@ -174,7 +174,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
 
 
 class NoRecord:
-    """A record that keeps nothing."""
+    """A record that stores nothing."""
 
     run_id: str | None = None
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.time_to_loss TEXT [--seeds 3]
 
-Characters; the first 90% to train on and the last 10% to validate, as nanoGPT has it. The peer has the settings of its
-README for a CPU (4 layers, 4 heads, width 128, context 64, batch 12, AdamW at 1e-3 down to 1e-4 along a cosine after
-100 steps of warm-up, betas 0.9 and 0.99, no dropout, 2,000 steps), with `transformers`' GPT-2 and torch's fused AdamW;
-its time is that of its steps alone. Ours is a process, from its start to its last validation: first to the wanted loss,
-then as far as it comes in the peer's own time.
+Tokens are characters; the first 90% are for training and the last 10% for validation, as in nanoGPT. The peer uses the
+settings of nanoGPT's README for a CPU (4 layers, 4 heads, width 128, context 64, batch 12, AdamW from 1e-3 to 1e-4
+along a cosine after 100 steps of warm-up, betas 0.9 and 0.99, no dropout, 2,000 steps), with `transformers`' GPT-2 and
+torch's fused AdamW. Its time contains only its steps. Our time is that of a whole process, from its start to its last
+validation: first to the given loss, then for as long as the peer needed.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def characters(path: Path) -> tuple[npt.NDArray[np.uint16], int]:
-    """The text as numbers of its distinct bytes, and how many of them there are."""
+    """The text as numbers of its distinct bytes, and the number of distinct bytes."""
     distinct, tokens = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
     return tokens.astype(np.uint16), len(distinct)
 
@@ -102,7 +102,7 @@ def run_ours(text: Path, kind: str, seed: int, seconds: float = 0.0) -> tuple[fl
 def train_ours(
     tokens: npt.NDArray[np.uint16], n_characters: int, settings: dict[str, Any], seed: int, until: float
 ) -> float:
-    """Validation loss after `max_steps`, or of as many steps as there is time for."""
+    """Validation loss after `max_steps`, or after as many steps as the time allows."""
     params = load_params(ROOT / "params.yaml")
     model_params = params.model.model_copy(update=settings["model"])
     section = params.train.model_copy(update={"stride": 1, **settings["train"]})
@@ -130,7 +130,7 @@ def train_ours(
 
 
 def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan: Plan) -> Plan:
-    """Train until few steps are left of those that end in time, with the validation; looks at the clock all along."""
+    """Train until about ten steps remain; returns the plan whose last step and validation end before `until`."""
     started = time.perf_counter()
     score(state.model, val)
     validation = 1.2 * (time.perf_counter() - started)
@@ -145,7 +145,7 @@ def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan
 
 
 def train_peer(tokens: npt.NDArray[np.uint16], n_characters: int, seed: int) -> tuple[float, float, float]:
-    """Seconds of steps to the wanted loss, or to the end; seconds of all steps; the last validation loss."""
+    """Seconds of the steps to the given loss (or to the end), seconds of all steps, and the last validation loss."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     context, batch_size, n_steps, n_warmup = 64, 12, 2000, 100

@@ -2,10 +2,10 @@
 
     python -m benchmarks.training_speed [--compile] [--rounds 5] [--only SHAPE]
 
-A step is forward, backward, gradient clipping and AdamW's update, of random tokens. The plain loop is a GPT-2 in the
-way of nanoGPT under torch's fused AdamW. All contenders of a shape take turns in one process, so that what else the
-machine does falls on all alike; each one's figure is the fastest of its turns. The share is that of model FLOPs in the
-fastest rate of large float32 matrix products, measured between the turns.
+A step is forward, backward, gradient clipping and AdamW's update, on random tokens. The plain loop is a GPT-2 in the
+style of nanoGPT with torch's fused AdamW. All contenders of a shape take turns in one process, so that other load
+affects all of them; the result of each is its fastest turn. The share is model FLOPs relative to the fastest rate of
+large float32 matrix products, measured between the turns.
 
 On a GPU: `python -m benchmarks.gpu`.
 """
@@ -64,9 +64,9 @@ def compare(
     also_compiled: bool = False,
     peak: float = 0,
 ) -> dict[str, float]:
-    """All contenders at one shape, by turns; prints a row for each, and returns their tokens per second.
+    """Run all contenders of one shape in turns; prints a row for each, and returns their tokens per second.
 
-    On a GPU all in bfloat16 and compiled, and the share is of `peak` FLOP/s.
+    On a GPU everything is in bfloat16 and compiled, and the share is relative to `peak` FLOP/s.
     """
     keep_freed_memory()  # for all contenders alike
     n_layer, n_head, width, context, batch_size, vocab_size = shape
@@ -132,12 +132,12 @@ def ours(sizes: dict[str, int], architecture: str, vocab_size: int) -> GPT:
 
 
 def inner_width(width: int) -> int:
-    """Llama's: 8/3 of the width, to a multiple of 32."""
+    """Llama's: 8/3 of the width, rounded to a multiple of 32."""
     return -(-8 * width // 96) * 32
 
 
 class SameBatch:
-    """In place of training windows: one batch, at every step."""
+    """Replaces the training windows: the same batch at every step."""
 
     def __init__(self, tokens: Tensor, targets: Tensor) -> None:
         self._batch = tokens, targets
@@ -149,7 +149,7 @@ class SameBatch:
 def stepper(
     model: GPT, loss: Callable[..., Tensor], device: torch.device, precision: torch.dtype, compiles: bool
 ) -> Step:
-    """The training loop's own step."""
+    """A step of gptpipe's training loop."""
     model.to(device).train()
     params = load_params().train.model_copy(update={"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 0})
     compiled = torch.compile(loss, dynamic=False) if compiles else loss
@@ -165,7 +165,7 @@ def stepper(
 
 
 def peer(model: nn.Module, device: torch.device, precision: torch.dtype, compiles: bool) -> Step:
-    """A step as a plain loop takes it."""
+    """A step of a plain loop."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model, dynamic=False) if compiles else model
@@ -207,7 +207,7 @@ def transformers_llama(sizes: dict[str, int], vocab_size: int) -> nn.Module:
 
 
 class PlainBlock(nn.Module):
-    """GPT-2's block with one product for queries, keys and values."""
+    """GPT-2's block, with one product for queries, keys and values."""
 
     def __init__(self, width: int, n_head: int) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """What one writes down in an afternoon."""
+    """A GPT-2 as one writes it in an afternoon."""
 
     def __init__(self, sizes: dict[str, int], vocab_size: int) -> None:
         super().__init__()

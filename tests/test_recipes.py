@@ -1,4 +1,4 @@
-"""Every recipe's settings are ones that DVC can apply and params.yaml can hold."""
+"""DVC can apply the settings of every recipe, and params.yaml accepts them."""
 
 import json
 import os
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("filters", ["", "web"])
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.stem)
-def test_a_recipe_asks_for_parameters_that_exist(recipe: Path, tmp_path: Path, filters: str) -> None:
-    """Run by bash, with a `dvc` that only writes down what it is asked."""
-    (tmp_path / "dvc").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > asked\n')
+def test_a_recipe_sets_parameters_that_exist(recipe: Path, tmp_path: Path, filters: str) -> None:
+    """bash runs the recipe with a fake `dvc` that only records its arguments."""
+    (tmp_path / "dvc").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > arguments\n')
     (tmp_path / "dvc").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", recipe], cwd=tmp_path, env={**os.environ, "PATH": path, "FILTERS": filters}, check=True)
-    command, run, *settings = (tmp_path / "asked").read_text().split("\0")[:-1]
+    command, run, *settings = (tmp_path / "arguments").read_text().split("\0")[:-1]
     assert (command, run, set(settings[::2])) == ("exp", "run", {"-S"})
     before = shutil.copy(ROOT / "params.yaml", tmp_path)
     apply_overrides(before, settings[1::2])
@@ -45,8 +45,8 @@ def test_a_recipe_asks_for_parameters_that_exist(recipe: Path, tmp_path: Path, f
         assert changed.collect.sources[0].max_bytes == 200_000_000
 
 
-def test_the_sources_in_the_readme_are_as_the_loader_wants_them() -> None:
-    block = re.findall(r"```yaml\n(collect:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+def test_the_loader_accepts_the_sources_in_the_documentation() -> None:
+    block = re.findall(r"```yaml\n(collect:.*?)```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL)[0]
     block = block.replace('sha256: "..."', f"sha256: {'ab' * 32}").replace('revision: "..."', f"revision: {'ab' * 20}")
     sources = YAML(typ="safe", pure=True).load(block)["collect"]["sources"]
     params = CollectParams.model_validate_json(json.dumps({**load_params().collect.model_dump(), "sources": sources}))
