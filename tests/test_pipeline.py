@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from browser import browser  # noqa: F401  (a fixture)
-from toy_pipeline import digests, documents, run, set_params
-
 from campaign.processes import RealProjects, try_out_for_real
+from toy_pipeline import digests, documents, run, set_params
 
 
 @pytest.mark.slow
