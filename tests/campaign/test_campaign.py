@@ -14,6 +14,7 @@ EVALUATE = {"kill": 4, "cut": 0, "fail": 2, "damage": 5, "leftover": 1, "race": 
 COUNTS = {**dict.fromkeys(STAGES, QUICK), "train": TRAIN, "evaluate": EVALUATE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUICK)
 @pytest.mark.parametrize("stage", STAGES)
 def test_after_a_fault_and_a_rerun_all_is_as_if_nothing_had_been(worker: Worker, stage: str, kind: str) -> None:

@@ -32,6 +32,11 @@ def main() -> int:
         from .coverage import fuzz
 
         fuzz(*(options.target or ["jsonl"]), executions=options.executions, seconds=options.seconds, seed=options.seed)
+    # Imported once here, rather than in each forked worker that builds an optimizer or reads an outbox: seconds each.
+    import torch._dynamo  # noqa: F401
+
+    import gptpipe.record.run  # noqa: F401
+
     from .engine import Fuzzer
     from .targets import TARGETS
 

@@ -19,6 +19,7 @@ EXECUTIONS = 600  # of the short round
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_earlier_findings_and_a_short_round_are_handled() -> None:
     """In a process of its own: libraries that were used before start threads, which forks would lack."""
     command = [sys.executable, "-m", "tests.fuzz", "--executions", str(EXECUTIONS), "--jobs", "1"]

@@ -307,10 +307,12 @@ def sqlite_store(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @contextmanager
 def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An `mlflow server` with a new PostgreSQL cluster on loopback; PostgreSQL does not run as root."""
+    """An `mlflow server` on its own PostgreSQL cluster, on loopback. PostgreSQL does not run as root."""
     pytest.importorskip("psycopg2", reason="needs psycopg2")
-    if not (shutil.which("initdb") and shutil.which("postgres")):
-        pytest.skip("needs PostgreSQL: Debian's postgresql, its initdb and postgres in the PATH")
+    folders = [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]  # Debian's are not in PATH
+    initdb, postgres = (shutil.which(name, path=os.pathsep.join(folders)) for name in ("initdb", "postgres"))
+    if not (initdb and postgres):
+        pytest.skip("needs PostgreSQL: install Debian's package postgresql")
     other: dict[str, str] = {}
     if os.getuid() == 0:
         if "postgres" not in {user.pw_name for user in pwd.getpwall()}:
@@ -321,9 +323,9 @@ def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         if other:
             shutil.chown(folder, **other)
         data = f"{folder}/data"
-        initdb = ["initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync"]
-        subprocess.run(initdb, check=True, cwd="/", stdout=subprocess.DEVNULL, **other)
-        command = ["postgres", "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
+        initialize = [initdb, "-D", data, "-U", "postgres", "-A", "trust", "--no-sync"]
+        subprocess.run(initialize, check=True, cwd="/", stdout=subprocess.DEVNULL, **other)
+        command = [postgres, "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
         with (project / "postgres.log").open("wb") as log:
             process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **other)
         server = Server(project, f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres")

@@ -75,6 +75,7 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
     assert project.checkpoints()[-1] == "step-00000012"  # kept until evaluate is done
 
 
+@pytest.mark.slow
 def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
     project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +199,7 @@ train_and_exit(tiny.params(**{changes!r}), Path({split!r}), project, None, {{}})
 """
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_been(
     project: Project, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(
     assert sent.items() <= again.items()  # replayed with the same times
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_leaves_no_trace(
     toy_split: Path, undisturbed: tuple[Params, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
