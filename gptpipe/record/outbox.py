@@ -2,15 +2,16 @@
 
 The next command that logs sends them. What can never be sent does not block the rest. It is moved to a file beside it,
 which a warning names: `RUN.jsonl.damaged` contains lines that are not operations, `RUN.jsonl.refused` contains
-operations that the store always refuses.
+operations that the store always refuses. Each line begins with a checksum, so that a flipped bit is noticed.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from gptpipe.base.files import write_bytes
@@ -127,12 +128,20 @@ def _parse(content: bytes) -> tuple[list[Operation], list[bytes]]:
     operations: list[Operation] = []
     damaged: list[bytes] = []
     for line in content.splitlines(keepends=True):
+        operation = line.partition(b" ")[2].rstrip(b"\n")
         try:
-            operations.append(_OPERATION.validate_json(line, strict=True))
-        except ValidationError:
+            if line.rstrip(b"\n") != with_checksum(operation):
+                raise ValueError("changed after it was written")
+            operations.append(_OPERATION.validate_json(operation, strict=True))
+        except ValueError:  # pydantic's too
             damaged.append(line)
     return operations, damaged
 
 
 def _to_lines(operations: list[Operation]) -> bytes:
-    return "".join(json.dumps(operation) + "\n" for operation in operations).encode()
+    return b"".join(with_checksum(json.dumps(operation).encode()) + b"\n" for operation in operations)
+
+
+def with_checksum(operation: bytes) -> bytes:
+    """A line of an outbox file: the first 16 hex digits of the operation's SHA-256, a space, the operation as JSON."""
+    return hashlib.sha256(operation).hexdigest()[:16].encode() + b" " + operation

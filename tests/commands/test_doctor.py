@@ -21,6 +21,7 @@ from gptpipe.base.manifest import new_folder
 from gptpipe.commands import dvc_state
 from gptpipe.commands.doctor import doctor
 from gptpipe.evaluate.registry import CHAMPION, MODEL_NAME
+from gptpipe.record.outbox import with_checksum
 from gptpipe.record.store import connect
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -290,7 +291,7 @@ def test_runs_without_a_process_are_reported_and_closed(made: Path, examine) -> 
 def test_waiting_records_are_reported_and_sent(made: Path, examine) -> None:
     client, run_id = create_run("", "FINISHED")
     waiting = made / f".gptpipe/outbox/{run_id}.jsonl"
-    write_bytes(waiting, json.dumps(["metrics", [["train/loss", 2.5, 1, 7]]]).encode() + b"\n")
+    write_bytes(waiting, with_checksum(json.dumps(["metrics", [["train/loss", 2.5, 1, 7]]]).encode()) + b"\n")
     assert examine()[1]["outbox"][0] == "warning"
     assert waiting.exists()
     assert examine(fix=True)[1]["outbox"] == ("ok", "none")

@@ -409,7 +409,8 @@ def _outbox(content: bytes) -> None:
     outbox.RunWriter = _Writer  # type: ignore[assignment,misc]
     folder = Path(".gptpipe", "outbox")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{'0' * 32}.jsonl").write_bytes(content)
+    lines = [outbox.with_checksum(line) + b"\n" for line in content.splitlines()]  # else only the checksum is tested
+    (folder / f"{'0' * 32}.jsonl").write_bytes(b"".join(lines))
     outbox.send_outbox()
 
 

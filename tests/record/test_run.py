@@ -20,7 +20,7 @@ from gptpipe.params import Params
 from gptpipe.record import run as record_module
 from gptpipe.record import store as store_module
 from gptpipe.record.description import changed_code, describe_run, may_hold_secrets
-from gptpipe.record.outbox import send_outbox
+from gptpipe.record.outbox import send_outbox, with_checksum
 from gptpipe.record.run import training_run
 from gptpipe.record.store import RunWriter, StoreError, connect
 from gptpipe.shell.errors import Interrupted, NumericError, SpikeError
@@ -242,7 +242,7 @@ def test_a_damaged_line_of_the_outbox_is_set_aside_and_the_rest_is_sent(
     experiment = client.get_experiment_by_name("gptpipe")
     runs = [client.create_run(experiment.experiment_id).info.run_id for _ in range(2)]
     first, second = sorted(runs)
-    good = json.dumps(GOOD).encode()
+    good, line = with_checksum(json.dumps(GOOD).encode()), with_checksum(line)
     for name, content in ((first, good + b"\n" + line), (second, good + b"\n"), ("not a run", good)):
         write_bytes(project / f".gptpipe/outbox/{name}.jsonl", content)
     send_outbox()
@@ -254,11 +254,21 @@ def test_a_damaged_line_of_the_outbox_is_set_aside_and_the_rest_is_sent(
     assert f"{first}.jsonl.damaged" in said
 
 
+def test_a_changed_character_in_the_outbox_is_noticed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line is still an operation, so only its checksum shows the damage."""
+    line = with_checksum(json.dumps(GOOD).encode()).replace(b"2.5", b"2.7")
+    write_bytes(project / f".gptpipe/outbox/{RUN}.jsonl", line)
+    send_outbox()
+    (aside,) = (project / ".gptpipe/outbox").iterdir()
+    assert (aside.name, aside.read_bytes()) == (f"{RUN}.jsonl.damaged", line)
+    assert aside.name in capsys.readouterr().err
+
+
 def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     project: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """MLflow refuses the first file because its run was deleted, and the first tag because its name is too long."""
-    content = json.dumps(GOOD).encode() + b"\n"
+    content = with_checksum(json.dumps(GOOD).encode()) + b"\n"
     write_bytes(project / f".gptpipe/outbox/{RUN}.jsonl", content)
     with training_run(params, None, LINEAGE, {}) as record:
         record.tags({"x" * 1000: "refused"})
@@ -267,7 +277,7 @@ def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     assert (run.info.status, run.data.tags["best_step"]) == ("FINISHED", "1")
     aside = {path.name: path.read_text() for path in (project / ".gptpipe/outbox").iterdir()}
     assert aside.pop(f"{RUN}.jsonl.refused").encode() == content
-    assert [json.loads(line) for line in aside.values()] == [["tags", {"x" * 1000: "refused"}]]
+    assert [json.loads(line.partition(" ")[2]) for line in aside.values()] == [["tags", {"x" * 1000: "refused"}]]
     assert f"it has no run {RUN}" in capsys.readouterr().err
 
 
