@@ -20,9 +20,9 @@ class Fractions(NamedTuple):
 def sides_of(document_ids: Sequence[str], fractions: Fractions, seed: int) -> npt.NDArray[np.intp]:
     """The side of each document, as an index into SIDES.
 
-    A larger `val` moves documents from train to val and leaves test unchanged; the same holds for `test`. An id is a
-    digest, so its first 8 bytes are uniformly distributed. SplitMix64 (Steele, Lea, Flood, 2014) permutes them
-    differently for each seed.
+    A larger `val` moves documents from train to val and leaves test unchanged; the same holds for `test`. An id
+    is a digest, so its first 8 bytes are uniformly distributed. SplitMix64 (Steele, Lea, Flood, 2014) permutes
+    them differently for each seed.
     """
     x = np.frombuffer(bytes.fromhex("".join(document_ids)), ">u8")[::4].astype(np.uint64)
     x += np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
