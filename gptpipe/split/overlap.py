@@ -127,8 +127,8 @@ def _check_shares(report: dict[str, Any], params: SplitParams) -> None:
         if group != "train" and share > params.max_contamination:
             ids = ", ".join(report["ids"][group])
             raise InputError(
-                f"split: {share:.2%} of the documents of {group} share {params.ngram} words in a row with train, above "
-                f"split.max_contamination; remove these documents, or raise the limit: {ids}"
+                f"split: {share:.2%} of the examined documents of {group} share {params.ngram} words in a row with "
+                f"train, above split.max_contamination; remove these documents, or raise the limit: {ids}"
             )
 
 
