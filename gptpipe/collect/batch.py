@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 def rows_of_shards(
     batches: Iterable[Batch], count: Callable[[Batch], object] = lambda _: None
 ) -> Iterator[tuple[pa.Table, bool]]:
-    """Yield the rows of each shard, and whether it is the last. There is at least one shard, which may be empty.
+    """Yield the rows of each shard, and whether it is the last. There is at least one, maybe empty.
 
     Before a shard is yielded, `count` is called with all texts up to the first row of the next shard.
     """

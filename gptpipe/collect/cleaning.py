@@ -23,13 +23,14 @@ _TEN_MARKS = re.compile(f"{_MARK}{{10}}")
 def clean(texts: Sequence[str | Rejected], params: CollectParams) -> list[str | Rejected]:
     """For each text, the clean text or why it is rejected; a text that was rejected before stays rejected.
 
-    A clean text is in Unicode NFC, with line feeds as line ends, and without byte order mark, control characters,
-    trailing spaces and boilerplate lines. Whitespace and combining marks are limited to 1,000 in a row: a million
-    whitespace characters overflow the stack of tiktoken's matcher, and NFC is quadratic in the number of marks. Reasons
-    for rejection: `lone_surrogates` (they have no UTF-8 form), `empty`, `too_short`, or a filter's name.
+    A clean text is in Unicode NFC, with line feeds as line ends, and without byte order mark, control
+    characters, trailing spaces and boilerplate lines. Whitespace and combining marks are limited to 1,000 in a
+    row: a million whitespace characters overflow the stack of tiktoken's matcher, and NFC is quadratic in the
+    number of marks. Reasons for rejection: `lone_surrogates` (they have no UTF-8 form), `empty`, `too_short`,
+    or a filter's name.
 
-    Texts are joined for the steps that visit each character, because one call for each short text costs several times
-    as much.
+    Texts are joined for the steps that visit each character, because one call for each short text costs several
+    times as much.
     """
     try:
         stripped = iter(_strip([text for text in texts if isinstance(text, str)]))
@@ -89,7 +90,7 @@ def plain_line_ends(text: str) -> str:
 
 
 def cut(text: str, max_bytes: int) -> list[str]:
-    """The text in pieces of at most `max_bytes` UTF-8 bytes, cut after a line that ends in a piece's second half.
+    """The text in pieces of at most `max_bytes` UTF-8 bytes, cut after a line if one ends in the second half.
 
     If more text follows later, join the last piece to it and cut again.
     """

@@ -1,4 +1,4 @@
-"""Stage collect: reads the sources, writes a corpus of clean and distinct documents, counts every rejected text."""
+"""Stage collect: reads the sources, writes clean and distinct documents, counts every rejected text."""
 
 import shutil
 import sys
@@ -41,10 +41,10 @@ _LOCAL_BATCHES = 16  # of a source, cleaned in this process; starting worker pro
 def collect(params: CollectParams, target: Path, report: Path | None = None) -> dict[str, int]:
     """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
-    Each text that is read is either kept, or counted under the reason of its rejection. After a kill, finished shards
-    are kept: the sources are read again, but cleaned only from where the last finished shard ended. If a source is
-    remote, collect starts from the beginning, because the source may have changed. The search for near-duplicates
-    always does. Raises InputError if a source cannot be read, or no document is left.
+    Each text that is read is either kept, or counted under the reason of its rejection. After a kill, finished
+    shards are kept: the sources are read again, but cleaned only from where the last finished shard ended. If a
+    source is remote, collect starts from the beginning, because the source may have changed. The search for
+    near-duplicates always does. Raises InputError if a source cannot be read, or no document is left.
     """
     near = params.dedup == "near"
     if near:
@@ -135,7 +135,7 @@ def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen:
 def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str, str], start: int) -> Iterator[Batch]:
     """A source's documents from text `start`, duplicates included. Worker processes clean the later batches."""
     max_texts = min(_MAX_TEXTS, source.max_documents or _MAX_TEXTS)
-    n_local = _LOCAL_BATCHES if are_on(params.filters) else sys.maxsize  # cleaning alone costs less than sending texts
+    n_local = _LOCAL_BATCHES if are_on(params.filters) else sys.maxsize  # else sending costs more than it saves
     if (source.max_documents or source.max_bytes) and _is_remote(source):
         max_texts, n_local = 1, sys.maxsize  # read nothing ahead: its digest is that of the bytes that were read
     waiting = deque[_RawBatch]()
@@ -163,7 +163,7 @@ class _RawBatch(NamedTuple):
 def _raw_batches(
     source: Source, start: int, max_texts: int, params: CollectParams, digests: dict[str, str]
 ) -> Iterator[_RawBatch]:
-    """A source's texts from text `start`, in batches. An error is the last batch, since a limit may end before it."""
+    """A source's texts from text `start`, in batches. An error comes last: a limit may end before it."""
     counts = Counter[str]()
     texts: list[str | Rejected] = []
     cut = n_characters = 0

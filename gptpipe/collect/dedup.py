@@ -1,4 +1,4 @@
-"""Duplicates across all sources: `Seen` finds equal texts while they are read, `near_duplicates` works on shards."""
+"""Duplicates across all sources: equal texts while they are read, near-duplicates in finished shards."""
 
 import re
 from collections.abc import Iterator
@@ -28,9 +28,10 @@ Keys = npt.NDArray[np.uint64]
 
 
 class Seen:
-    """A set of ids. It compares their first 8 bytes: among a billion texts, two share them with a probability of 3%.
+    """A set of ids.
 
-    An id takes 8 bytes of memory, and for short times 8 more.
+    It compares their first 8 bytes: among a billion texts, two share them with a probability of 3%. An id takes
+    8 bytes of memory, and for short times 8 more.
     """
 
     def __init__(self) -> None:
@@ -75,11 +76,11 @@ def _merged(one: Keys, other: Keys) -> Keys:
 def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt.NDArray[np.bool_]:
     """For each document of the shards, in order: whether an earlier document belongs to the same cluster.
 
-    MinHash (Broder, 1997) over shingles of five words. Two documents belong to the same cluster if their signatures
-    agree in a band, and in at least a fraction `similarity` of all values. That fraction estimates their Jaccard
-    similarity, with a standard error of at most 0.045. Clusters are transitive. Only the first document of a cluster is
-    kept, so no cluster is on two sides of a split. A million documents need 512 MB in the file `scratch` and 110 MB of
-    memory.
+    MinHash (Broder, 1997) over shingles of five words. Two documents belong to the same cluster if their
+    signatures agree in a band, and in at least a fraction `similarity` of all values. That fraction estimates
+    their Jaccard similarity, with a standard error of at most 0.045. Clusters are transitive. Only the first
+    document of a cluster is kept, so no cluster is on two sides of a split. A million documents need 512 MB in
+    the file `scratch` and 110 MB of memory.
     """
     sizes = [pq.read_metadata(shard).num_rows for shard in shards]
     n = sum(sizes)
@@ -124,7 +125,7 @@ def _signatures(scratch: Path, n: int) -> npt.NDArray[np.uint32]:
 
 
 def _candidates(scratch: Path, n: int, band: int) -> Iterator[Indices]:
-    """Pairs (2, n_pairs) of documents that agree in a band: each with the previous one, then each with the first."""
+    """Pairs (2, n_pairs) of documents that agree in a band: with the previous one, then with the first."""
     keys = np.empty(n, np.uint64)
     for start in range(0, n, _ROWS):
         values = np.asarray(_signatures(scratch, n)[start : start + _ROWS, band : band + _BAND], np.uint64)

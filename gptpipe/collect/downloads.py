@@ -22,8 +22,8 @@ _SPARE_BYTES = 1 << 30  # of the disk that downloads leave free
 
 
 def download(url: str, sha256: str) -> Path:
-    """The path of the file in the project's `.gptpipe/downloads`. Downloads it if it is not there; waits while another
-    run does.
+    """The path of the file in the project's `.gptpipe/downloads`. Downloads it if it is not there; waits while
+    another run does.
 
     Raises InputError if the server refuses, ResourceError after five tries, IntegrityError for other content.
     """
@@ -62,7 +62,7 @@ def _download(url: str, sha256: str, target: Path) -> None:
 
 
 def _try_download(url: str, part: Path) -> str:
-    """Try once; return why the file is not complete, or an empty string. Raises InputError if a retry cannot help."""
+    """Why the file is not complete after this try, or "". Raises InputError if another try cannot help."""
     try:
         return "the answer is cut short" if _fetch(url, part) else ""
     except (ValueError, http.client.InvalidURL) as error:

@@ -1,7 +1,7 @@
 """Filters of lines and documents, under their names in params.yaml.
 
-They are those of Gopher (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and of C4 (Raffel et al., 2020,
-arXiv:1910.10683, section 2.2).
+They are those of Gopher (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and of C4 (Raffel et
+al., 2020, arXiv:1910.10683, section 2.2).
 """
 
 import re
@@ -55,7 +55,7 @@ def are_on(params: FilterParams) -> bool:
 
 
 def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
-    """The name of the first filter that rejects a text, and its value with the limit; the text must not be empty."""
+    """Name of the first filter that rejects a text (not empty), and the value with its limit."""
     for phrase in params.phrases:
         if phrase.lower() in text.lower():
             return "phrases", f"has {phrase!r}"
@@ -125,7 +125,7 @@ def _ngrams(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _in_top_ngram(words: list[str], size: int) -> float:
-    """Fraction of the words' characters in the most frequent n-gram, or 0 if each occurs once; the longest counts."""
+    """Fraction of the words' characters in the most frequent n-gram, the longest of several; 0 if none repeats."""
     counted = ((n, sum(map(len, ngram))) for ngram, n in Counter(_ngrams(words, size)).items() if n > 1)
     n, length = max(counted, default=(0, 0))
     return n * length / sum(map(len, words))

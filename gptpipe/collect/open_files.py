@@ -1,7 +1,7 @@
-"""Opens files as streams: plain, compressed or in an archive, local or at an fsspec address. Nothing is extracted.
+"""Opens files as streams: plain, compressed or in an archive, local or at an fsspec address.
 
-Memory is bounded for hostile files, too: each header, directory and dictionary has a limit, which is checked before
-memory for it is allocated.
+Nothing is extracted to disk. Memory is bounded for hostile files, too: each header, directory and dictionary
+has a limit, which is checked before memory for it is allocated.
 """
 
 import bz2
@@ -102,7 +102,7 @@ _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
 
 
 class _Stream(io.RawIOBase):
-    """Fills each buffer, even if the file returns less at once, and calls `on_read` with the bytes that it returns."""
+    """Fills each buffer, even if the file returns less at once; calls `on_read` with the bytes."""
 
     def __init__(self, file: Any, on_read: OnRead, errors: Callable[[], AbstractContextManager[None]]) -> None:
         self._file = file
@@ -126,10 +126,11 @@ class _Stream(io.RawIOBase):
 
 
 def open_files(address: str, max_expansion: int, digests: dict[str, str]) -> Iterator[tuple[str, io.BufferedReader]]:
-    """Name and content of a file, or of each file in an archive (tar or zip, its files compressed or not), in order.
+    """Name and content of a file, or of each file in an archive, in order.
 
-    Raises InputError for damaged files, and if the content is larger than `max_expansion` times the file. A remote file
-    is read once; the SHA-256 of what was read is stored in `digests`. Call it inside `read_errors`.
+    An archive is tar or zip; it and its files may be compressed. Raises InputError for damaged files, and if
+    the content is larger than `max_expansion` times the file. A remote file is read once; the SHA-256 of what
+    was read is stored in `digests`. Call it inside `read_errors`.
     """
     sha256 = hashlib.sha256()
     n_in = n_out = 0  # bytes of the file, and bytes of its content
@@ -210,8 +211,8 @@ _WITHOUT_CONTENT = {
 def _tar_members(name: str, file: io.BufferedReader) -> Iterator[tuple[str, _TarContent]]:
     """Name and content of each regular file in a tar archive.
 
-    tarfile.TarFile is not used: it reads extended headers of any size, chains of them by recursion, and keeps a record
-    of every member.
+    tarfile.TarFile is not used: it reads extended headers of any size, chains of them by recursion, and keeps a
+    record of every member.
     """
     with _unpack_errors(name):
         fields: dict[str, str] = {}  # from the extended headers before the member's header
@@ -363,7 +364,7 @@ def _file_system(address: str) -> tuple[Any, str]:
 
 @contextmanager
 def _unpack_errors(name: str) -> Iterator[None]:
-    """Turn an error of decompression or of an archive into an InputError. The libraries do not document all kinds."""
+    """Turn an error of unpacking into an InputError. The libraries do not document all kinds of errors."""
     try:
         yield
     except (GptpipeError, MemoryError):

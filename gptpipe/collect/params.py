@@ -22,7 +22,7 @@ class AnySource(Section):
 
 
 class Python(AnySource):
-    """Docstrings or code of an installed package; without `package`, of the standard library and its help topics."""
+    """Docstrings or code of an installed package, or of the standard library and its help topics."""
 
     kind: Literal["python-docs", "python-code"]
     package: Annotated[str, Field(pattern=r"^\w+$")] | None = None  # as in `import`

@@ -22,10 +22,11 @@ _EXCLUDED = {"__pycache__", "idlelib", "lib2to3", "pydoc_data", "site-packages",
 
 
 def python_docs(package: str | None = None) -> Iterator[str]:
-    """Help topics of the language, then docstrings, one text each, in the order of names; a package has no topics.
+    """Help topics of the language (only without `package`), then docstrings, in the order of names.
 
-    Names of objects are left out. Many objects share a docstring (aliases, wrappers, inherited methods). With different
-    names, exact deduplication would keep all of them, and they could be on different sides of a split.
+    Names of objects are left out. Many objects share a docstring (aliases, wrappers, inherited methods). With
+    different names, exact deduplication would keep all of them, and they could be on different sides of a
+    split.
     """
     if package is None:
         yield from _distinct_topics(importlib.import_module("pydoc_data.topics").topics)
@@ -37,7 +38,7 @@ def python_docs(package: str | None = None) -> Iterator[str]:
 
 
 def _distinct_topics(topics: dict[str, str]) -> Iterator[str]:
-    """The topics except those of which a longer kept topic contains at least half, which could leak into another side.
+    """The topics, except those of which at least half is in a longer topic: that text could be on another side.
 
     Paragraphs are compared, because headings differ.
     """

@@ -1,7 +1,7 @@
 """Reads each kind of source as a stream of raw texts, in a fixed order.
 
-Texts are passed in lists; passing them one by one costs as much as cleaning them. Memory holds one chunk or document of
-a text file, one line of JSON, or one batch of rows of Parquet.
+Texts are passed in lists; passing them one by one costs as much as cleaning them. Memory holds one chunk or
+document of a text file, one line of JSON, or one batch of rows of Parquet.
 """
 
 import codecs
@@ -41,9 +41,9 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def read(source: Source, params: CollectParams, counts: Counter[str], digests: dict[str, str]) -> Texts:
     """All texts of a source. Longer texts are cut into pieces of at most `max_document_bytes`.
 
-    `counts["cut"]` is the number of cuts, updated just before the list that begins with the pieces of a text. Digests
-    of remote files, which `fingerprint` does not know, are added to `digests`. Raises InputError if the source cannot
-    be read, ResourceError if it cannot be reached.
+    `counts["cut"]` is the number of cuts, updated just before the list that begins with the pieces of a text.
+    Digests of remote files, which `fingerprint` does not know, are added to `digests`. Raises InputError if the
+    source cannot be read, ResourceError if it cannot be reached.
     """
     n_always_fit = params.max_document_bytes // 4  # characters, of at most 4 bytes each
     for texts in _texts(source, params, counts, digests):
@@ -86,7 +86,7 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
 
 
 def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
-    """Name -> digest of all local content of the sources: SHA-256 of each file, a revision, or the version of Python.
+    """Name -> digest of the sources: SHA-256 of each local file, a revision, or the version of Python.
 
     Raises one InputError for all files that cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of datasets, parsed by native code in a child process; so this module imports little."""
+"""Rows of Parquet files and datasets, parsed by native code in a child process that imports only this."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ def is_remote(address: str) -> bool:
 
 
 def parquet_rows(name: str, source: BinaryIO, column: str, errors: str, limit: int, max_expansion: int) -> Texts:
-    """The texts of a column of a Parquet file. `errors` as in bytes.decode; `limit`: bytes that it may expand to."""
+    """The texts of a column. `errors` as in bytes.decode; `limit`: bytes that the file may expand to."""
     try:
         with pq.ParquetFile(source, **_BOUNDED) as file:
             _check_column(name, file.schema_arrow, column)

@@ -1,1 +1,1 @@
-"""What stages pass to each other: documents (`corpus`), tokens (`token_shards`, `tokenizer`), streams of a split."""
+"""What stages pass to each other: documents, sides, tokenizer, token shards, token streams."""

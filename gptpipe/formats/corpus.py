@@ -1,7 +1,8 @@
-"""The corpus on disk, data/raw: Parquet files `docs-00000.parquet`, `docs-00001.parquet`, ... and their manifest.
+"""The corpus on disk, data/raw: Parquet files `docs-00000.parquet`, `docs-00001.parquet` and so on.
 
-A row is a document: `id` (SHA-256 of the text), `source` (name of its source), `text` (clean), and `n_bytes` (size of
-the text in UTF-8). Documents are in the order of the sources. A file ends when it has enough bytes of text.
+A row is a document: `id` (SHA-256 of the text), `source` (name of its source), `text` (clean), and `n_bytes`
+(size of the text in UTF-8). Documents are in the order of the sources. A file ends when it has enough bytes of
+text.
 """
 
 import hashlib

@@ -50,7 +50,7 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Byte-level BPE in the format of `tokenizers`: tokens are strings, with a printable character for each byte."""
+    """Byte-level BPE in the format of `tokenizers`: a token is a string with a printable character for each byte."""
     letters = byte_letters()
 
     def spell(token: bytes) -> str:
@@ -70,7 +70,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         }
         for text, token_id in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     ]
-    # In the regular expressions of `tokenizers`, `$` also matches before a final line feed; in tiktoken's it does not.
+    # In `tokenizers`, but not in tiktoken, `$` also matches before a final line feed.
     pattern = tokenizer.pattern.replace("$", r"\z")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     to_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}

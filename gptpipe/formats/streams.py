@@ -1,8 +1,9 @@
 """Token streams on disk, data/split: a folder for each of train, val and test.
 
-`tokens.npy` is one flat array of uint16 or uint32 in numpy's file format: the documents one after another, each with
-its end-of-text token. It is opened memory-mapped. `documents.parquet` has a row for each document: `id`, `source`,
-`offset` (of its first token in the array), `n_tokens` (end-of-text included) and `n_bytes` (of its text in UTF-8).
+`tokens.npy` is one flat array of uint16 or uint32 in numpy's file format: the documents one after another, each
+with its end-of-text token. It is opened memory-mapped. `documents.parquet` has a row for each document: `id`,
+`source`, `offset` (of its first token in the array), `n_tokens` (end-of-text included) and `n_bytes` (of its
+text in UTF-8).
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Stream:
-    """One side of a split: `tokens` (n_tokens,) stay on disk; `documents` has one row for each, in their order."""
+    """One side of a split: `tokens` (n_tokens,) stay on disk; `documents` has their rows in order."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     documents: pd.DataFrame
@@ -95,15 +96,15 @@ def _header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
 
 
 def verify_split(folder: Path) -> Manifest:
-    """The manifest of a split, after checking its files and the number of documents per side. Raises IntegrityError."""
+    """The manifest of a split, after checking its files and numbers of documents. Raises IntegrityError."""
     return verify_rows(folder, {f"{side}/{DOCUMENTS}": f"{side}_documents" for side in SIDES})
 
 
 def open_stream(folder: Path, side: Side, vocab_size: int | None = None) -> Stream:
     """One side of the split, its tokens memory-mapped. The caller has verified the folder.
 
-    With a `vocab_size`, reads all tokens once to check that each is below it. Raises IntegrityError for files that
-    stage split cannot have written.
+    With a `vocab_size`, reads all tokens once to check that each is below it. Raises IntegrityError for files
+    that stage split cannot have written.
     """
     tokens_path = folder / side / TOKENS
     try:

@@ -1,7 +1,8 @@
 """Tokens on disk, data/tokens: one Parquet file `tokens-00000.parquet`, ... for each file of the corpus.
 
-A row is a document: `id`, `source` and `n_bytes` as in the corpus, and `tokens`, a list of uint16 (uint32 from 65,536
-vocabulary entries up) that ends with the end-of-text token. The folder `tokenizer/` beside them made the tokens.
+A row is a document: `id`, `source` and `n_bytes` as in the corpus, and `tokens`, a list of uint16 (uint32 from
+65,536 vocabulary entries up) that ends with the end-of-text token. The folder `tokenizer/` beside them made the
+tokens.
 """
 
 from pathlib import Path
@@ -29,5 +30,5 @@ def token_shard_paths(folder: Path) -> list[Path]:
 
 
 def verify_tokens(folder: Path) -> Manifest:
-    """The manifest of a token folder, after checking its files and its number of documents. Raises IntegrityError."""
+    """The manifest of the token shards, after checking them and their rows. Raises IntegrityError."""
     return verify_rows(folder, {"tokens-*.parquet": "documents"})

@@ -1,8 +1,8 @@
 """A byte pair encoding, and its folder on disk: data/tokens/tokenizer, copied to data/split and to the model.
 
-`ranks.tiktoken` is tiktoken's own format: one line for each token, its bytes in base64, a space, and its id. The ids
-are also the order in which BPE merges. `encoding.json` has the encoding's name, the regular expression that cuts text
-into pieces before merging, and the ids of special tokens.
+`ranks.tiktoken` is tiktoken's own format: one line for each token, its bytes in base64, a space, and its id.
+The ids are also the order in which BPE merges. `encoding.json` has the encoding's name, the regular expression
+that cuts text into pieces before merging, and the ids of special tokens.
 """
 
 import base64
@@ -69,7 +69,7 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without end-of-text. Raises InputError for over 100,000 whitespace characters in a row."""
+        """Ids of the text, without end-of-text. Raises InputError for 100,001 whitespace characters in a row."""
         if _TOO_MUCH_SPACE.search(text):
             raise InputError("cannot encode more than 100,000 whitespace characters in a row; shorten them")
         return self.encoding.encode_ordinary(text)
@@ -85,8 +85,9 @@ class Tokenizer:
         return np.concatenate([self._encode_joined(texts[start : start + n_texts]) for start in starts])
 
     def _encode_joined(self, texts: Sequence[str]) -> npt.NDArray[np.unsignedinteger]:
-        """Join the texts by the text of the end-of-text token. tiktoken encodes the parts between special tokens
-        independently, so each text gets the ids that it has alone, unless one of them contains `<|endoftext|>`.
+        """Join the texts by the text of the end-of-text token. tiktoken encodes the parts between special
+        tokens independently, so each text gets the ids that it has alone, unless one of them contains
+        `<|endoftext|>`.
         """
         joined = END_OF_TEXT.join([*texts, ""])
         encoding = self._encoding_of_this_thread()
@@ -125,7 +126,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises IntegrityError for a tokenizer that cannot encode and decode every text."""
+        """Read what `save` wrote. Raises IntegrityError unless it can encode and decode every text."""
         try:
             content = read_json(folder / ENCODING, _EncodingFile, _MAX_ENCODING_BYTES)
             ranks = _parse_ranks(read_bytes(folder / RANKS, _MAX_RANKS_BYTES))
@@ -182,7 +183,7 @@ def _check(content: _EncodingFile, ranks: dict[bytes, int]) -> None:
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's printable character for each byte: the one of Latin-1 if it is printable, else one from U+0100 up."""
+    """GPT-2's printable character for each byte: that of Latin-1 if printable, else one from U+0100 up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

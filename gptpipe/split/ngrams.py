@@ -1,8 +1,9 @@
 """Hashes of all n-grams of words in a list of texts, computed on whole arrays instead of word by word.
 
-Words are compared in lower case and without punctuation. In scripts that put no space between words, each character
-counts as a word. A word's hash is a polynomial of its UTF-8 bytes modulo 2**64; an n-gram's hash is a polynomial of its
-words' hashes. Both are differences of one running sum (Karp and Rabin, 1987), so no Python loop visits a word.
+Words are compared in lower case and without punctuation. In scripts that put no space between words, each
+character counts as a word. A word's hash is a polynomial of its UTF-8 bytes modulo 2**64; an n-gram's hash is a
+polynomial of its words' hashes. Both are differences of one running sum (Karp and Rabin, 1987), so no Python
+loop visits a word.
 """
 
 import re
@@ -16,7 +17,7 @@ from gptpipe.collect.dedup import UNSPACED
 # Bases of the polynomials. They are odd, so they have inverses modulo 2**64.
 _BYTE_BASE = 0x9E3779B97F4A7C15
 _WORD_BASE = 0xD6E8FEB86659FD93
-# For bytes.translate: lower-case ASCII; ASCII punctuation becomes a space. A line feed ends a text, see _comparable.
+# For bytes.translate: lower-case ASCII; punctuation becomes a space. A line feed separates texts.
 _LOWER_ASCII = bytes(c if c > 127 or c in b"\n_" or chr(c).isalnum() else 32 for c in range(256)).lower()
 _PUNCTUATION = re.compile(f"[^\\w\x00-\x7f{UNSPACED}]+")  # beyond ASCII
 _UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")

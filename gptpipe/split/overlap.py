@@ -13,9 +13,9 @@ The texts are read three times. Only 64-bit hashes of n-grams are kept in memory
 2. `_search` in train finds which of them occur there, and the train documents that contain one.
 3. `_search` in the held-out documents finds those that contain an n-gram that occurs in train.
 
-Step 1 keeps at most `_MAX_NGRAMS`. If there are more, it keeps those of one in 2, 4, 8, ... held-out documents, and
-step 3 examines the same documents: the shares are then estimates. Whole documents are sampled, because a contaminated
-document may share a single n-gram, which a sample of n-grams would miss.
+Step 1 keeps at most `_MAX_NGRAMS`. If there are more, it keeps those of one in 2, 4, 8, ... held-out documents,
+and step 3 examines the same documents: the shares are then estimates. Whole documents are sampled, because a
+contaminated document may share a single n-gram, which a sample of n-grams would miss.
 """
 
 from collections import Counter
@@ -127,8 +127,8 @@ def _check_shares(report: dict[str, Any], params: SplitParams) -> None:
         if group != "train" and share > params.max_contamination:
             ids = ", ".join(report["ids"][group])
             raise InputError(
-                f"split: {share:.2%} of the documents of {group} share {params.ngram} words in a row with train, above "
-                f"split.max_contamination; remove these documents, or raise the limit: {ids}"
+                f"split: {share:.2%} of the examined documents of {group} share {params.ngram} words in a row with "
+                f"train, above split.max_contamination; remove these documents, or raise the limit: {ids}"
             )
 
 

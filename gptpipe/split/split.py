@@ -21,8 +21,8 @@ from gptpipe.split.params import SplitParams
 def split(source: Path, target: Path, params: SplitParams, seed: int) -> dict[str, int]:
     """Append each document of the token shards to the stream of its side, and return the counts.
 
-    Documents keep the order of the corpus, so a window that spans documents contains related text. One pass, with one
-    row group in memory. Raises InputError if a side with a fraction above 0 gets no document.
+    Documents keep the order of the corpus, so a window that spans documents contains related text. One pass,
+    with one row group in memory. Raises InputError if a side with a fraction above 0 gets no document.
     """
     parent = verify_tokens(source)
     tokenizer = Tokenizer.load(source / TOKENIZER)

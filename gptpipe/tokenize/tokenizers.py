@@ -25,7 +25,8 @@ def build_tokenizer(params: TokenizeParams, training_texts: Iterable[str]) -> To
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte pair encoding with `vocab_size` entries, end-of-text included (Sennrich et al., 2016, arXiv:1508.07909).
+    """Byte pair encoding with `vocab_size` entries, end-of-text included (Sennrich et al., 2016,
+    arXiv:1508.07909).
 
     Raises InputError if the texts have too few distinct pairs for that number of entries.
     """
@@ -46,8 +47,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def named_tokenizer(name: str) -> Tokenizer:
     """A tiktoken encoding. tiktoken downloads its files at first use; the extra `offline` contains GPT-2's.
 
-    Raises ConfigError for an unknown name, ResourceError if the files cannot be downloaded, IntegrityError if they are
-    not the files that tiktoken expects.
+    Raises ConfigError for an unknown name, ResourceError if the files cannot be downloaded, IntegrityError if
+    they are not the files that tiktoken expects.
     """
     known_names = tiktoken.list_encoding_names()
     if name not in known_names:

@@ -127,8 +127,8 @@ def test_tokenize_on_ray_gives_the_same_bytes_when_a_worker_is_killed(
             os.kill(os.getpid(), signal.SIGKILL)
         return really(shard, **arguments)
 
-    really = encode._finished_shard
-    monkeypatch.setattr(encode, "_finished_shard", killing_once)
+    really = encode._encode_shard_once
+    monkeypatch.setattr(encode, "_encode_shard_once", killing_once)
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
     tokenize(tmp_path / "raw", tmp_path / "ray", trained, SHIPPED.split.fractions, 1)
     assert (tmp_path / "killed").exists()

@@ -114,7 +114,7 @@ def test_benchmarks_are_examined_and_a_share_above_the_limit_is_an_error(
     with pytest.raises(InputError) as caught:
         report_on(texts, benchmarks=(benchmark,), max_contamination=0.49)
     assert str(caught.value) == (
-        "split: 50.00% of the documents of benchmark-0 share 13 words in a row with train, above "
+        "split: 50.00% of the examined documents of benchmark-0 share 13 words in a row with train, above "
         "split.max_contamination; remove these documents, or raise the limit: number 1"
     )
     assert json.loads((tmp_path / "split.json").read_text()) == report

@@ -92,7 +92,7 @@ def test_at_most_training_bytes_of_text_train_the_vocabulary(
     """Training needs memory for each distinct word, so its text must not grow with the corpus."""
     seen: list[str] = []
     really = encode.build_tokenizer
-    monkeypatch.setattr(encode, "build_tokenizer", lambda params, texts: really(params, _noted(texts, seen)))
+    monkeypatch.setattr(encode, "build_tokenizer", lambda params, texts: really(params, _recorded(texts, seen)))
     everything = split_params(val_fraction=0.0, test_fraction=0.0)
     raw = corpus(sentences)
     n_bytes = sum(len(text.encode()) for text in sentences)
@@ -110,7 +110,7 @@ def test_at_most_training_bytes_of_text_train_the_vocabulary(
     assert 70 < len(seen) < 130
 
 
-def _noted(texts: Iterable[str], seen: list[str]) -> Iterator[str]:
+def _recorded(texts: Iterable[str], seen: list[str]) -> Iterator[str]:
     for text in texts:
         seen.append(text)
         yield text
