@@ -15,9 +15,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     profile = tmp_path_factory.mktemp("chromium")
-    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                     "disable-background-networking", "disable-component-update", "hide-scrollbars",
-                     "window-size=1400,900", f"user-data-dir={profile}"):  # fmt: skip
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-sync",
+        "disable-background-networking",
+        "disable-component-update",
+        "hide-scrollbars",
+        "window-size=1400,900",
+        f"user-data-dir={profile}",
+    ):
         options.add_argument(f"--{argument}")
     opened = webdriver.Chrome(service=webdriver.ChromeService(driver), options=options)
     try:

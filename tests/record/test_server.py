@@ -68,8 +68,10 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *where],
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # a dozen processes for nothing
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         while self.process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=5):

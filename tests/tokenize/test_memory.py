@@ -49,8 +49,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
         for stage, found in peaks.items():
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, stage, folder],
-                cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
-            )  # fmt: skip
+                cwd=Path(__file__).parents[2],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             found.append(int(done.stdout))
     for small, large in peaks.values():
         assert large <= 1.1 * small
