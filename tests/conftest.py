@@ -23,10 +23,11 @@ from gptpipe.tokenize.params import TokenizeParams
 SharedFolder = Callable[[str, Callable[[Path], object]], Path]
 ROOT = Path(__file__).parents[1]
 # Each file of tests runs on one worker (`--dist loadfile`). The longest come first, so that all workers end together.
+# A file that does not need `reproduced` is second, because the second worker would only wait for the first to build it.
 LONGEST_FILES = (
     "tests/test_experiments.py",
-    "tests/test_pipeline.py",
     "tests/train/test_distributed.py",
+    "tests/test_pipeline.py",
     "tests/campaign/test_campaign.py",
     "tests/record/test_server.py",
     "tests/train/test_session.py",

@@ -27,8 +27,14 @@ from gptpipe.shell.process import run
 from gptpipe.train.session import train_model
 from gptpipe.train.state import Entry
 
-STEADY = ("models/gpt/model.safetensors", "models/gpt/manifest.json", "reports/train.steps.csv",
-          "reports/train.validations.csv", "reports/train.json", "reports/train.samples.json")  # fmt: skip
+STEADY = (
+    "models/gpt/model.safetensors",
+    "models/gpt/manifest.json",
+    "reports/train.steps.csv",
+    "reports/train.validations.csv",
+    "reports/train.json",
+    "reports/train.samples.json",
+)
 
 
 class ListRecord:
@@ -147,9 +153,15 @@ def start_ranks(
     """One training by `n` processes over loopback, with what torchrun would tell them."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     project.stores.append(store)
-    common = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(store.port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
-              **environment}  # fmt: skip
+    common = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        **environment,
+    }
     return [start(params, project, stop_at, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(n)]
 
 

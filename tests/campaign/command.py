@@ -99,8 +99,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--kills", **number, default=1000, help="signals at file operations and at random times")
     parser.add_argument("--damage", **number, default=1000, help="damaged files among those that a stage reads")
@@ -138,8 +139,14 @@ def _run(options: argparse.Namespace) -> None:
 
     def fill(hello: dict[str, Any]) -> None:
         nonlocal n_all
-        counts = {"kill": options.kills, "damage": options.damage, "cut": options.cuts, "fail": options.failures,
-                  "leftover": options.leftovers, "race": options.races}  # fmt: skip
+        counts = {
+            "kill": options.kills,
+            "damage": options.damage,
+            "cut": options.cuts,
+            "fail": options.failures,
+            "leftover": options.leftovers,
+            "race": options.races,
+        }
         only = set(options.only)
         trials = plan(hello, counts, only, options.seed) + real_trials(options.real, only, options.seed)
         for trial in trials:
@@ -211,9 +218,14 @@ def summary(results: list[dict[str, Any]]) -> str:
             examples[difference] = n + 1, example
     rows = [f"| {kind} | {stage} | {n:,} | {differing[kind, stage]:,} |" for (kind, stage), n in sorted(trials.items())]
     seconds = sum(result["seconds"] for result in results)
-    lines = ["| fault | stage | trials | with differences |", "|---|---|---:|---:|", *rows,
-             f"| all | | {sum(trials.values()):,} | {sum(differing.values()):,} |", "",
-             f"{seconds / 60:.0f} minutes of trials."]  # fmt: skip
+    lines = [
+        "| fault | stage | trials | with differences |",
+        "|---|---|---:|---:|",
+        *rows,
+        f"| all | | {sum(trials.values()):,} | {sum(differing.values()):,} |",
+        "",
+        f"{seconds / 60:.0f} minutes of trials.",
+    ]
     if examples:
         lines += ["", "| difference | trials | one of them |", "|---|---:|---|"]
         lines += [f"| {text} | {n} | `{json.dumps(example)}` |" for text, (n, example) in sorted(examples.items())]

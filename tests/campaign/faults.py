@@ -187,8 +187,16 @@ def _watch_writes(watcher: _Watcher) -> None:
 
     original = io.open
 
-    def opened(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
-               newline: Any = None, closefd: bool = True, opener: Any = None) -> Any:  # fmt: skip
+    def opened(
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: Any = None,
+        errors: Any = None,
+        newline: Any = None,
+        closefd: bool = True,
+        opener: Any = None,
+    ) -> Any:
         is_writing = any(letter in mode for letter in "wax+")
         if not is_writing or isinstance(file, int) or buffering == 0 or not _absolute(file).startswith(watcher.root):
             return original(file, mode, buffering, encoding, errors, newline, closefd, opener)

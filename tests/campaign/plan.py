@@ -18,12 +18,21 @@ def plan(hello: dict[str, Any], counts: dict[str, int], only: set[str], seed: in
     `hello` is what a worker says first: the number of operations of each stage, and the files that it reads.
     """
     chance = random.Random(seed)
-    makers = {"kill": _kills, "cut": _cuts, "fail": _failures, "damage": _damages, "leftover": _leftovers,
-              "race": _races}  # fmt: skip
+    makers = {
+        "kill": _kills,
+        "cut": _cuts,
+        "fail": _failures,
+        "damage": _damages,
+        "leftover": _leftovers,
+        "race": _races,
+    }
     stages = [stage for stage in hello["operations"] if not only & hello["operations"].keys() or stage in only]
     kinds = [kind for kind in makers if not only & makers.keys() or kind in only]
-    hello = {**hello, "operations": {stage: hello["operations"][stage] for stage in stages},
-             "reads": {stage: files for stage, files in hello["reads"].items() if stage in stages}}  # fmt: skip
+    hello = {
+        **hello,
+        "operations": {stage: hello["operations"][stage] for stage in stages},
+        "reads": {stage: files for stage, files in hello["reads"].items() if stage in stages},
+    }
     trials = [list(islice(makers[kind](hello, chance), counts.get(kind, 0))) for kind in kinds]
     return [trial for several in zip_longest(*trials) for trial in several if trial is not None]
 

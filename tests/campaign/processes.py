@@ -238,12 +238,20 @@ REAL_KINDS: dict[str, Callable[[RealProjects, Trial], list[str]]] = {
 def real_trials(n: int, only: set[str], seed: int) -> list[Trial]:
     """`n` trials: of ten, four orphans, three kills of `dvc repro`, two of experiments, one of the rest in turns."""
     chance = random.Random(seed)
-    rest = [{"kind": "two", "at": 0.3}, {"kind": "lock file", "kept": 0.0}, {"kind": "side by side"},
-            {"kind": "two", "at": 0.0}, {"kind": "lock file", "kept": 0.6}]  # fmt: skip
+    rest = [
+        {"kind": "two", "at": 0.3},
+        {"kind": "lock file", "kept": 0.0},
+        {"kind": "side by side"},
+        {"kind": "two", "at": 0.0},
+        {"kind": "lock file", "kept": 0.6},
+    ]
     trials: list[Trial] = []
     for i in range(n):
-        fault = {"signal": chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]),
-                 "to": chance.choice(["dvc", "stage", "group"]), "at": round(chance.uniform(0, 0.95), 3)}  # fmt: skip
+        fault = {
+            "signal": chance.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]),
+            "to": chance.choice(["dvc", "stage", "group"]),
+            "at": round(chance.uniform(0, 0.95), 3),
+        }
         if i % 10 < 4:
             trials.append({"kind": "orphan", "at": round(chance.uniform(0, 1.0), 3)})
         elif i % 10 < 7:
@@ -257,8 +265,14 @@ def real_trials(n: int, only: set[str], seed: int) -> list[Trial]:
 
 def _start(project: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
     """A process in a group of its own, so that a signal to the group is not one to us."""
-    return subprocess.Popen(command, cwd=project, env={**environment(), **variables}, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=project,
+        env={**environment(), **variables},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def _signal(started: subprocess.Popen[bytes], trial: Trial, seconds: float) -> None:
@@ -278,8 +292,11 @@ def _signal(started: subprocess.Popen[bytes], trial: Trial, seconds: float) -> N
 
 
 def _compare(project: Path, expected: State) -> list[str]:
-    left = [process.info["pid"] for process in psutil.process_iter(["pid", "cwd"])
-            if str(process.info["cwd"] or "").startswith(str(project))]  # fmt: skip
+    left = [
+        process.info["pid"]
+        for process in psutil.process_iter(["pid", "cwd"])
+        if str(process.info["cwd"] or "").startswith(str(project))
+    ]
     differences = [f"I4: process {pid} is left in the project" for pid in left]
     differences += broken_promises_of_files(project, expected.files, expected.left)
     return differences + broken_promises_of_the_record(project, expected.record)

@@ -33,8 +33,19 @@ SHARD_BYTES = 1500  # of text per shard, so that a dozen documents make several
 _NOT_SHARED = ("stages", "code_model", "__", "campaign", "tests", "mlflow.store.db_migrations.env")
 LIMIT = 60  # seconds that a run of a stage may take
 # What a run changes below the project; all else stays as it is.
-CHANGED = ("data/raw", "data/tokens", "data/split", "models", "reports", ".gptpipe", "mlflow.db", "mlflow.db-wal",
-           "mlflow.db-shm", "mlartifacts", "tmp")  # fmt: skip
+CHANGED = (
+    "data/raw",
+    "data/tokens",
+    "data/split",
+    "models",
+    "reports",
+    ".gptpipe",
+    "mlflow.db",
+    "mlflow.db-wal",
+    "mlflow.db-shm",
+    "mlartifacts",
+    "tmp",
+)
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -168,8 +179,15 @@ class TinyProject:
     def run(self, stage: str, fault: Fault | None = None, **options: Any) -> Ended:
         return self.start(stage, fault, **options).wait()
 
-    def start(self, stage: str, fault: Fault | None = None, *, environment: dict[str, str] | None = None,
-              trace: bool = False, learned: Path | None = None) -> "Running":  # fmt: skip
+    def start(
+        self,
+        stage: str,
+        fault: Fault | None = None,
+        *,
+        environment: dict[str, str] | None = None,
+        trace: bool = False,
+        learned: Path | None = None,
+    ) -> "Running":
         """Fork a process that runs a stage as `python -m stages.NAME` would; `learn` reads `learned`."""
 
         def act() -> None:
@@ -178,8 +196,14 @@ class TinyProject:
 
         return self._fork(act, fault or Fault(), environment or {}, trace, learned)
 
-    def _fork(self, act: Callable[[], object], fault: Fault, environment: dict[str, str] | None = None,
-              trace: bool = False, learned: Path | None = None) -> "Running":  # fmt: skip
+    def _fork(
+        self,
+        act: Callable[[], object],
+        fault: Fault,
+        environment: dict[str, str] | None = None,
+        trace: bool = False,
+        learned: Path | None = None,
+    ) -> "Running":
         counters = Counters()
         said = self.folder / f"said-{time.monotonic_ns()}"
         started = time.monotonic()

@@ -46,9 +46,17 @@ READS = {
     "tokenize": ("data/raw",),
     "split": ("data/raw", "data/tokens"),
     "train": ("data/split",),
-    "evaluate": ("models/gpt", "data/split", "data/raw/manifest.json", "reports/mlflow_run.json", "reports/train.json",
-                 "reports/train.samples.json", "reports/train.steps.csv", "reports/train.validations.csv"),
-}  # fmt: skip
+    "evaluate": (
+        "models/gpt",
+        "data/split",
+        "data/raw/manifest.json",
+        "reports/mlflow_run.json",
+        "reports/train.json",
+        "reports/train.samples.json",
+        "reports/train.steps.csv",
+        "reports/train.validations.csv",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -259,8 +267,11 @@ def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     lab.begin(trial)
     if "at" in trial:
         lab.project.run(stage, Fault("signal", trial["at"], ("SIGKILL",)))
-    files = [path for path in sorted(lab.project.path.rglob("*"))
-             if path.is_file() and (".partial" in str(path) or ".gptpipe/checkpoints" in str(path))]  # fmt: skip
+    files = [
+        path
+        for path in sorted(lab.project.path.rglob("*"))
+        if path.is_file() and (".partial" in str(path) or ".gptpipe/checkpoints" in str(path))
+    ]
     files = [path for path in files if path.name != "lock"]
     if not files:
         return []

@@ -37,7 +37,14 @@ def fuzz(name: str, *, executions: int, seconds: float | None, seed: int) -> Non
             return bytes(atheris.Mutate(content, longest))
         return mutate(content, seeds, target.mutations, Random(number))[:longest]
 
-    limits = [f"-runs={executions}", f"-max_total_time={round(seconds or 0)}", f"-seed={seed + 1}", "-timeout=5",
-              f"-max_len={LONGEST}", f"-rss_limit_mb={4096}", f"-artifact_prefix={folder}/"]  # fmt: skip
+    limits = [
+        f"-runs={executions}",
+        f"-max_total_time={round(seconds or 0)}",
+        f"-seed={seed + 1}",
+        "-timeout=5",
+        f"-max_len={LONGEST}",
+        f"-rss_limit_mb={4096}",
+        f"-artifact_prefix={folder}/",
+    ]
     atheris.Setup(["fuzz", *limits, str(corpus)], execute, custom_mutator=mutator)
     atheris.Fuzz()

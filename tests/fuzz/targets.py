@@ -160,10 +160,15 @@ def _parquet_seeds(_: Path) -> list[bytes]:
         _parquet_bytes([*SENTENCES, None], compression="none", use_dictionary=False),
         _parquet_bytes(SENTENCES * 20, compression="snappy"),
         _parquet_bytes(SENTENCES, compression="zstd", data_page_version="2.0", row_group_size=1),
-        _parquet_bytes(SENTENCES, compression="gzip", write_page_checksum=True, use_dictionary=False,
-                       column_encoding={"text": "DELTA_BYTE_ARRAY"}),
+        _parquet_bytes(
+            SENTENCES,
+            compression="gzip",
+            write_page_checksum=True,
+            use_dictionary=False,
+            column_encoding={"text": "DELTA_BYTE_ARRAY"},
+        ),
         _parquet_bytes(SENTENCES, compression="lz4", type=pa.large_string(), version="1.0"),
-    ]  # fmt: skip
+    ]
 
 
 def _parquet(content: bytes) -> None:
@@ -198,8 +203,11 @@ def _zip(members: dict[str, bytes], method: int) -> bytes:
 def _archive_seeds(_: Path) -> list[bytes]:
     text = "\n".join(SENTENCES).encode()
     members = {"a.txt": text, "b/c.txt.gz": gzip.compress(text, mtime=0), "d" * 120: b"long name"}
-    tars = [_tar(members, format=kind) for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-            if kind != tarfile.USTAR_FORMAT or members.pop("d" * 120)]  # fmt: skip
+    tars = [
+        _tar(members, format=kind)
+        for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+        if kind != tarfile.USTAR_FORMAT or members.pop("d" * 120)
+    ]
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     packed = [
         gzip.compress(text, mtime=0),
@@ -332,8 +340,10 @@ def _stream_seeds(folder: Path) -> list[bytes]:
     (folder / "val").mkdir()
     schema = [("id", pa.string()), ("source", pa.string())]
     numbers = [(name, pa.int64()) for name in ("offset", "n_tokens", "n_bytes")]
-    rows = pa.table({"id": ["a" * 64], "source": ["text"], "offset": [0], "n_tokens": [5], "n_bytes": [9]},
-                    schema=pa.schema([*schema, *numbers]))  # fmt: skip
+    rows = pa.table(
+        {"id": ["a" * 64], "source": ["text"], "offset": [0], "n_tokens": [5], "n_bytes": [9]},
+        schema=pa.schema([*schema, *numbers]),
+    )
     pq.write_table(rows, folder / "val" / "documents.parquet")
     seeds = []
     for array in (np.arange(5, dtype=np.uint16), np.arange(5, dtype=np.uint32)):
@@ -422,25 +432,64 @@ TARGETS = [
     Target("done-note", 60, _done_seeds, _done, (), SEALED),
     Target("text", 100, _text_seeds, lambda c: _read(c, kind="text"), (InputError,)),
     Target("jsonl", 120, _jsonl_seeds, lambda c: _read(c, kind="jsonl"), (InputError,), JSON),
-    Target("archive", 130, _archive_seeds, lambda c: _read(c, kind="text"), (InputError,),
-           (mutations.tar_checksum, mutations.inside_compression)),
-    Target("parquet", 70, _parquet_seeds, _parquet, (InputError,), (mutations.footer,), 512 << 20,
-           guarded=lambda c: _read(c, kind="parquet")),
-    Target("parquet-process", 2, _parquet_seeds, lambda c: _read(c, kind="parquet"), (InputError,),
-           (mutations.footer,)),
+    Target(
+        "archive",
+        130,
+        _archive_seeds,
+        lambda c: _read(c, kind="text"),
+        (InputError,),
+        (mutations.tar_checksum, mutations.inside_compression),
+    ),
+    Target(
+        "parquet",
+        70,
+        _parquet_seeds,
+        _parquet,
+        (InputError,),
+        (mutations.footer,),
+        512 << 20,
+        guarded=lambda c: _read(c, kind="parquet"),
+    ),
+    Target(
+        "parquet-process", 2, _parquet_seeds, lambda c: _read(c, kind="parquet"), (InputError,), (mutations.footer,)
+    ),
     Target("tokenizer-encoding", 50, _tokenizer_seeds(ENCODING), _tokenizer(ENCODING), (IntegrityError,), JSON),
     Target("tokenizer-ranks", 50, _tokenizer_seeds(RANKS), _tokenizer(RANKS), (IntegrityError,)),
     Target("hub-tokenizer", 20, _hub_tokenizer_seeds, _hub_tokenizer, (InputError, ConfigError), JSON),
     Target("model-config", 50, _model_seeds(CONFIG), _model(CONFIG), (InputError, IntegrityError), JSON),
-    Target("model-weights", 40, _model_seeds(WEIGHTS), _model(WEIGHTS), (InputError, IntegrityError),
-           (mutations.safetensors_header,)),
-    Target("model-index", 40, _model_seeds("model.safetensors.index.json"), _model("model.safetensors.index.json"),
-           (InputError, IntegrityError), JSON),
+    Target(
+        "model-weights",
+        40,
+        _model_seeds(WEIGHTS),
+        _model(WEIGHTS),
+        (InputError, IntegrityError),
+        (mutations.safetensors_header,),
+    ),
+    Target(
+        "model-index",
+        40,
+        _model_seeds("model.safetensors.index.json"),
+        _model("model.safetensors.index.json"),
+        (InputError, IntegrityError),
+        JSON,
+    ),
     Target("checkpoint-state", 12, _checkpoint_seeds("state.json"), _checkpoint("state.json"), (IntegrityError,), JSON),
-    Target("checkpoint-journal", 12, _checkpoint_seeds("journal.jsonl"), _checkpoint("journal.jsonl"),
-           (IntegrityError,), JSON),
-    Target("checkpoint-tensors", 12, _checkpoint_seeds("state.safetensors"), _checkpoint("state.safetensors"),
-           (IntegrityError,), (mutations.safetensors_header,)),
+    Target(
+        "checkpoint-journal",
+        12,
+        _checkpoint_seeds("journal.jsonl"),
+        _checkpoint("journal.jsonl"),
+        (IntegrityError,),
+        JSON,
+    ),
+    Target(
+        "checkpoint-tensors",
+        12,
+        _checkpoint_seeds("state.safetensors"),
+        _checkpoint("state.safetensors"),
+        (IntegrityError,),
+        (mutations.safetensors_header,),
+    ),
     Target("outbox", 24, _outbox_seeds, _outbox, (), JSON),
     Target("token-stream", 40, _stream_seeds, _stream, (IntegrityError,), (mutations.npy_header,)),
-]  # fmt: skip
+]

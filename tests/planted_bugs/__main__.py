@@ -18,8 +18,18 @@ _SECONDS = 600  # for the tests of one bug
 
 
 def copy_project(folder: Path) -> Path:
-    left_out = shutil.ignore_patterns(".git", ".dvc", ".venv", "__pycache__", ".*_cache", ".gptpipe", "mlartifacts",
-                                      "mlflow.db*", "findings", "results*")  # fmt: skip
+    left_out = shutil.ignore_patterns(
+        ".git",
+        ".dvc",
+        ".venv",
+        "__pycache__",
+        ".*_cache",
+        ".gptpipe",
+        "mlartifacts",
+        "mlflow.db*",
+        "findings",
+        "results*",
+    )
     return Path(shutil.copytree(ROOT, folder, ignore=left_out))
 
 
