@@ -1,4 +1,4 @@
-"""No code from a data file, a checkpoint or a model runs: payloads that would leave a canary."""
+"""No code from a data file, a checkpoint or a model is executed. Each payload would create a canary file."""
 
 import io
 import pickle
@@ -6,7 +6,6 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from gptpipe.train.checkpoint import Checkpoints
 
 
 class Payload:
-    """Unpickled, it makes a file: the REDUCE operation of pickle."""
+    """Creates a file when it is unpickled, by the REDUCE operation of pickle."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -37,7 +36,7 @@ class Payload:
 
 
 def legacy_tar(payload: Payload) -> bytes:
-    """A `.pt` file of the oldest kind: a tar archive of pickles."""
+    """A `.pt` file in the oldest format: a tar archive of pickles."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -77,8 +76,8 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-def put(folder: Path, name: str, content: bytes) -> None:
-    """In place of a file, and of what the manifest says of it: as if it had been made so."""
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file and its entry in the manifest, so that the folder verifies."""
     write_bytes(folder / name, content)
     manifest = read_manifest(folder)
     entry = FileEntry(sha256=sha256_of(folder / name), n_bytes=len(content))
@@ -94,20 +93,20 @@ READERS: dict[str, Callable[[io.BytesIO], object]] = {
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_the_payloads_work_where_they_are_read_without_care(kind: str, canary: Path) -> None:
+def test_each_payload_is_executed_by_an_unsafe_reader(kind: str, canary: Path) -> None:
     READERS[kind](io.BytesIO(KINDS[kind](Payload(canary))))
     assert canary.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
-def test_in_a_model(tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path) -> None:
+def test_a_payload_in_a_model_is_rejected(tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path) -> None:
     folder = tiny.make_model(tmp_path / "gpt")
     content = KINDS[kind](Payload(canary))
     if name == "manifest.json":
         write_bytes(folder / name, content)
     else:
-        put(folder, name, content)
+        replace_file(folder, name, content)
     with pytest.raises(GptpipeError) as caught:
         initialise_from(tiny.network(270), folder)
     assert caught.value.exit_code in (3, 4)
@@ -117,7 +116,7 @@ def test_in_a_model(tmp_path: Path, canary: Path, kind: str, name: str, toy_spli
     assert not canary.exists()
 
 
-def test_weights_in_the_format_of_torch_are_not_looked_at(tmp_path: Path, canary: Path) -> None:
+def test_weights_in_the_format_of_torch_are_never_read(tmp_path: Path, canary: Path) -> None:
     folder = tiny.make_model(tmp_path / "gpt")
     for name in ("manifest.json", "model.safetensors"):
         (folder / name).unlink()
@@ -128,24 +127,34 @@ def test_weights_in_the_format_of_torch_are_not_looked_at(tmp_path: Path, canary
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["train/tokens.npy", "train/documents.parquet", "tokenizer/ranks.tiktoken",
-                                  "tokenizer/encoding.json"])  # fmt: skip
-def test_in_a_split(tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path) -> None:
-    shutil.copytree(toy_split, tmp_path / "split")
-    put(tmp_path / "split", name, KINDS[kind](Payload(canary)))
-    load = partial(open_stream, side="train") if name.startswith("train") else lambda f: Tokenizer.load(f / "tokenizer")
-    with pytest.raises(IntegrityError, match=Path(name).parent.name):
-        load(tmp_path / "split")
+@pytest.mark.parametrize("name", ["tokens.npy", "documents.parquet"])
+def test_a_payload_in_a_split_is_rejected(tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path) -> None:
+    folder = shutil.copytree(toy_split, tmp_path / "split")
+    replace_file(folder, f"train/{name}", KINDS[kind](Payload(canary)))
+    with pytest.raises(IntegrityError, match="train"):
+        open_stream(folder, "train")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["ranks.tiktoken", "encoding.json"])
+def test_a_payload_in_a_tokenizer_is_rejected(
+    tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path
+) -> None:
+    folder = shutil.copytree(toy_split, tmp_path / "split")
+    replace_file(folder, f"tokenizer/{name}", KINDS[kind](Payload(canary)))
+    with pytest.raises(IntegrityError, match="tokenizer"):
+        Tokenizer.load(folder / "tokenizer")
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "journal.jsonl"])
-def test_in_a_checkpoint(tmp_path: Path, canary: Path, kind: str, name: str) -> None:
+def test_a_payload_in_a_checkpoint_is_rejected(tmp_path: Path, canary: Path, kind: str, name: str) -> None:
     state, _, _ = tiny.trained_state(1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", {})
     checkpoints.save(state, {})
-    put(tmp_path / "checkpoints/step-00000001", name, KINDS[kind](Payload(canary)))
+    replace_file(tmp_path / "checkpoints/step-00000001", name, KINDS[kind](Payload(canary)))
     with pytest.raises(IntegrityError):
         checkpoints.restore(state, allow_inexact=False)
     assert not canary.exists()
@@ -153,11 +162,11 @@ def test_in_a_checkpoint(tmp_path: Path, canary: Path, kind: str, name: str) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
-def test_in_a_source(
+def test_a_payload_in_a_source_is_not_executed(
     tmp_path: Path, canary: Path, kind: str, source: str, collect_params: Callable[..., CollectParams]
 ) -> None:
     (tmp_path / "a").write_bytes(KINDS[kind](Payload(canary)))
     params = collect_params({"kind": source, "paths": (str(tmp_path / "a"),)})
-    with suppress(InputError):  # a zip archive of torch holds a text file beside its pickle
+    with suppress(InputError):  # a torch archive also contains a text file, which may be read
         collect(params, tmp_path / "raw")
     assert not canary.exists()

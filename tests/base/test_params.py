@@ -192,8 +192,8 @@ def test_numbers_are_read_as_in_yaml_1_2(tmp_path: Path, value: str) -> None:
 def test_unknown_missing_and_invalid_keys_are_reported_together(tmp_path: Path) -> None:
     text = edited(lr="-1", stride="999", dropout="2", n_kv_head="3", warmup_steps="5000", micro_batch_size="7")
     text = text.replace("  grad_clip:", "  grad_clp:").replace("evaluate:", "evalute:")
-    found = faults(tmp_path, text)
-    assert {line.split(": ")[0] for line in found} == {
+    messages = faults(tmp_path, text)
+    assert {line.split(": ")[0] for line in messages} == {
         "model.dropout",
         "model.n_kv_head",
         "train.lr",
@@ -205,10 +205,10 @@ def test_unknown_missing_and_invalid_keys_are_reported_together(tmp_path: Path) 
         "evaluate",
         "evalute",
     }
-    assert "train.grad_clp: unknown key; did you mean `grad_clip`?" in found
-    assert "train.grad_clip: missing" in found
-    assert "evalute: unknown key; did you mean `evaluate`?" in found
-    assert "evaluate: missing" in found
+    assert "train.grad_clp: unknown key; did you mean `grad_clip`?" in messages
+    assert "train.grad_clip: missing" in messages
+    assert "evalute: unknown key; did you mean `evaluate`?" in messages
+    assert "evaluate: missing" in messages
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: {NINES.format(f'a{i - 
     ],
 )
 def test_an_unreadable_file_is_a_config_error(tmp_path: Path, text: str | bytes, fault: str) -> None:
-    found = faults(tmp_path, text)
-    assert any(fault in line for line in found), found
+    messages = faults(tmp_path, text)
+    assert any(fault in line for line in messages), messages
 
 
 def test_the_error_for_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_a_byte_order_mark_selects_the_encoding(tmp_path: Path, encoding: str) -
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])
 def test_a_python_tag_is_not_executed(tmp_path: Path, tag: str) -> None:
     canary = tmp_path / "canary"
-    found = faults(tmp_path, edited(launcher=f"{tag} ['touch {canary}']"))
-    assert "could not determine a constructor for the tag" in found[0]
+    messages = faults(tmp_path, edited(launcher=f"{tag} ['touch {canary}']"))
+    assert "could not determine a constructor for the tag" in messages[0]
     assert not canary.exists()
 
 

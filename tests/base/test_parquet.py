@@ -1,4 +1,4 @@
-"""Parquet shards: what is read is what was written, or an error; never more than a row group in memory."""
+"""Parquet shards: the rows that were written, or an error; at most one row group in memory."""
 
 import random
 from pathlib import Path
@@ -27,20 +27,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [row for batch in read_parquet(path, ["id", "tokens"]) for row in batch.to_pylist()]
 
 
-def test_rows_come_back_in_order(tmp_path: Path) -> None:
+def test_rows_are_read_in_the_written_order(tmp_path: Path) -> None:
     write(tmp_path / "rows.parquet", ROWS)
     assert read(tmp_path / "rows.parquet") == ROWS
     assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == ROWS
 
 
-def test_no_rows_are_a_file_too(tmp_path: Path) -> None:
+def test_a_file_without_rows_can_be_read(tmp_path: Path) -> None:
     write(tmp_path / "rows.parquet", [])
     assert read(tmp_path / "rows.parquet") == []
 
 
-def test_row_groups_are_limited_by_rows_and_by_bytes_and_batches_keep_to_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_groups_and_batches_are_limited_by_rows_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "GROUP_ROWS", 7)
     write(tmp_path / "rows", ROWS[:20])
     assert [batch.num_rows for batch in read_parquet(tmp_path / "rows", ["id"])] == [7, 7, 6]
@@ -50,7 +48,7 @@ def test_row_groups_are_limited_by_rows_and_by_bytes_and_batches_keep_to_them(
     assert [batch.num_rows for batch in read_parquet(tmp_path / "rows", ["id"])] == [3, 3, 3, 3, 3, 3, 2]
 
 
-def test_no_flipped_bit_of_a_page_loads(tmp_path: Path) -> None:
+def test_every_flipped_bit_in_a_page_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     write(path, ROWS)
     content = path.read_bytes()
@@ -66,17 +64,17 @@ def test_no_flipped_bit_of_a_page_loads(tmp_path: Path) -> None:
         except IntegrityError as error:
             messages.append(str(error))
     assert all(message.startswith(f"{path}: damaged") for message in messages)
-    assert len(messages) > 250  # the rest are bits that nothing reads, such as those of unused header fields
+    assert len(messages) > 250  # the other bits are never read, such as unused header fields
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"text"])
-def test_what_is_not_parquet_is_an_integrity_error(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_parquet_is_an_integrity_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "rows.parquet").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"rows\.parquet: damaged"):
         read(tmp_path / "rows.parquet")
 
 
-def test_truncated_missing_and_lacking_a_column(tmp_path: Path) -> None:
+def test_a_missing_file_a_missing_column_and_a_truncated_file_are_integrity_errors(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     with pytest.raises(IntegrityError, match=r"rows\.parquet: damaged"):
         read(path)
@@ -89,8 +87,8 @@ def test_truncated_missing_and_lacking_a_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counted", [{"documents": 5}, {"documents": "2"}, {}])
-def test_rows_that_the_manifest_does_not_count_are_found(tmp_path: Path, counted: dict[str, object]) -> None:
-    """Two writers of one folder left one that verified, and had rows of one of them only."""
+def test_rows_that_the_manifest_does_not_count_are_detected(tmp_path: Path, counted: dict[str, object]) -> None:
+    """Two writers once left a folder that could be verified but had the rows of only one of them."""
 
     def build(counts: dict[str, object]) -> None:
         with new_folder(tmp_path / "raw", {}) as folder:

@@ -15,7 +15,7 @@ def test_records_of_finished_files_are_not_content(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_is_ignored(tmp_path: Path) -> None:
-    path, note = tmp_path / "shard", tmp_path / ".shard.done"
+    path, record = tmp_path / "shard", tmp_path / ".shard.done"
 
     def make() -> int:
         path.write_bytes(b"rows")
@@ -23,5 +23,5 @@ def test_a_damaged_record_is_ignored(tmp_path: Path) -> None:
 
     assert once([path], make) == 12
     assert finished([path])["result"] == 12
-    note.write_bytes(note.read_bytes().replace(b"12", b"13"))
+    record.write_bytes(record.read_bytes().replace(b"12", b"13"))
     assert finished([path]) == {}

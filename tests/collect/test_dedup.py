@@ -145,6 +145,6 @@ def test_a_missing_extra_is_an_error_that_says_how_to_install_it(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(ConfigError, match=r"asks for what needs `rensa`: pip install -e '\.\[near\]'"):
+    with pytest.raises(ConfigError, match=r"has a value that needs `rensa`: pip install -e '\.\[near\]'"):
         collect(collect_params({"kind": "python-docs"}, dedup="near"), tmp_path / "raw")
     assert list(tmp_path.iterdir()) == []

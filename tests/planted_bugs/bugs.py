@@ -109,7 +109,7 @@ BUGS = (
         "gptpipe/base/parquet.py",
         "if n_rows != manifest.counts.get(name):",
         "if n_rows < 0:",
-        ("tests/base/test_parquet.py::test_rows_that_the_manifest_does_not_count_are_found",),
+        ("tests/base/test_parquet.py::test_rows_that_the_manifest_does_not_count_are_detected",),
     ),
     Bug(
         "Parquet pages are read without their checksums",
@@ -159,7 +159,7 @@ BUGS = (
         "gptpipe/collect/cleaning.py",
         "        end = min(max_bytes, len(encoded))\n",
         "        end = min(max_bytes + 1, len(encoded))\n",
-        ("tests/properties/test_text.py::test_cut_loses_nothing_and_keeps_to_the_limit",),
+        ("tests/properties/test_text.py::test_cutting_loses_nothing_and_respects_the_limit",),
     ),
     # Tokens
     Bug(
@@ -167,7 +167,7 @@ BUGS = (
         "gptpipe/formats/sides.py",
         "    side = np.where(position > 1",
         "    position = (position + np.arange(len(position)) * 0.01) % 1\n    side = np.where(position > 1",
-        ("tests/properties/test_documents.py::test_a_side_depends_on_the_document_and_the_seed_alone",),
+        ("tests/properties/test_documents.py::test_a_side_depends_only_on_the_document_and_the_seed",),
     ),
     Bug(
         "more validation takes documents from test",
@@ -223,7 +223,7 @@ BUGS = (
         "gptpipe/train/distributed.py",
         "return slice(rank * n, (rank + 1) * n)",
         "return slice(0, n)",
-        ("tests/properties/test_order.py::test_ranks_split_each_batch_among_them",),
+        ("tests/properties/test_order.py::test_ranks_divide_each_batch",),
     ),
     # Model and metrics
     Bug(
@@ -374,14 +374,14 @@ BUGS = (
         "gptpipe/shell/process.py",
         "    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)\n",
         "",
-        ("tests/shell/test_process.py::test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made",),
+        ("tests/shell/test_process.py::test_a_stage_ends_when_its_parent_is_killed",),
     ),
     Bug(
-        "a stage does not look whether dvc ended before it asked",
+        "a stage does not check that dvc has already ended",
         "gptpipe/shell/process.py",
         "    elif _is_orphan(os.getpid()):\n        sys.exit(128 + signal.SIGTERM)\n",
         "",
-        ("tests/shell/test_process.py::test_a_stage_whose_parent_ended_before_it_could_ask_does_nothing",),
+        ("tests/shell/test_process.py::test_a_stage_exits_if_its_parent_ended_before_it_started",),
     ),
     Bug(
         "two processes may run one stage",

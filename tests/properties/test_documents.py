@@ -1,4 +1,4 @@
-"""Sides of the split and duplicates: what happens to a document does not depend on the rest of the corpus."""
+"""Sides of the split and deduplication: the result for a document does not depend on the rest of the corpus."""
 
 import hashlib
 import tempfile
@@ -21,14 +21,14 @@ IDS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(300)]
 some_ids = st.lists(st.sampled_from(IDS), min_size=1, max_size=60)
 shares = st.floats(0, 0.49)
 seeds = st.integers(0, 2**63 - 1)
-# Sentences of few words: many are equal, and many nearly so.
+# Sentences from few phrases: many are equal or nearly equal.
 sentences = st.lists(
     st.sampled_from(["the old cat", "the red dog", "sees", "a tree", "and runs"]), min_size=1, max_size=9
 )
 
 
 @given(some_ids, st.randoms(use_true_random=False), shares, shares, seeds)
-def test_a_side_depends_on_the_document_and_the_seed_alone(
+def test_a_side_depends_only_on_the_document_and_the_seed(
     documents: list[str], random: Random, val: float, test: float, seed: int
 ) -> None:
     params = split_params(val_fraction=val, test_fraction=test)
@@ -40,7 +40,7 @@ def test_a_side_depends_on_the_document_and_the_seed_alone(
 
 
 @given(some_ids, st.tuples(shares, shares).map(sorted), shares, seeds)
-def test_a_larger_share_takes_from_train_alone(
+def test_a_larger_fraction_takes_documents_from_train_only(
     documents: list[str], grows: list[float], other: float, seed: int
 ) -> None:
     for side, name, fixed in (("val", "val_fraction", "test_fraction"), ("test", "test_fraction", "val_fraction")):
@@ -52,7 +52,7 @@ def test_a_larger_share_takes_from_train_alone(
 
 
 @given(st.lists(st.lists(st.sampled_from(IDS[:20]), max_size=8), max_size=12), st.integers(0, 11))
-def test_seen_knows_exactly_what_came_before(batches: list[list[str]], forgets_at: int) -> None:
+def test_seen_reports_exactly_the_earlier_documents(batches: list[list[str]], forgets_at: int) -> None:
     seen, known = Seen(), set[str]()
     for i, batch in enumerate(batches):
         expected = []
@@ -66,7 +66,7 @@ def test_seen_knows_exactly_what_came_before(batches: list[list[str]], forgets_a
 
 
 def collected(texts: list[str], dedup: str) -> list[str]:
-    """The texts that stage collect keeps, in its order."""
+    """The texts that stage collect keeps, in order."""
     with tempfile.TemporaryDirectory() as name:
         source, raw = Path(name, "texts.txt"), Path(name, "raw")
         source.write_text("\n".join(texts))
@@ -77,7 +77,7 @@ def collected(texts: list[str], dedup: str) -> list[str]:
 @pytest.mark.parametrize("dedup", ["exact", "near"])
 @given(texts=st.lists(sentences.map(" ".join), min_size=1, max_size=40))
 @settings(max_examples=12)
-def test_the_corpus_without_duplicates_has_no_more_of_them(dedup: str, texts: list[str]) -> None:
+def test_deduplicating_twice_changes_nothing(dedup: str, texts: list[str]) -> None:
     kept = collected(texts, dedup)
     assert len(set(kept)) == len(kept)
     assert set(kept) == set(texts) if dedup == "exact" else set(kept) <= set(texts)
@@ -86,7 +86,7 @@ def test_the_corpus_without_duplicates_has_no_more_of_them(dedup: str, texts: li
 
 @given(texts=st.lists(sentences.map(" ".join), min_size=1, max_size=20), random=st.randoms(use_true_random=False))
 @settings(max_examples=8)
-def test_the_corpus_is_the_same_set_in_any_order_of_documents(texts: list[str], random: Random) -> None:
+def test_the_order_of_documents_does_not_change_the_set_that_is_kept(texts: list[str], random: Random) -> None:
     kept = collected(texts, "exact")
     random.shuffle(texts)
     assert sorted(collected(texts, "exact")) == sorted(kept)

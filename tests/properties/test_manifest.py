@@ -1,4 +1,4 @@
-"""Manifests: what is written comes back, and no changed byte goes unnoticed."""
+"""Manifests: they are read as written, and every changed byte is detected."""
 
 import tempfile
 from pathlib import Path
@@ -37,7 +37,7 @@ def build(folder: Path, files: dict[str, bytes], made_from: dict[str, str], coun
 
 
 @given(contents, ancestors, st.dictionaries(st.text(max_size=8), plain, max_size=4))
-def test_what_a_folder_is_made_of_comes_back(
+def test_a_manifest_is_read_as_written(
     files: dict[str, bytes], made_from: dict[str, str], counts: dict[str, Any]
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -53,7 +53,7 @@ def test_what_a_folder_is_made_of_comes_back(
 
 @given(contents.filter(lambda files: any(files.values())), st.randoms(use_true_random=False), st.integers(1, 255))
 @settings(max_examples=60)
-def test_no_changed_byte_of_a_file_goes_unnoticed(files: dict[str, bytes], random: Any, change: int) -> None:
+def test_every_changed_byte_of_a_file_is_detected(files: dict[str, bytes], random: Any, change: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name, "made"), files, {"raw": "a" * 64}, {"documents": 3})
         path = folder / random.choice(sorted(name for name, content in files.items() if content))

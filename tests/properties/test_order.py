@@ -14,7 +14,7 @@ from gptpipe.train.params import TrainParams
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Batches:
-    """Streams whose tokens are their own positions, so that a window shows where it was cut."""
+    """Streams whose tokens are their own positions, so that a window shows its position."""
     context_length = draw(st.integers(2, 20))
     n_tokens = draw(st.integers(context_length + 1, 200))
     return Batches(
@@ -27,7 +27,7 @@ def shapes(draw: st.DrawFn) -> Batches:
 
 
 def starts_of_epoch(batches: Batches, epoch: int) -> list[int]:
-    """Where the windows of one epoch start, in their order."""
+    """The starts of the windows of one epoch, in order."""
     first, last = epoch * batches.n_windows, (epoch + 1) * batches.n_windows
     steps = range(first // batches.batch_size, -(-last // batches.batch_size))
     starts = np.concatenate([batches.starts_at(step) for step in steps])
@@ -60,7 +60,7 @@ def test_a_permutation_is_a_bijection(n: int, key: str) -> None:
 
 
 @given(st.integers(1, 2**62), st.text(max_size=20), st.sets(st.integers(0, 2**62), min_size=1, max_size=20))
-def test_positions_of_a_large_range_stay_distinct_and_inside(n: int, key: str, drawn: set[int]) -> None:
+def test_a_permutation_of_a_large_range_stays_inside_and_repeats_nothing(n: int, key: str, drawn: set[int]) -> None:
     positions = sorted({position % n for position in drawn})
     images = Permutation(n, key)(np.array(positions)).tolist()
     assert len(set(images)) == len(positions)
@@ -68,8 +68,8 @@ def test_positions_of_a_large_range_stay_distinct_and_inside(n: int, key: str, d
 
 
 @given(shapes(), st.integers(1, 8), st.integers(1, 4), st.integers(0, 500))
-def test_ranks_split_each_batch_among_them(batches: Batches, n_ranks: int, n_each: int, step: int) -> None:
-    """All ranks together see the batch of one process, in its order."""
+def test_ranks_divide_each_batch(batches: Batches, n_ranks: int, n_each: int, step: int) -> None:
+    """The parts of all ranks, in order, are the batch of a single process."""
     batches.batch_size = n_ranks * n_each
     params = TrainParams(**{**tiny.TRAIN, "batch_size": batches.batch_size})
     parts = []

@@ -1,4 +1,4 @@
-"""Any params.yaml loads, or is rejected with one line for each error."""
+"""Any params.yaml either loads or is rejected with one line for each error."""
 
 import copy
 import tempfile
@@ -16,7 +16,7 @@ from gptpipe.params import Params, load_params
 from gptpipe.shell.errors import ConfigError
 
 SHIPPED: dict[str, Any] = YAML(typ="safe").load(Path(__file__).parents[2].joinpath("params.yaml").read_bytes())
-# Values near the edges of what the schema allows, and of every type that YAML knows.
+# Values near the limits of the schema, and of every YAML type.
 EDGES = (
     *(None, True, False, 0, 1, -1, 2, 64, 2**31, 2**63, 2**64, 10**30, 0.0, -0.0, 0.5, 1.0, 1e-05, 1e308),
     *(
@@ -89,7 +89,7 @@ def trees(draw: st.DrawFn) -> Any:
 
 
 def check(content: bytes) -> None:
-    """Load a file of this content; a rejection has its file on each line, and nothing that a terminal would obey."""
+    """Load a file. If it is rejected, each line names the file and contains no control characters."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "params.yaml")
         path.write_bytes(content)
@@ -112,7 +112,7 @@ def test_changed_parameters_load_or_are_rejected(tree: Any) -> None:
 
 @given(arbitrary)
 @settings(max_examples=40)
-def test_any_other_yaml_is_rejected(tree: Any) -> None:
+def test_any_other_yaml_loads_or_is_rejected(tree: Any) -> None:
     check(yaml.safe_dump(tree, allow_unicode=True).encode())
 
 
@@ -120,10 +120,10 @@ def test_any_other_yaml_is_rejected(tree: Any) -> None:
     st.text(st.sampled_from("-:[]{}&*!|>'\"%@`#?, \n\tabc01<~\u00e9\u2028\x85"), max_size=40)
     | st.binary(max_size=40).map(lambda b: b.decode("latin-1"))
 )
-def test_any_text_is_rejected(text: str) -> None:
+def test_any_text_loads_or_is_rejected(text: str) -> None:
     check(text.encode())
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_rejected(content: bytes) -> None:
+def test_any_bytes_load_or_are_rejected(content: bytes) -> None:
     check(content)

@@ -1,4 +1,4 @@
-"""Any Unicode text survives clean, encode and decode."""
+"""Any Unicode text survives cleaning, encoding and decoding."""
 
 import unicodedata
 
@@ -15,7 +15,7 @@ from gptpipe.formats.tokenizer import END_OF_TEXT, Tokenizer
 from gptpipe.tokenize.tokenizers import named_tokenizer, train_tokenizer
 
 PARAMS = CollectParams.model_validate({**dict(SHIPPED.collect), "filters": filters(), "min_document_bytes": 1})
-# Pieces that cleaning, NFC or a tokenizer's pattern treats in a way of its own.
+# Pieces that cleaning, NFC or the pattern of a tokenizer treats in a special way.
 PIECES = (
     *(
         "\n",
@@ -63,7 +63,7 @@ def has_surrogate(text: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """What cleaning must keep: the decomposed text without white space and control characters.
+    """The part of a text that cleaning must keep: decomposed, without white space and control characters.
 
     Byte order marks and combining marks are left out too: cleaning removes byte order marks at the start, and combining
     marks after 1,000 in a row.
@@ -78,38 +78,38 @@ def visible(text: str) -> str:
 @given(st.lists(texts, min_size=1, max_size=4))
 @example(["\ufeff\ufeffa", "\x01\ufeffa", "\n\ufeffa"])
 @example(["\u0344" * 1001 + "a", "a" + "\xa0" * 999 + " " + "\xa0" * 5, "a" + "\xa0" * 999 + "\n" + "\xa0" * 5])
-def test_clean_changes_what_it_says_and_nothing_else(batch: list[str]) -> None:
+def test_cleaning_changes_only_what_it_documents(batch: list[str]) -> None:
     cleaned = clean(batch, PARAMS)
     assert len(cleaned) == len(batch)
-    for text, found in zip(batch, cleaned, strict=True):
-        if isinstance(found, Rejected):
-            assert found.reason == ("lone_surrogates" if has_surrogate(text) else "empty")
+    for text, result in zip(batch, cleaned, strict=True):
+        if isinstance(result, Rejected):
+            assert result.reason == ("lone_surrogates" if has_surrogate(text) else "empty")
             assert has_surrogate(text) or not visible(text).strip("\ufeff")
             continue
-        assert visible(found) == visible(text)
-        assert unicodedata.is_normalized("NFC", found)
-        assert not found.startswith(("\ufeff", "\n"))
-        assert not found.endswith(("\n", " ", "\t"))
-        assert not any(line.endswith((" ", "\t")) for line in found.split("\n"))
-        assert all(c in "\t\n" or unicodedata.category(c) != "Cc" for c in found)
-        assert clean([found], PARAMS) == [found]  # a second cleaning changes nothing
+        assert visible(result) == visible(text)
+        assert unicodedata.is_normalized("NFC", result)
+        assert not result.startswith(("\ufeff", "\n"))
+        assert not result.endswith(("\n", " ", "\t"))
+        assert not any(line.endswith((" ", "\t")) for line in result.split("\n"))
+        assert all(c in "\t\n" or unicodedata.category(c) != "Cc" for c in result)
+        assert clean([result], PARAMS) == [result]  # a second cleaning changes nothing
 
 
 @given(st.lists(texts, min_size=1, max_size=4))
-def test_a_text_is_cleaned_as_if_it_were_alone(batch: list[str]) -> None:
-    for text, found in zip(batch, clean(batch, PARAMS), strict=True):
+def test_the_cleaning_of_a_text_does_not_depend_on_its_batch(batch: list[str]) -> None:
+    for text, result in zip(batch, clean(batch, PARAMS), strict=True):
         (alone,) = clean([text], PARAMS)
-        assert (alone == found) or (isinstance(alone, Rejected) and isinstance(found, Rejected))
+        assert (alone == result) or (isinstance(alone, Rejected) and isinstance(result, Rejected))
 
 
 @given(st.lists(texts, min_size=1, max_size=4))
-def test_decode_returns_what_encode_was_given(tokenizers: list[Tokenizer], batch: list[str]) -> None:
+def test_decoding_restores_the_encoded_text(tokenizers: list[Tokenizer], batch: list[str]) -> None:
     kept = [text for text in clean(batch, PARAMS) if isinstance(text, str)]
     for tokenizer in tokenizers:
         for text in kept:
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
-            assert tokenizer.end_of_text not in ids  # text that spells it stays text
+            assert tokenizer.end_of_text not in ids  # text that contains its spelling stays ordinary text
         together = tokenizer.encode_documents(kept)
         ends = np.flatnonzero(together == tokenizer.end_of_text)
         assert len(ends) == len(kept)
@@ -119,13 +119,13 @@ def test_decode_returns_what_encode_was_given(tokenizers: list[Tokenizer], batch
 
 @given(st.lists(st.integers(0, 299), max_size=30))
 def test_any_token_ids_decode(tokenizers: list[Tokenizer], ids: list[int]) -> None:
-    """Ids in an order that no text has may split characters; decoding still gives text."""
+    """Arbitrary ids may split characters, but decoding still returns text."""
     for tokenizer in tokenizers:
         tokenizer.decode(ids).encode()
 
 
 @given(texts, st.integers(4, 300))
-def test_cut_loses_nothing_and_keeps_to_the_limit(text: str, max_bytes: int) -> None:
+def test_cutting_loses_nothing_and_respects_the_limit(text: str, max_bytes: int) -> None:
     parts = cut(text, max_bytes)
     assert "".join(parts) == text
     for part in parts:

@@ -1,4 +1,4 @@
-"""What people see: the text as it is, and a line now and then where no terminal is."""
+"""Console output: unchanged text, a live view on a terminal, and a line every few seconds elsewhere."""
 
 import os
 import pty
@@ -14,7 +14,7 @@ from gptpipe.shell.console import Progress, complain, say, sparkline
 from gptpipe.shell.errors import ConfigError
 
 
-def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a/[b]/:warning:/" + "long " * 60 + "[/red]"
     say(text)
     complain(text)
@@ -28,7 +28,9 @@ def test_text_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.expandtabs() == shown.expandtabs()
 
 
-def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_prints_lines_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(console, "_PLAIN_EVERY", -1.0)
     with Progress("train", unit="steps", total=2000, done=1000) as progress:
         progress.advance(note="loss 2.5")
@@ -38,35 +40,38 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     assert lines[-1] == "train: 1,003 of 2,000 steps  loss 2.5"
 
 
-def test_a_sparkline_goes_from_the_lowest_to_the_highest_of_the_last_values() -> None:
+def test_a_sparkline_shows_the_last_values_from_lowest_to_highest() -> None:
     assert sparkline([99.0, 0.0, 1.0, 2.0, 7.0], width=4) == "▁▂▃█"
     assert sparkline([3.0, 3.0]) == "▁▁"
     assert sparkline([]) == ""
 
 
 @pytest.mark.parametrize(
-    ("verbosity", "said"),
-    [("quiet", ["result", "warning"]), ("normal", ["usual", "result", "warning"]),
-     ("verbose", ["detail", "usual", "result", "warning"])],
-)  # fmt: skip
-def test_verbosity(
-    verbosity: str, said: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ("verbosity", "printed"),
+    [
+        ("quiet", ["result", "warning"]),
+        ("normal", ["usual", "result", "warning"]),
+        ("verbose", ["detail", "usual", "result", "warning"]),
+    ],
+)
+def test_verbosity_selects_the_lines(
+    verbosity: str, printed: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTPIPE_VERBOSITY", verbosity)
     say("detail", "verbose")
     say("usual")
     say("result", "quiet")
     complain("warning")
-    assert capsys.readouterr().err.splitlines() == said
+    assert capsys.readouterr().err.splitlines() == printed
 
 
-def test_a_verbosity_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_verbosity_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTPIPE_VERBOSITY", "loud")
     with pytest.raises(ConfigError, match="GPTPIPE_VERBOSITY is 'loud'"):
         say("text")
 
 
-def test_progress_keeps_quiet_between_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_prints_at_most_one_line_per_interval(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("train", unit="steps") as progress:
         progress.advance(1000)
     assert capsys.readouterr().err == ""
@@ -76,16 +81,16 @@ STREAMS = ("stdin", "stdout", "stderr")
 
 
 def on_a_terminal(code: str, **environment: str) -> str:
-    """What a program shows on a pseudo-terminal of 80 columns."""
+    """The output of a program on a pseudo-terminal of 80 columns."""
     controller, terminal = pty.openpty()
-    shape = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environment}
-    process = subprocess.Popen([sys.executable, "-c", code], env=shape, **dict.fromkeys(STREAMS, terminal))
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environment}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, **dict.fromkeys(STREAMS, terminal))
     os.close(terminal)
     shown = b""
     try:
         while select.select([controller], [], [], 60)[0] and (piece := os.read(controller, 4096)):
             shown += piece
-    except OSError:  # Linux's way to say that the program has closed it
+    except OSError:  # Linux raises it when the program has closed the terminal
         pass
     finally:
         os.close(controller)
@@ -93,7 +98,7 @@ def on_a_terminal(code: str, **environment: str) -> str:
     return shown.decode()
 
 
-def test_the_live_view_on_a_terminal() -> None:
+def test_a_terminal_shows_the_live_view() -> None:
     code = """
 import time
 from gptpipe.shell.console import Progress, say

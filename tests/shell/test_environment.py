@@ -1,15 +1,23 @@
-"""Settings that change no result, read from the environment."""
+"""Environment variables and their defaults."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from gptpipe.shell.environment import experiment_name, n_workers, project_root, provenance, tracking_uri
+from gptpipe.shell.environment import (
+    RankInfo,
+    experiment_name,
+    n_workers,
+    project_root,
+    provenance,
+    rank_info,
+    tracking_uri,
+)
 from gptpipe.shell.errors import ConfigError
 
 
-def test_the_root_is_the_nearest_parent_with_dvc_or_what_dvc_says(
+def test_the_root_is_dvc_root_or_the_nearest_parent_with_a_dvc_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = tmp_path / "project" / "data" / "raw"
@@ -23,7 +31,7 @@ def test_the_root_is_the_nearest_parent_with_dvc_or_what_dvc_says(
     assert project_root() == tmp_path / "main"
 
 
-def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_workers_is_the_variable_or_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPTPIPE_WORKERS")
     assert 1 <= n_workers() <= (os.cpu_count() or 1)
     monkeypatch.setenv("GPTPIPE_WORKERS", "7")
@@ -31,13 +39,13 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "", "²"])
-def test_a_number_of_workers_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_invalid_number_of_workers_is_a_config_error(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("GPTPIPE_WORKERS", text)
     with pytest.raises(ConfigError, match="GPTPIPE_WORKERS is"):
         n_workers()
 
 
-def test_tracking_and_experiment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_variables_replace_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # outside git
     assert experiment_name() == "gptpipe"
     assert provenance() == {}
@@ -47,3 +55,11 @@ def test_tracking_and_experiment_names(tmp_path: Path, monkeypatch: pytest.Monke
     assert experiment_name() == "mine"
     assert tracking_uri() == "http://localhost:5000"
     assert provenance() == {"dvc.exp_name": "swift-otter"}
+
+
+def test_torchrun_sets_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert rank_info() == RankInfo(rank=0, n_ranks=1, local_rank=0, n_local_ranks=1)  # not started by torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert rank_info() == RankInfo(rank=5, n_ranks=8, local_rank=1, n_local_ranks=4)

@@ -1,4 +1,4 @@
-"""How a stage's process ends: by a signal, and with the parent that started it."""
+"""A stage ends by a signal, or when its parent ends, and leaves no partial files."""
 
 import os
 import signal
@@ -36,32 +36,38 @@ def stage(tmp_path: Path) -> Path:
 
 def start(*command: object) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=Path(str(command[-1])).parent, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs ignore
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        cwd=Path(str(command[-1])).parent,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore SIGINT
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
     return process
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_with_one_line_and_nothing_half_made(stage: Path, signum: signal.Signals, code: int) -> None:
+def test_a_signal_ends_a_stage_with_one_line_and_no_partial_files(
+    stage: Path, signum: signal.Signals, code: int
+) -> None:
     process = start(stage)
     process.send_signal(signum)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
-    assert said == f"error: {signum.name}: stopped; `dvc repro` continues\n"
+    assert stderr == f"error: {signum.name}: stopped; `dvc repro` continues\n"
     assert list((stage.parent / "data").iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to be told")
-def test_it_ends_with_a_killed_parent_and_leaves_nothing_half_made(stage: Path) -> None:
-    """`dvc` killed alone must not leave a stage behind."""
+@pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
+def test_a_stage_ends_when_its_parent_is_killed(stage: Path) -> None:
+    """Its partial files are removed too."""
     parent = start("-c", PARENT, stage)
     parent.kill()
-    _, said = parent.communicate(timeout=60)  # which the child holds open as long as it lives
-    assert said == "error: SIGTERM: stopped; `dvc repro` continues\n"
+    _, stderr = parent.communicate(timeout=60)  # the child keeps stderr open until it ends
+    assert stderr == "error: SIGTERM: stopped; `dvc repro` continues\n"
     deadline = time.monotonic() + 60
     while list((stage.parent / "data").iterdir()):
         assert time.monotonic() < deadline
@@ -80,15 +86,15 @@ def main():
         with ended_by_signals():
             write_bytes(folder.path / "a", b"half of it")
             print("at work", flush=True)
-            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # a quarter of an hour
+            hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # about 15 minutes
 
 run_stage("toy", main, "a stage")
 """
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_library_that_never_comes_back_to_python(stage: Path, signum: signal.Signals) -> None:
-    """Training a vocabulary on 40 MB kept SIGTERM waiting for 39 seconds, and a second one too."""
+def test_a_signal_ends_a_library_call_that_does_not_return_to_python(stage: Path, signum: signal.Signals) -> None:
+    """Training a vocabulary on 40 MB once delayed SIGTERM by 39 seconds."""
     stage.write_text(BUSY)
     process = start(stage)
     process.send_signal(signum)
@@ -100,9 +106,14 @@ def test_a_signal_ends_a_library_that_never_comes_back_to_python(stage: Path, si
 def test_a_second_process_of_a_stage_is_refused_and_names_the_first(stage: Path) -> None:
     first = start(stage)
     second = subprocess.run(
-        [sys.executable, stage], cwd=stage.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=60, check=False,
-    )  # fmt: skip
+        [sys.executable, stage],
+        cwd=stage.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     first.kill()
     first.communicate()
     assert second.returncode == 5
@@ -113,7 +124,7 @@ def test_a_second_process_of_a_stage_is_refused_and_names_the_first(stage: Path)
 
 ORPHAN = """
 import os, subprocess, sys, time
-if len(sys.argv) == 2:  # the parent, in a process group of its own with its child, as `dvc` is
+if len(sys.argv) == 2:  # the parent, like `dvc` in one process group with its child
     child = subprocess.Popen([sys.executable, sys.argv[0], sys.argv[1], str(os.getpid())])
     time.sleep(1 if os.environ["PARENT"] == "ends" else 60)
 else:
@@ -124,45 +135,62 @@ else:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
 @pytest.mark.parametrize("parent", ["ends", "lives"])
-def test_a_stage_whose_parent_ended_before_it_could_ask_does_nothing(stage: Path, parent: str) -> None:
-    """`dvc` was killed while Python started."""
+def test_a_stage_exits_if_its_parent_ended_before_it_started(stage: Path, parent: str) -> None:
+    """`dvc` is killed while Python starts."""
     (stage.parent / "orphan.py").write_text(ORPHAN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "toy", "PARENT": parent}
     process = subprocess.Popen(
-        [sys.executable, "orphan.py", stage], cwd=stage.parent, env=environment, stdout=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "orphan.py", stage],
+        cwd=stage.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
-    assert process.stdout.readline() == ("" if parent == "ends" else "at work\n")  # "": all that held it have ended
+    expected = "at work\n" if parent == "lives" else ""  # empty once all processes that held stdout have ended
+    assert process.stdout.readline() == expected
     assert (stage.parent / "data").exists() == (parent == "lives")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
-def test_a_rank_ends_when_dvc_ends_and_torchrun_lives_on(stage: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
+def test_a_rank_ends_when_dvc_ends_and_torchrun_does_not(stage: Path) -> None:
     dvc = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])"
     torchrun = "import subprocess, sys; subprocess.run([sys.executable, sys.argv[1]], start_new_session=True)"
     process = subprocess.Popen(
-        [sys.executable, "-c", dvc, torchrun, stage], cwd=stage.parent, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "toy", "TORCHELASTIC_RUN_ID": "toy",
-             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", dvc, torchrun, stage],
+        cwd=stage.parent,
+        text=True,
+        start_new_session=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DVC_STAGE": "toy",
+            "TORCHELASTIC_RUN_ID": "toy",
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
-    time.sleep(1.5)  # it looked at least once, and stayed
+    time.sleep(1.5)  # the rank has checked at least once, and is still running
     assert list((stage.parent / "data").iterdir())
     process.kill()
-    _, said = process.communicate(timeout=60)
-    assert said == "error: SIGTERM: stopped; `dvc repro` continues\n"
+    _, stderr = process.communicate(timeout=60)
+    assert stderr == "error: SIGTERM: stopped; `dvc repro` continues\n"
     assert not list((stage.parent / "data").iterdir())
 
 
 @pytest.mark.parametrize("name", ["collect", "tokenize", "split", "train", "evaluate"])
-def test_a_stage_imports_nothing_slow_before_it_asks_to_end_with_its_parent(name: str) -> None:
+def test_a_stage_makes_no_slow_import_before_it_arranges_to_end_with_its_parent(name: str) -> None:
     code = f"import sys; before = set(sys.modules); import stages.{name}; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     ours = {module for module in done.stdout.split() if module.startswith(("gptpipe", "stages"))}
