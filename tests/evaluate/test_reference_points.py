@@ -23,8 +23,8 @@ def test_unigram_bits_per_byte_calculated_by_hand(monkeypatch: pytest.MonkeyPatc
     """Training tokens 0, 0, 1 give probabilities 3/6, 2/6 and 1/6. The first held-out token is not scored."""
     monkeypatch.setattr(reference_points, "_CHUNK", chunk)
     bits = -(math.log2(3 / 6) + math.log2(2 / 6) + math.log2(1 / 6))
-    found = unigram_bits_per_byte(stream_of([0, 0, 1], 9), stream_of([2, 0, 1, 2], 10), 3)
-    assert found == pytest.approx(bits / 10)
+    bits_per_byte = unigram_bits_per_byte(stream_of([0, 0, 1], 9), stream_of([2, 0, 1, 2], 10), 3)
+    assert bits_per_byte == pytest.approx(bits / 10)
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
@@ -45,6 +45,6 @@ def test_xz_bits_per_byte_are_the_growth_of_the_archive(
 
     expected = 8 * (size(text(train) + text(val)) - size(text(train))) / val.n_bytes
     assert 0 < expected < 8
-    found = xz_bits_per_byte(train, {"val": val, "test": train}, tokenizer)
-    assert found["val"] == pytest.approx(expected)
-    assert found["test"] < 0.2 < expected  # text that xz has seen costs almost nothing
+    bits_per_byte = xz_bits_per_byte(train, {"val": val, "test": train}, tokenizer)
+    assert bits_per_byte["val"] == pytest.approx(expected)
+    assert bits_per_byte["test"] < 0.2 < expected  # text that xz has seen costs almost nothing

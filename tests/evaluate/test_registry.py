@@ -169,7 +169,7 @@ def test_the_registered_model_generates_without_pickle(params: Params, model: Pa
 
 
 WRONG = [
-    ({"temperature": -1.0}, "temperature and seed of 0 or more"),
+    ({"temperature": -1.0}, "a temperature and a seed of 0 or more"),
     ({"top_k": -1}, "top_k of 1 or more"),
     ({"top_p": 0.0}, "top_p above 0"),
     ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),

@@ -37,9 +37,9 @@ def drawn(sampling: Sampling, n: int = 20_000) -> list[float]:
 )
 def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling, shares: list[float]) -> None:
     """The standard deviation of a share of 20,000 draws is at most 0.0035; a probability of 0 gives exactly 0."""
-    found = drawn(sampling)
-    assert found == pytest.approx(shares, abs=0.014)
-    assert [share == 0 for share in found] == [share == 0 for share in shares]
+    drawn_shares = drawn(sampling)
+    assert drawn_shares == pytest.approx(shares, abs=0.014)
+    assert [share == 0 for share in drawn_shares] == [share == 0 for share in shares]
 
 
 def test_top_k_keeps_k_of_equally_probable_tokens() -> None:

@@ -44,11 +44,11 @@ def test_gelu_and_its_gradient_equal_those_of_torch() -> None:
     x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e15, -200.0, 0.0, 200.0, 1e15])])
     weights = torch.randn(len(x), generator=torch.Generator().manual_seed(0))
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-    found, expected = gelu(ours), F.gelu(theirs, approximate="tanh")
-    assert type(found.grad_fn).__name__ == "TanhGELUBackward"
-    (found * weights).sum().backward()
+    result, expected = gelu(ours), F.gelu(theirs, approximate="tanh")
+    assert type(result.grad_fn).__name__ == "TanhGELUBackward"
+    (result * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(result, expected.float(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad.float(), atol=5e-6, rtol=1e-6)
     assert torch.autograd.gradcheck(TanhGELU.apply, theirs[400:600].detach().requires_grad_())
 
@@ -86,9 +86,9 @@ def test_loss_and_its_gradients_equal_those_of_cross_entropy(switches: dict[str,
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    found, expected = model.loss(tokens, targets), F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradients(found), gradients(expected), atol=1e-5, rtol=1e-4)
+    loss, expected = model.loss(tokens, targets), F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(loss), gradients(expected), atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(model.loss(tokens, targets), expected, atol=1e-5, rtol=1e-5)
 
@@ -102,9 +102,9 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(backend: str | None) -> 
     cross_entropy = F.cross_entropy(logits, targets.flatten())
     expected = torch.autograd.grad(cross_entropy + 0.1 * logits.logsumexp(-1).square().mean(), weights)
     loss = torch.compile(model.loss, backend=backend) if backend else model.loss
-    found = loss(tokens, targets, z_loss=0.1)
-    torch.testing.assert_close(found, cross_entropy, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(found, weights), expected, atol=1e-5, rtol=1e-4)
+    result = loss(tokens, targets, z_loss=0.1)
+    torch.testing.assert_close(result, cross_entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(result, weights), expected, atol=1e-5, rtol=1e-4)
 
 
 @every_architecture
@@ -114,12 +114,12 @@ def test_with_document_masking_each_document_is_scored_as_if_alone(switches: dic
     tokens = tiny.token_ids(1, 12, vocab_size=49)
     tokens[0, [4, 5, 9]] = end
     with torch.no_grad():
-        found = model.hidden(tokens, mask=document_mask(tokens, end))
+        masked = model.hidden(tokens, mask=document_mask(tokens, end))
         for a, b in ((0, 5), (5, 6), (6, 10), (10, 12)):
             if a and switches["architecture"] == "gpt2":
                 continue
-            torch.testing.assert_close(found[:, a:b], model.hidden(tokens[:, a:b]), atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(found[:, 6:], model.hidden(tokens)[:, 6:], atol=1e-2)
+            torch.testing.assert_close(masked[:, a:b], model.hidden(tokens[:, a:b]), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(masked[:, 6:], model.hidden(tokens)[:, 6:], atol=1e-2)
 
 
 def test_loss_with_an_end_of_text_masks_documents() -> None:
@@ -142,14 +142,14 @@ def test_loss_is_finite_if_the_target_has_almost_no_probability() -> None:
 @every_architecture
 def test_activation_checkpointing_changes_no_gradient(switches: dict[str, Any]) -> None:
     model = tiny.network(**switches, dropout=0.3).train()
-    found = []
+    gradients: list[list[torch.Tensor]] = []
     for recomputes in (False, True):
         model.activation_checkpointing = recomputes
         model.zero_grad()
         torch.manual_seed(0)
         model.loss(tiny.token_ids(2, 16), tiny.token_ids(2, 16, seed=2)).backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(found[0], found[1])
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_dropout_acts_in_training_only() -> None:

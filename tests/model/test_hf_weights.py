@@ -60,11 +60,11 @@ def test_transformers_reads_what_we_save(tmp_path: Path, switches: dict[str, Any
     theirs = read_by_transformers(saved(tmp_path, model))
     assert_same_logits(model, theirs)
     prompt = tiny.token_ids(2, 4)
-    found = theirs.generate(
+    generated = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     ours = torch.stack(list(generate(model, prompt, 12, Sampling(temperature=0))), dim=1)
-    assert ours.tolist() == found[:, 4:].tolist()
+    assert ours.tolist() == generated[:, 4:].tolist()
 
 
 @every_architecture

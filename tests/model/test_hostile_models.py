@@ -322,8 +322,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         check=False,
     )
     assert (child.returncode, child.stderr) == (0, "")  # a panic of Rust prints to the process's own stderr
-    found: dict[str, list[dict[str, Any]]] = json.loads(child.stdout)
-    return found
+    outcomes: dict[str, list[dict[str, Any]]] = json.loads(child.stdout)
+    return outcomes
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -333,10 +333,10 @@ def test_a_hostile_model_folder_gives_one_line_and_the_expected_exit_code(
     generated, started = results[name]
     assert generated["code"] == CASES[name][1], generated["errors"]
     assert started["code"] in (0, 2, 3, 4), started["errors"]  # 0: a training does not read the tokenizer here
-    for found in (generated, started):
-        assert len(found["errors"].splitlines()) == (found["code"] != 0), found["errors"]
-        assert len(found["errors"]) < 1000
-        assert found["seconds"] < SECONDS
+    for outcome in (generated, started):
+        assert len(outcome["errors"].splitlines()) == (outcome["code"] != 0), outcome["errors"]
+        assert len(outcome["errors"]) < 1000
+        assert outcome["seconds"] < SECONDS
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ def test_documents_are_continued_after_their_first_half(
     monkeypatch.setattr(continuations, "_BATCH", at_once)
     tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
     model = tiny.network(300)
-    found = continue_documents(model, tokenizer, stream, n_documents=3, n_tokens=5)
+    continued = continue_documents(model, tokenizer, stream, n_documents=3, n_tokens=5)
     long_enough = stream.documents[stream.documents["n_tokens"] > 10]
-    assert len(found) == 3
-    for continuation, offset in zip(found, long_enough["offset"], strict=False):
+    assert len(continued) == 3
+    for continuation, offset in zip(continued, long_enough["offset"], strict=False):
         ids = stream.tokens[offset : offset + 10].tolist()
         assert continuation.prompt == tokenizer.decode(ids[:5])
         assert continuation.reference == tokenizer.decode(ids[5:])
@@ -73,9 +73,9 @@ def test_documents_are_continued_after_their_first_half(
 
 def test_without_long_documents_there_are_no_continuations(toy_split: Path) -> None:
     tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
-    found = continue_documents(tiny.network(300), tokenizer, stream, 3, 10_000)
-    assert found == []
-    assert overlap_scores(found) == {}
+    continued = continue_documents(tiny.network(300), tokenizer, stream, 3, 10_000)
+    assert continued == []
+    assert overlap_scores(continued) == {}
 
 
 def test_overlap_scores_of_equal_and_of_disjoint_texts() -> None:
@@ -93,7 +93,7 @@ def test_overlap_scores_of_equal_and_of_disjoint_texts() -> None:
 def test_rouge_l_calculated_by_hand() -> None:
     """Common subsequence `the dog` of 3 and 4 words: precision 2/4, recall 2/3, F1 4/7; and a perfect one."""
     pair = [Continuation("p", "the big dog", "the dog was here"), Continuation("p", "yes it is", "yes it is")]
-    found = overlap_scores(pair)
-    assert found["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)
-    assert found["rouge_l_standard_error"] == pytest.approx((1 - 4 / 7) / 2)  # sqrt(2) * half the gap / sqrt(2)
-    assert found["n_documents"] == 2
+    scores = overlap_scores(pair)
+    assert scores["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)
+    assert scores["rouge_l_standard_error"] == pytest.approx((1 - 4 / 7) / 2)  # sqrt(2) * half the gap / sqrt(2)
+    assert scores["n_documents"] == 2
