@@ -81,7 +81,7 @@ def test_fresh_clone_has_no_errors_and_is_not_changed(project: Path, examine) ->
     assert sorted(path.name for path in project.iterdir()) == [".dvc", "params.yaml"]
 
 
-def test_exit_code_of_damage_goes_before_that_of_a_store_that_is_down(
+def test_damage_decides_the_exit_code_if_the_store_is_down_too(
     made: Path, examine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -316,7 +316,7 @@ def test_champion_and_run_of_the_workspace_are_checked(made: Path, examine) -> N
     assert examine()[1][CHAMPION][0] == "error"
 
 
-def test_damaged_store(made: Path, examine) -> None:
+def test_damaged_store_is_an_error(made: Path, examine) -> None:
     connect()
     database = made / "mlflow.db"
     database.write_bytes(b"SQLite format 3\0" + bytes(5000))
