@@ -21,8 +21,21 @@ def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(reprodu
     assert try_out_for_real(trial, RealProjects(tmp_path, reproduced))["differences"] == []
 
 
-def test_a_second_repro_has_nothing_to_do(project_copy: Path) -> None:
+def test_a_second_repro_has_nothing_to_do_whatever_was_edited_that_changes_no_result(project_copy: Path) -> None:
+    """The doctor, the plan, the console and the record of a run; files that an editor or Python leaves in a package."""
+    package = project_copy / "gptpipe"
+    for name in ("commands/doctor.py", "commands/plan.py", "shell/console.py", "record/store.py", "params.py"):
+        with (package / name).open("a") as file:
+            file.write("# edited\n")
+    for stray in ("base/files.py~", "train/.loop.py.swp", "model/__pycache__/gpt.cpython-39.pyc", "score/.DS_Store"):
+        (package / stray).parent.mkdir(exist_ok=True)
+        (package / stray).write_text("stray")
     assert "Data and pipelines are up to date." in run(project_copy, "dvc", "repro").stdout
+    with (package / "score/metrics.py").open("a") as file:
+        file.write("# edited\n")
+    status = run(project_copy, "dvc", "status").stdout
+    assert "train:" in status
+    assert "collect:" not in status
 
 
 def test_the_model_names_all_its_ancestors(reproduced: Path) -> None:

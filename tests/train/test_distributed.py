@@ -113,7 +113,7 @@ def test_two_ranks_roll_back_as_one_does(
     changes = {"on_spike": "rollback", "spike_sigmas": 0.02, "max_steps": 30, "save_every": 5}
     params = tiny.params(train__parallel=parallel, **{f"train__{name}": value for name, value in changes.items()})
     assert exit_codes(start_ranks(2, params, project)) == [0, 0]
-    rolled_back = [line for line in said(project, 0).splitlines() if "going on from step" in line]
+    rolled_back = [line for line in said(project, 0).splitlines() if "continuing from step" in line]
     assert rolled_back
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
     monkeypatch.setenv("DVC_ROOT", str(alone.root))

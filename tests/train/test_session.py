@@ -218,7 +218,7 @@ def test_a_finished_training_is_not_repeated(project: Project, capsys: pytest.Ca
     project.train(tiny.params())
     assert project.digests() == made
     assert project.checkpoints() == saved
-    assert "finished before, after step 12; writing its results again" in capsys.readouterr().err
+    assert "already finished, after step 12; writing its results again" in capsys.readouterr().err
     first, second = project.records
     assert second.run_id == first.run_id
     assert second.entries == first.entries  # with the same times: no step was done again
@@ -286,7 +286,7 @@ def test_out_of_memory_in_the_update_is_a_resource_error(project: Project, monke
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(ResourceError, match="train: out of memory after step 0; make memory free"):
+    with pytest.raises(ResourceError, match="train: out of memory after step 0; free memory"):
         project.train(tiny.params())
 
 
