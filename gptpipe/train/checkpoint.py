@@ -1,10 +1,10 @@
 """Resumable training state on disk, in `.gptpipe/checkpoints/KEY/`, outside DVC.
 
-    run.json                 the name of the training's run in the tracking store, chosen before the first step
+    run.json                 the provisional id of the training's run, chosen before the first step
     best-00000400/           weights of the best model so far, by validation loss
     step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
                              with its step and time) and state.json (everything else)
-    finished.json            the training is finished; see finished.py
+    finished.json            the training is finished; see gptpipe/base/finished_training.py
 
 Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one is
 removed only after the newer one has been read back. A folder appears and disappears under its name in one operation.
@@ -46,11 +46,11 @@ from gptpipe.train.distributed import is_writer
 from gptpipe.train.optim import Muon
 from gptpipe.train.state import VALIDATION_METRICS, Entry, Sample, TrainState, Validation
 
-_KEPT = 2
+_N_KEPT = 2  # step folders
 _STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"
 _MAX_STATE_BYTES = 1 << 28  # the history has 150 bytes for each validation
-_OF_A_STEP = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that a resume needs
-_OF_A_VALIDATION = {f"val/{name}" for name in VALIDATION_METRICS}
+_STEP_METRICS = {"train/loss", "train/grad_norm", "train/lr"}  # metrics that a resume or the reports need
+_VALIDATION_KEYS = {f"val/{name}" for name in VALIDATION_METRICS}
 _OPTIMIZER_TENSORS: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     Muon: ("momentum",),
@@ -61,7 +61,7 @@ _ENTRY: TypeAdapter[Entry] = TypeAdapter(tuple[int, int, dict[str, int | FiniteF
 
 
 def run_key(determinants: dict[str, Any]) -> str:
-    """Name of the checkpoint folder: a digest of everything that decides the result of the training."""
+    """Name of the checkpoint folder: a digest of what the user decides. The environment is compared on restore."""
     return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
 
 
@@ -72,8 +72,8 @@ class Checkpoints:
         self.folder, self.environment = folder, environment
         self.inexact: list[str] = []  # after which steps the environment changed, and how
 
-    def run_name(self) -> str:
-        """The name of this training's run: the same after a kill, even one before the first checkpoint."""
+    def provisional_run_id(self) -> str:
+        """The provisional id of this training's run. Created and saved at the first call, so it survives a kill."""
         path = self.folder / _RUN
         with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
             return str(unseal(path.read_bytes())["name"])
@@ -129,7 +129,7 @@ class Checkpoints:
         return False
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed training left behind. The caller's lock on the folder makes all locks in it free."""
+        """Remove partial folders and lock files of a killed training. The caller's lock on the folder covers them."""
         leftovers = [*self.folder.glob(".*.partial/"), *self.folder.glob(".*.lock")]
         for leftover in leftovers:
             with disk_errors(leftover):
@@ -186,10 +186,10 @@ class Checkpoints:
 
     def _drop_old(self) -> None:
         steps = sorted(self.folder.glob("step-*/"))
-        for old in steps[:-_KEPT]:
+        for old in steps[:-_N_KEPT]:
             _discard(old)
         try:
-            kept = [read_json(step / _STATE, _Content, _MAX_STATE_BYTES) for step in steps[-_KEPT:]]
+            kept = [read_json(step / _STATE, _Content, _MAX_STATE_BYTES) for step in steps[-_N_KEPT:]]
         except (OSError, ValueError):  # damaged since it was written: a resume will fall back, and remove it
             return
         needed = {self._best_folder(content.best_step) for content in kept if content.best_step is not None}
@@ -259,7 +259,7 @@ def _entry(line: bytes) -> Entry:
 def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
     """Raises ValueError unless the parts of a checkpoint agree with each other and with the name of its folder."""
     if name != _folder_name(content.step):
-        raise ValueError(f"it is of step {content.step}")
+        raise ValueError(f"{_STATE} is of step {content.step}, not of the step in the folder's name")
     validated = [validation.step for validation in content.history]
     losses = [(validation.step, validation.val_loss) for validation in content.history]
     if any(later <= earlier for earlier, later in pairwise([-1, *validated])) or content.step < max(
@@ -268,12 +268,12 @@ def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
         raise ValueError("its validations are out of order")
     best = min(content.history, key=lambda validation: validation.val_loss, default=None)
     if content.best_step != (best.step if best else None):
-        raise ValueError(f"the best of its validations is not of step {content.best_step}")
+        raise ValueError(f"best_step is {content.best_step}, which is not the validation with the lowest loss")
     if losses != [(step, metrics["val/loss"]) for step, _, metrics in journal if "val/loss" in metrics]:
         raise ValueError(f"{_JOURNAL} has other validations")
-    if any(not metrics.keys() >= _OF_A_VALIDATION for _, _, metrics in journal if "val/loss" in metrics):
+    if any(not metrics.keys() >= _VALIDATION_KEYS for _, _, metrics in journal if "val/loss" in metrics):
         raise ValueError(f"{_JOURNAL} lacks metrics of a validation")
-    if any(not metrics.keys() >= _OF_A_STEP for _, _, metrics in journal if "train/loss" in metrics):
+    if any(not metrics.keys() >= _STEP_METRICS for _, _, metrics in journal if "train/loss" in metrics):
         raise ValueError(f"{_JOURNAL} lacks metrics of a step")
     if any(not 0 <= step <= content.step for step, _, _ in journal):
         raise ValueError(f"{_JOURNAL} has steps beyond {content.step}")
@@ -299,7 +299,7 @@ def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
     if "generator.cuda" in tensors and torch.cuda.is_available():
         generators["generator.cuda"] = torch.cuda.get_rng_state()
     wanted |= {name: (generator.shape, generator.dtype) for name, generator in generators.items()}
-    for name in sorted(wanted.keys() | tensors.keys() - {"generator.cuda"}):
+    for name in sorted(wanted.keys() | (tensors.keys() - {"generator.cuda"})):
         if name not in tensors:
             raise ValueError(f"{_TENSORS} lacks {name}")
         if name not in wanted:
@@ -310,7 +310,7 @@ def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
     try:
         torch.Generator().set_state(tensors["generator.cpu"])
     except RuntimeError as error:
-        raise ValueError(f"{_TENSORS}: generator.cpu is no state of a generator") from error
+        raise ValueError(f"{_TENSORS}: generator.cpu is not a valid generator state") from error
 
 
 def _folder_name(step: int) -> str:

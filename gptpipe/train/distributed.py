@@ -79,6 +79,11 @@ def from_first(value: T) -> T:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait until all ranks have come this far."""
+    from_first(None)
+
+
 def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum of all ranks' tensors, or another operation on them, in place."""
     if rank_info().n_ranks > 1:

@@ -17,12 +17,12 @@ class Events(Protocol):
         """Called before each step. May raise to end the training; the state can then be saved and continued."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Called after each step."""
+        """Called with the metrics of each step."""
 
     def validate(self) -> float:
         """The validation loss of the current weights. May raise like `check_stop`."""
 
-    def report(self) -> None:
+    def after_validation(self) -> None:
         """Called after each validation, once its loss is in the state."""
 
     def save(self) -> None:
@@ -68,4 +68,4 @@ def _validate_if_due(state: TrainState, plan: Plan, events: Events) -> None:
     if not math.isfinite(loss):
         raise NumericError(f"train: validation loss is {loss} after step {state.step}; {STABILITY_ADVICE}")
     state.add_validation(loss, plan.params.grad_clip)
-    events.report()
+    events.after_validation()

@@ -13,7 +13,7 @@ from gptpipe.base.files import sha256_of, write_json
 from gptpipe.base.finished_training import discard, finished_in, mark_finished
 from gptpipe.base.manifest import Manifest
 from gptpipe.formats.hf_tokenizer import check_same_tokens
-from gptpipe.model.device import memory_errors
+from gptpipe.model.device import is_out_of_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
@@ -39,8 +39,8 @@ from gptpipe.train.signals import deferred_signals
 from gptpipe.train.state import VALIDATION_METRICS, Entry, TrainState
 from gptpipe.train.step import Plan
 
-_MAX_ROLL_BACKS = 3  # to one checkpoint; more would not help
-_PLOTTED_STEPS = 40  # whose losses a terminal shows as a sparkline
+_MAX_ROLL_BACKS = 3  # to the same checkpoint; a fourth attempt would probably fail too
+_PLOTTED_STEPS = 40  # number of recent losses in the terminal's sparkline
 
 
 class Record(Protocol):
@@ -63,7 +63,7 @@ class NullRecord:
     def tags(self, tags: dict[str, str]) -> None: ...
 
 
-# Opens the record of a run: its name, the manifest of its split, and what it runs on.
+# Opens the record of a run. Arguments: the provisional run id, the manifest of the split, the environment.
 OpenRecord = Callable[[str, Manifest, dict[str, Any]], AbstractContextManager[Record]]
 
 
@@ -80,18 +80,19 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
     state, initial_weights = _new_state(params, inputs)
     say(_describe(params, inputs, state.model))
     folder = _checkpoint_folder(params, inputs, initial_weights)
-    _discard_results_of_another_machine(folder, inputs)
+    _discard_foreign_checkpoint(folder, inputs)
     with _only_training_in(folder):
         checkpoints = Checkpoints(folder, inputs.runtime.describe())
         is_resumed = _resume(checkpoints, state)
         plan = _plan(params, inputs, state, is_resumed=is_resumed)
-        with _open(open_record, checkpoints, inputs, state) as record:
+        with _open_record(open_record, checkpoints, inputs, state) as record:
             if checkpoints.inexact:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
             summary = summarise(params, state, plan.n_steps, checkpoints.inexact)
-            run_id = record.run_id  # read once: the store may answer later and give the run another id
+            # Read only once: if the store answers during the next lines, the id changes, and the files would disagree.
+            run_id = record.run_id
             if is_writer():
                 digests = write_reports(reports, state, summary)
                 write_model(model_folder, params, inputs, checkpoints, summary, digests)
@@ -131,21 +132,21 @@ def _describe(params: RunParams, inputs: Inputs, model: GPT) -> str:
 
 
 def _checkpoint_folder(params: RunParams, inputs: Inputs, initial_weights: dict[str, str]) -> Path:
-    """The folder of this training's checkpoints; its name is a digest of everything that decides the result."""
+    """The folder of this training's checkpoints. Its name is a digest of the parameters, the split and `init_from`."""
     determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
     determinants |= {"split": inputs.split.digest, "init_from": initial_weights}
     return project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
 
 
-def _discard_results_of_another_machine(folder: Path, inputs: Inputs) -> None:
+def _discard_foreign_checkpoint(folder: Path, inputs: Inputs) -> None:
     """Remove the checkpoint of a training that finished on another machine or with other code.
 
-    It does not show what this training would give here.
+    Its results may differ from those of a training on this machine with this code.
     """
     environment = inputs.runtime.describe()
     if is_writer() and finished_in(folder).get("environment", environment) != environment:
         discard(folder)
-    distributed.from_first(None)  # the other ranks look at the folder only now
+    distributed.barrier()  # the other ranks look at the folder only now
 
 
 @contextmanager
@@ -179,7 +180,7 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: b
         loss = distributed.averaging(model, loss)
         own = distributed.batch_slice(section)
         n_own = own.stop - own.start
-        # A resumed training keeps the size, however much memory is free now: it decides how sums are rounded.
+        # A resumed training keeps its micro-batch size even if more memory is free: the size affects rounding.
         if not is_resumed or n_own % state.micro_batch_size:  # or the number of ranks has changed
             size = fitting_micro_batch_size(
                 section.model_copy(update={"batch_size": n_own}),
@@ -196,19 +197,27 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: b
     return Plan(section, inputs.n_steps, params.seed, runtime.precision, loss)
 
 
-def _open(
+def _open_record(
     open_record: OpenRecord, checkpoints: Checkpoints, inputs: Inputs, state: TrainState
 ) -> AbstractContextManager[Record]:
     """The record of this training; it records nothing on every rank but the first."""
     if not is_writer():
         return nullcontext(NullRecord())
     environment = {**inputs.runtime.describe(), "micro_batch_size": state.micro_batch_size}
-    return open_record(checkpoints.run_name(), inputs.split, environment)
+    return open_record(checkpoints.provisional_run_id(), inputs.split, environment)
 
 
-def _memory_errors(state: TrainState) -> AbstractContextManager[None]:
-    """Turn a failed allocation into an error where smaller micro-batches would not help: outside of a step's passes."""
-    return memory_errors(f"train: out of memory after step {state.step}; free memory, or lower the model's size")
+@contextmanager
+def _memory_errors(state: TrainState) -> Iterator[None]:
+    """Report that memory ran out in a place where smaller micro-batches would not help."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"train: out of memory after step {state.step}; free memory, or lower the model's size"
+        ) from error
 
 
 @dataclass
@@ -241,11 +250,14 @@ class _Training:
                 with _memory_errors(state):
                     train(state, self.inputs.batches, self.plan, self)
             except Interrupted:
-                self.save()
+                self._save_if_new()
                 raise
-            if self._saved_step != state.step:  # patience ran out between two saves
-                self.save()
+            self._save_if_new()  # patience may run out between two saves
             self._send()
+
+    def _save_if_new(self) -> None:
+        if self._saved_step != self.state.step:
+            self.save()
 
     def check_stop(self) -> None:
         self._check_stop()
@@ -273,7 +285,7 @@ class _Training:
         self.log(self.state.step, {f"val/{name}": metrics[name] for name in VALIDATION_METRICS})
         return distributed.from_first(metrics["loss"])
 
-    def report(self) -> None:
+    def after_validation(self) -> None:
         """Keep the best weights, print the validation and its red flags, sample, and send all to the record."""
         model = distributed.unsharded(self.state.model)  # all ranks must call it
         if not is_writer():
@@ -283,7 +295,7 @@ class _Training:
         self._print_validation()
         self._report_red_flags()
         self._sample(model)
-        if self.params.train.on_spike == "stop":  # with roll-backs, only what is saved is final
+        if self.params.train.on_spike == "stop":  # otherwise a roll-back may discard the entries; `save` sends them
             self._send()
 
     def _print_validation(self) -> None:
@@ -319,7 +331,9 @@ class _Training:
 
     def roll_back(self, error: NumericError) -> None:
         failed_step = self.state.step + 1
+        micro_batch_size = self.state.micro_batch_size
         self.checkpoints.restore(self.state, allow_inexact=allow_inexact())
+        self.state.micro_batch_size = micro_batch_size  # the saved one may be of another number of ranks
         self._roll_backs.append(self.state.step)
         if self._roll_backs.count(self.state.step) > _MAX_ROLL_BACKS:
             raise error
@@ -328,6 +342,6 @@ class _Training:
         self.record.tags({f"rolled_back.{failed_step:08d}": str(error)})
 
     def _send(self) -> None:
-        """Send to the record what it does not have."""
+        """Send the journal entries that the record does not have yet."""
         self.record.metrics(self.state.journal[self._n_sent :])
         self._n_sent = len(self.state.journal)

@@ -1,4 +1,4 @@
-"""One optimizer step: a batch in, an update of the weights, and what there is to log."""
+"""One optimizer step: computes the gradients of a batch, updates the weights and returns the metrics to log."""
 
 import hashlib
 import math
@@ -44,9 +44,9 @@ class Plan:
 def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     """Update the weights once, from `batch_size` sequences (B, T) in micro-batches; returns the metrics to log.
 
-    The gradient is that of the mean over all tokens of the step, whatever the size of the micro-batches. Raises
-    NumericError before an update that would not be finite or comes from a spike, and ResourceError if not even single
-    sequences fit into memory.
+    The gradient is that of the mean over all tokens of the step, whatever the size of the micro-batches. If memory
+    runs out, halves `state.micro_batch_size`. Raises NumericError, before any update, for a non-finite loss or gradient
+    norm, or for a spike; and ResourceError if not even single sequences fit into memory.
     """
     started = time.perf_counter()
     params, model = plan.params, state.model
@@ -92,7 +92,9 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if rank_info().n_ranks > 1:  # the others wait for its gradients
+            if (
+                rank_info().n_ranks > 1
+            ):  # the other ranks wait for this rank's gradients, so it cannot repeat the pass alone
                 raise ResourceError(
                     f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; "
                     f"{SMALLER_BATCHES}"
@@ -109,10 +111,10 @@ def _backward_once(state: TrainState, plan: Plan, tokens: Tensor, targets: Tenso
     total = torch.zeros((), device=tokens.device)
     micro_batches = zip(tokens.chunk(n_micro_batches), targets.chunk(n_micro_batches), strict=True)
     for i, (x, y) in enumerate(micro_batches):
-        if model.params.dropout:  # seeded by the position in the batch, so resuming and sampling do not change it
+        if model.params.dropout:  # seeded by step and micro-batch, so resuming and sampling do not change it
             torch.manual_seed(_dropout_seed(plan.seed, state.step, first_micro_batch + i))
         is_last = i == n_micro_batches - 1
-        with nullcontext() if is_last else _no_sync(plan.loss):
+        with nullcontext() if is_last else _without_averaging(plan.loss):
             with autocast(tokens.device, plan.precision):
                 loss = plan.loss(x, y) / n_micro_batches
             loss.backward()  # type: ignore[no-untyped-call]
@@ -120,8 +122,8 @@ def _backward_once(state: TrainState, plan: Plan, tokens: Tensor, targets: Tenso
     return total
 
 
-def _no_sync(loss: LossFunction) -> AbstractContextManager[object]:
-    """With DDP: keep the gradients of this rank, which the last micro-batch then averages over all ranks."""
+def _without_averaging(loss: LossFunction) -> AbstractContextManager[object]:
+    """With DDP: do not average gradients over the ranks yet. The last micro-batch averages the accumulated sum."""
     if isinstance(loss, nn.parallel.DistributedDataParallel):
         context: AbstractContextManager[object] = loss.no_sync()
         return context
@@ -143,13 +145,13 @@ def _check_spike(step: int, loss: float, norm: float, recent: list[tuple[float, 
     losses, norms = np.array(recent).T
     # Norms are compared by their logarithms, because they vary by factors.
     log_norm, log_norms = math.log(max(norm, 1e-30)), np.log(np.maximum(norms, 1e-30))
-    for name, value, height in (
+    for name, value, n_sigmas in (
         ("loss", loss, _sigmas_above(loss, losses, _MIN_LOSS_SPREAD)),
         ("gradient norm", norm, _sigmas_above(log_norm, log_norms, _MIN_NORM_SPREAD)),
     ):
-        if height > sigmas:
+        if n_sigmas > sigmas:
             raise SpikeError(
-                f"train: step {step}: {name} {value:.4g} spikes, {height:.1f} standard deviations above the last "
+                f"train: step {step}: {name} {value:.4g} spikes, {n_sigmas:.1f} standard deviations above the last "
                 f"{len(recent)} steps; stopped before the update: {STABILITY_ADVICE}"
             )
 

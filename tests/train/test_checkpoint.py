@@ -427,12 +427,12 @@ def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, m
 
 
 def test_a_run_keeps_its_name(tmp_path: Path) -> None:
-    name = Checkpoints(tmp_path, ENVIRONMENT).run_name()
+    name = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
     assert len(name) == 32
-    assert Checkpoints(tmp_path, ENVIRONMENT).run_name() == name
+    assert Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id() == name
     (tmp_path / "run.json").write_bytes(b"{}")  # damaged: another name, not a traceback
-    other = Checkpoints(tmp_path, ENVIRONMENT).run_name()
-    assert name != other == Checkpoints(tmp_path, ENVIRONMENT).run_name()
+    other = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
+    assert name != other == Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
 
 
 def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Around:
     def log(self, step: int, metrics: Metrics) -> None:
         self.logged.append((step, metrics))
 
-    def report(self) -> None:
+    def after_validation(self) -> None:
         self.calls.append(f"report {self.state.step}")
 
     def validate(self) -> float:

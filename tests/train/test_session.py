@@ -20,6 +20,7 @@ from toy_project import Project, start, wait_for_the_lock
 from gptpipe.base.files import sha256_of
 from gptpipe.base.manifest import verify
 from gptpipe.base.pages import as_text
+from gptpipe.formats.hf_tokenizer import check_same_tokens
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.gpt import GPT
@@ -28,7 +29,6 @@ from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.split.split import split
 from gptpipe.tokenize.tokenizers import train_tokenizer
-from gptpipe.train import session
 from gptpipe.train.batches import Batches
 from gptpipe.train.runtime import Runtime
 
@@ -460,5 +460,5 @@ def test_a_tokenizer_to_start_from_that_is_none_is_an_input_error(tmp_path: Path
     tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 257)
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer") as caught:
-        session._check_tokenizer(tokenizer, tmp_path)
+        check_same_tokens(tokenizer, tmp_path)
     assert "\n" not in str(caught.value)
