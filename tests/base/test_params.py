@@ -97,7 +97,7 @@ def test_params_are_frozen(params: Params) -> None:
             "train.stride: above model.context_length 256: tokens between two windows would never be trained on, "
             "got 257",
         ),
-        ({"n_head": "3"}, "model.head_dim: n_head 3 must divide n_embd 128 where head_dim is null"),
+        ({"n_head": "3"}, "model.head_dim: n_head 3 must divide n_embd 128 if head_dim is null"),
         ({"n_kv_head": "3"}, "model.n_kv_head: must divide n_head 2, got 3"),
         ({"n_kv_head": "0"}, "model.n_kv_head: Input should be greater than or equal to 1, got 0"),
         ({"head_dim": "31"}, "model.head_dim: rotary positions need an even head_dim, it is 31, got 31"),
@@ -112,7 +112,7 @@ def test_params_are_frozen(params: Params) -> None:
         ),
         (
             {"architecture": "gpt2", "tie_embeddings": "false"},
-            "model.tie_embeddings: gpt2 has one matrix for input and output: set it to true",
+            "model.tie_embeddings: gpt2 uses one matrix for input and output: set it to true",
         ),
         ({"dropout": "1.0"}, "model.dropout: Input should be less than 1, got 1.0"),
         ({"dropout": "-0.1"}, "model.dropout: Input should be greater than or equal to 0, got -0.1"),
@@ -163,11 +163,11 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         ),
         (
             "{kind: text, paths: [a], document: separator}",
-            "collect.sources.0.text.separator: goes with `document: separator`, and only with it",
+            "collect.sources.0.text.separator: is required with `document: separator`, and not allowed without it",
         ),
         (
             "{kind: text, paths: [a], separator: x}",
-            "collect.sources.0.text.separator: goes with `document: separator`, and only with it, got 'x'",
+            "collect.sources.0.text.separator: is required with `document: separator`, and not allowed without it, got 'x'",
         ),
         (
             "{kind: jsonl, paths: [a], text_column: t}",
