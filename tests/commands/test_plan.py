@@ -7,7 +7,6 @@ import tiny
 
 from gptpipe.commands.plan import estimate_training
 from gptpipe.shell.errors import IntegrityError, ResourceError
-from gptpipe.train import runtime
 
 
 def test_estimate_has_the_counts_of_the_training(toy_split: Path) -> None:
@@ -45,6 +44,6 @@ def test_does_not_warn_of_usual_proportions(toy_split: Path, monkeypatch: pytest
 def test_raises_errors_of_the_training(toy_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(IntegrityError):
         estimate_training(tiny.params(), tmp_path)
-    monkeypatch.setattr(runtime, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr("gptpipe.commands.plan.free_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match="micro-batches of 1 need about"):
         estimate_training(tiny.params(), toy_split)
