@@ -167,7 +167,8 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         ),
         (
             "{kind: text, paths: [a], separator: x}",
-            "collect.sources.0.text.separator: is required with `document: separator`, and not allowed without it, got 'x'",
+            "collect.sources.0.text.separator: is required with `document: separator`, and not allowed without it, "
+            "got 'x'",
         ),
         (
             "{kind: jsonl, paths: [a], text_column: t}",
