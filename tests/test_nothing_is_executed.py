@@ -153,7 +153,7 @@ def test_a_payload_in_a_tokenizer_is_rejected(
 def test_a_payload_in_a_checkpoint_is_rejected(tmp_path: Path, canary: Path, kind: str, name: str) -> None:
     state, _, _ = tiny.trained_state(1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", {})
-    checkpoints.save(state, {})
+    checkpoints.save(state)
     replace_file(tmp_path / "checkpoints/step-00000001", name, KINDS[kind](Payload(canary)))
     with pytest.raises(IntegrityError):
         checkpoints.restore(state, allow_inexact=False)
