@@ -84,9 +84,9 @@ _charts: dict[str, str] = {}  # arguments -> SVG
 
 def remember_charts() -> None:
     """Draw each chart once. Drawing takes most of the time of stage evaluate, and touches no file."""
-    charts: Any = sys.modules["gptpipe.evaluate.charts"]
-    for name in ("lines", "bars"):
-        setattr(charts, name, _cached_by_arguments(getattr(charts, name)))
+    report: Any = sys.modules["gptpipe.evaluate.report"]
+    for name in ("line_chart", "bar_chart"):
+        setattr(report, name, _cached_by_arguments(getattr(report, name)))
 
 
 def _cached_by_arguments(draw: Callable[..., str]) -> Callable[..., str]:

@@ -28,7 +28,7 @@ from gptpipe.collect.cleaning import clean
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.readers import read
 from gptpipe.collect.tables import parquet_rows
-from gptpipe.formats.hf_tokenizer import to_tokenizer_json
+from gptpipe.formats.hf_tokenizer import check_same_tokens, to_tokenizer_json
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
 from gptpipe.model.hf_config import CONFIG
@@ -37,7 +37,6 @@ from gptpipe.params import load_params
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train.checkpoint import Checkpoints
-from gptpipe.train.session import _check_tokenizer
 from gptpipe.train.state import VALIDATION_METRICS
 
 from . import mutations
@@ -301,7 +300,7 @@ def _sound_tokenizer() -> Tokenizer:
 
 def _hub_tokenizer(content: bytes) -> None:
     Path("base", "tokenizer.json").write_bytes(content)
-    _check_tokenizer(_sound_tokenizer(), Path("base"))
+    check_same_tokens(_sound_tokenizer(), Path("base"))
 
 
 # Checkpoints and the split

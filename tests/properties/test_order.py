@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptpipe.train.batches import Batches, Permutation
-from gptpipe.train.distributed import share
+from gptpipe.train.distributed import batch_slice
 from gptpipe.train.params import TrainParams
 
 
@@ -80,7 +80,7 @@ def test_ranks_divide_each_batch(batches: Batches, n_ranks: int, n_each: int, st
         patch.setenv("WORLD_SIZE", str(n_ranks))
         for rank in range(n_ranks):
             patch.setenv("RANK", str(rank))
-            parts.append(batches.at(step, share(params)))
+            parts.append(batches.at(step, batch_slice(params)))
     tokens, targets = batches.at(step)
     assert torch.equal(torch.cat([part[0] for part in parts]), tokens)
     assert torch.equal(torch.cat([part[1] for part in parts]), targets)
