@@ -67,18 +67,18 @@ class NewFolder:
 
 @contextmanager
 def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterator[NewFolder]:
-    """Build a folder and its manifest. When complete, it replaces the folder at `target`; if anything fails, not.
+    """Build a folder and its manifest. A complete folder replaces `target`; after an error, `target` is unchanged.
 
     `made_from` maps the name of each ancestor to its digest. `key` is a digest of everything that determines the
-    content. With a key, an interrupted build leaves its files in place, and the next build with the same key can
-    reuse them, see `gptpipe.base.resume`. Raises ResourceError, also if another process is building the folder.
+    content. With a key, a killed build leaves its files for the next build with the same key, see
+    `gptpipe.base.resume`; any error deletes them. Raises ResourceError, also if another process is building the folder.
     """
     partial = target.with_name(f".{target.name}.{key}.partial" if key else f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old.partial")
-    keep = partial if key else None
+    kept_partial = partial if key else None
     with one_writer(target):
         with disk_errors(target):
-            _clear_up(target, old, keep)
+            _remove_leftovers_and_restore_old(target, old, kept_partial)
             make_folder(partial)
             for leftover in sorted(partial.rglob(".*.partial")):  # half-written files of a killed build
                 _remove(leftover)
@@ -92,11 +92,11 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
                 partial.replace(target)
                 sync_folder(target.parent)
         except Exception:
-            keep = None
+            kept_partial = None
             raise
         finally:
             with disk_errors(target):
-                _clear_up(target, old, keep)
+                _remove_leftovers_and_restore_old(target, old, kept_partial)
 
 
 def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
@@ -118,6 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
+        # A folder of another schema may not pass the checks below.
         version = re.search(rb'"schema_version": (\d+)', data)
         if version and int(version[1]) != SCHEMA:
             raise IntegrityError(f"{path}: schema {int(version[1])}, this version reads {SCHEMA}; run `dvc repro`")
@@ -135,10 +136,12 @@ def check_parent(folder: Path, parent: Path) -> None:
 
 
 def verify(folder: Path) -> Manifest:
-    """Check every file of a folder against its manifest, and return it. Reads all files. Raises IntegrityError."""
+    """Check every file of a folder against the manifest, and return the manifest. Raises IntegrityError."""
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
-    for name in sorted(present.symmetric_difference(manifest.files)):
+    differing = present.symmetric_difference(manifest.files)
+    if differing:
+        name = min(differing)
         state = "is not in the manifest" if name in present else "is missing"
         raise IntegrityError(f"{folder / name}: {state}; make the folder again with `dvc repro -f`")
     for name, entry in sorted(manifest.files.items()):
@@ -158,10 +161,13 @@ def _files_below(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _clear_up(target: Path, old: Path, keep: Path | None) -> None:
-    """Remove the leftovers of this build and of killed builds, except `keep`; restore `old` if it has no successor."""
+def _remove_leftovers_and_restore_old(target: Path, old: Path, kept_partial: Path | None) -> None:
+    """Remove the leftovers of this build and of killed builds, except `kept_partial`.
+
+    Restore `old` if it has no successor.
+    """
     for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.*partial")):
-        if leftover not in (old, keep):
+        if leftover not in (old, kept_partial):
             _remove(leftover)
     if old.exists() and not target.exists():
         old.replace(target)

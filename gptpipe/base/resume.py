@@ -26,7 +26,10 @@ def key_of(stage: str, determinants: list[Any], *libraries: str) -> str:
 
 
 def once(files: list[Path], make: Callable[[], Result]) -> Result:
-    """Run `make`, which writes `files`, unless an interrupted run already produced them. Returns its result."""
+    """Run `make`, which writes `files`, unless an interrupted run already produced them. Returns its result.
+
+    A recorded result has been through JSON: its tuples are lists now.
+    """
     record = finished(files)
     if record:
         recorded: Result = record["result"]

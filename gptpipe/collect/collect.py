@@ -42,9 +42,9 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
     """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
     Each text that is read is either kept, or counted under the reason of its rejection. After a kill, finished
-    shards are kept: the sources are read again, but cleaned only from where the last finished shard ended. If a
-    source is remote, collect starts from the beginning, because the source may have changed. The search for
-    near-duplicates always does. Raises InputError if a source cannot be read, or no document is left.
+    shards are kept: the sources are read again, but cleaned only from where the last finished shard ended. A run with
+    a remote source starts from the beginning, because the source may have changed. The search for near-duplicates
+    always does. Raises InputError if a source cannot be read, or no document is left.
     """
     near = params.dedup == "near"
     if near:
@@ -53,17 +53,19 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
     tally = Tally(kind if kinds.count(kind) == 1 else f"{kind}-{i}" for i, kind in enumerate(kinds))
     made_from = fingerprint(params.sources)
     libraries = ["pyarrow", *(["datasets"] if "huggingface" in kinds else [])]
-    is_local = not any(map(_is_remote, params.sources))
-    key = key_of("collect", [made_from, params.model_dump()], *libraries) if is_local else ""
+    is_resumable = not any(map(_is_remote, params.sources))
+    key = key_of("collect", [made_from, params.model_dump()], *libraries) if is_resumable else ""
     with new_folder(target, made_from, key) as folder, Progress("collect", unit="documents") as progress:
-        exact = folder.path / "exact" if near else folder.path
-        _write_shards(exact, params, tally, made_from, progress)
+        exact_folder = folder.path / "exact" if near else folder.path
+        _write_shards(exact_folder, params, tally, made_from, progress)
         if near:
-            is_duplicate = near_duplicates(shard_paths(exact), params.near_similarity, exact / "signatures")
-            batches = _without_duplicates(shard_paths(exact), is_duplicate, tally)
+            is_duplicate = near_duplicates(
+                shard_paths(exact_folder), params.near_similarity, exact_folder / "signatures"
+            )
+            batches = _without_duplicates(shard_paths(exact_folder), is_duplicate, tally)
             for number, (rows, _) in enumerate(rows_of_shards(batches)):
                 write_shard(shard_path(folder.path, number), rows)
-            shutil.rmtree(exact)
+            shutil.rmtree(exact_folder)
         if report:
             tally.write(report)
         folder.counts = dict(tally)
@@ -80,7 +82,7 @@ def _is_remote(source: Source) -> bool:
 def _write_shards(
     folder: Path, params: CollectParams, tally: Tally, digests: dict[str, str], progress: Progress
 ) -> None:
-    """Write the shards that are not already finished by a killed run."""
+    """Restore the counts from the finished shards of a killed run, and write the remaining shards."""
     seen = Seen()
     first = 0
     is_complete = False
@@ -110,7 +112,7 @@ def _write_shard(path: Path, rows: pa.Table, result: dict[str, Any]) -> int:
 
 
 def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen: Seen) -> Iterator[Batch]:
-    """What remains of the sources after the texts in the tally, without duplicates and within the limits."""
+    """The remaining batches of the sources: after the texts already counted, without duplicates, up to the limits."""
     for name, source in zip(tally.by_source, params.sources, strict=True):
         n_documents = tally.by_source[name]["documents"]
         n_bytes = tally.by_source[name]["bytes"]
@@ -120,8 +122,8 @@ def _batches(params: CollectParams, tally: Tally, digests: dict[str, str], seen:
             if params.dedup != "none":
                 batch = batch.without(seen.add(strings(batch.rows, "id")), Rejected("duplicate"))
             ends = n_bytes + sizes(batch.rows).cumsum()
-            to_max_bytes = int(np.searchsorted(ends, source.max_bytes or inf)) + 1
-            n_left = min((source.max_documents or inf) - n_documents, to_max_bytes)
+            n_to_max_bytes = int(np.searchsorted(ends, source.max_bytes or inf)) + 1
+            n_left = min((source.max_documents or inf) - n_documents, n_to_max_bytes)
             if len(ends) >= n_left:
                 batch, rest = batch.split(int(n_left))
                 seen.forget(strings(rest.rows, "id"))
@@ -137,7 +139,8 @@ def _cleaned(name: str, source: Source, params: CollectParams, digests: dict[str
     max_texts = min(_MAX_TEXTS, source.max_documents or _MAX_TEXTS)
     n_local = _LOCAL_BATCHES if are_on(params.filters) else sys.maxsize  # else sending costs more than it saves
     if (source.max_documents or source.max_bytes) and _is_remote(source):
-        max_texts, n_local = 1, sys.maxsize  # read nothing ahead: its digest is that of the bytes that were read
+        # Do not read ahead: the digest of a remote source covers exactly the bytes that were read.
+        max_texts, n_local = 1, sys.maxsize
     waiting = deque[_RawBatch]()
 
     def read_ahead() -> Iterator[list[str | Rejected]]:
@@ -163,22 +166,25 @@ class _RawBatch(NamedTuple):
 def _raw_batches(
     source: Source, start: int, max_texts: int, params: CollectParams, digests: dict[str, str]
 ) -> Iterator[_RawBatch]:
-    """A source's texts from text `start`, in batches. An error comes last: a limit may end before it."""
+    """A source's texts from text `start`, in batches.
+
+    An error is the last batch, because a limit of the source may stop the reading before it.
+    """
     counts = Counter[str]()
     texts: list[str | Rejected] = []
     cut = n_characters = 0
     try:
-        for more in read(source, params, counts, digests):
+        for next_texts in read(source, params, counts, digests):
             if start:  # skip what comes before text `start`
-                start, more = max(0, start - len(more)), more[start:]
+                start, next_texts = max(0, start - len(next_texts)), next_texts[start:]
             if counts["cut"] != cut:
                 if texts:
                     yield _RawBatch(texts, cut)
                 texts, cut, n_characters = [], counts["cut"], 0
-            texts += more
-            n_characters += sum([len(text) for text in more if isinstance(text, str)])
+            texts += next_texts
+            n_characters += sum([len(text) for text in next_texts if isinstance(text, str)])
             if len(texts) >= max_texts or n_characters >= _BATCH_CHARACTERS:
-                for first in range(0, len(texts), _MAX_TEXTS):  # `more` may contain many, for example blank lines
+                for first in range(0, len(texts), _MAX_TEXTS):  # `next_texts` may be many, such as blank lines
                     yield _RawBatch(texts[first : first + _MAX_TEXTS], cut)
                 texts, n_characters = [], 0
     except GptpipeError as error:

@@ -34,6 +34,7 @@ from gptpipe.record.description import describe_run
 from gptpipe.record.outbox import send_outbox
 from gptpipe.record.store import (
     REPRODUCE,
+    RefusedError,
     StoreError,
     connect,
     create_run,
@@ -47,6 +48,7 @@ from gptpipe.shell.errors import IntegrityError
 MODEL_NAME = "gpt"
 CHAMPION = "champion"
 MODEL_DIGEST = "model_digest"  # tag of logged models and versions: the digest of the model folder's manifest
+_MODEL_FOLDER = "gpt"  # MLflow gives the stored model folder the name of the original
 _LOGGED = "models:/"  # prefix of the source of a version that was created from a logged model
 # Files that `gptpipe restore` needs, and that are in neither git nor DVC's cache while the stage runs.
 _FILES_TO_RESTORE = tuple(map(Path, ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")))
@@ -70,8 +72,8 @@ _LOCK_SECONDS = 600.0  # maximal wait while another evaluation registers its mod
 
 
 def record_evaluation(
-    params: Section,
-    section: EvaluateParams,
+    all_params: Section,
+    evaluate_params: EvaluateParams,
     evaluation: Evaluation,
     run_id: str,
     page: str,
@@ -90,21 +92,26 @@ def record_evaluation(
             client = connect(to_write=True)
             lock = project_root() / ".gptpipe" / "registry.lock"
             with FileLock(lock, timeout=_LOCK_SECONDS):  # two evaluations at once must not both create a version
-                run = _finished_run(client, params, evaluation.split, run_id)
+                run = _finished_run(client, all_params, evaluation.split, run_id)
                 _log_evaluation(client, run.info.run_id, evaluation, page, charts)
-                number = _register(client, run, model, section)
+                number = _ensure_version(client, run, model, evaluate_params)
                 client.update_model_version(MODEL_NAME, number, description=evaluation.model_card)
                 bits_per_byte = evaluation.metrics().get("test/bits_per_byte")
                 return _choose_champion(client, number, bits_per_byte, evaluation.results["test_digest"])
+    except RefusedError as error:
+        return (
+            f"warning: not recorded ({error}); the store refused it; check the store's version and what was deleted "
+            "in it, then repeat `dvc repro -fs evaluate`"
+        )
     except StoreError as error:
         return f"warning: not recorded ({error}); when the store answers, repeat it with `dvc repro -fs evaluate`"
 
 
-def _finished_run(client: MlflowClient, params: Section, split: Manifest, name: str) -> Run:
+def _finished_run(client: MlflowClient, all_params: Section, split: Manifest, name: str) -> Run:
     """The run of the training, or a new run in its place. Its status becomes FINISHED: the training is over."""
     run_id = find_run(client, name)
     if run_id is None or not client.get_run(run_id).data.params:  # `create_run` writes the parameters last
-        run_id = create_run(client, describe_run(params, split, {}), name, run_id)
+        run_id = create_run(client, describe_run(all_params, split, {}), name, run_id)
     run = client.get_run(run_id)
     if run.info.status != "FINISHED":
         client.set_terminated(run_id)
@@ -128,7 +135,10 @@ def _log_evaluation(
 
 
 def _log_new_metrics(client: MlflowClient, run_id: str, step: int, metrics: dict[str, float]) -> None:
-    """Log metrics at a step, except those that have this value there already, as the training's validation does."""
+    """Log metrics at a step.
+
+    Skip those that already have this value there, for example from the training's validation.
+    """
     now = time.time_ns() // 1_000_000
     new = []
     for key, value in metrics.items():
@@ -138,41 +148,41 @@ def _log_new_metrics(client: MlflowClient, run_id: str, step: int, metrics: dict
     client.log_batch(run_id, metrics=new)
 
 
-def _register(client: MlflowClient, run: Run, model: Path, params: EvaluateParams) -> str:
+def _ensure_version(client: MlflowClient, run: Run, model: Path, evaluate_params: EvaluateParams) -> str:
     """The number of the version of this model. Creates the version and its logged model, unless they exist.
 
     An unfinished or damaged logged model is uploaded again under its id, so that no incomplete one remains.
     """
     digest = read_manifest(model).digest
-    version = _version_of(client, digest)
-    logged = _logged_model_of(client, run, digest, version)
+    registered = _version_of(client, digest)
+    logged = _logged_model_of(client, run, digest, registered)
     if logged is None:
         tags = {MODEL_DIGEST: digest, "mlflow.source.name": "stages.evaluate"}
         logged = client.create_logged_model(run.info.experiment_id, "model", run.info.run_id, tags, run.data.params)
-    _upload_unless_complete(client, logged, run, model, digest, params)
+    _upload_unless_complete(client, logged, run, model, digest, evaluate_params)
     outputs = run.outputs.model_outputs if run.outputs else []
     if logged.model_id not in {output.model_id for output in outputs}:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     uri = f"{_LOGGED}{logged.model_id}"
-    if version and version.source != uri:  # its logged model was deleted, and its files with it
-        client.delete_model_version(MODEL_NAME, version.version)
-        version = None
-    if version is None:
+    if registered and registered.source != uri:  # its logged model was deleted, and its files with it
+        client.delete_model_version(MODEL_NAME, registered.version)
+        registered = None
+    if registered is None:
         if not client.search_registered_models(f"name = '{MODEL_NAME}'"):
             client.create_registered_model(MODEL_NAME)
         tags = {MODEL_DIGEST: digest}
-        version = client.create_model_version(MODEL_NAME, uri, run.info.run_id, tags, model_id=logged.model_id)
-    return str(version.version)
+        registered = client.create_model_version(MODEL_NAME, uri, run.info.run_id, tags, model_id=logged.model_id)
+    return str(registered.version)
 
 
 def _upload_unless_complete(
-    client: MlflowClient, logged: LoggedModel, run: Run, model: Path, digest: str, params: EvaluateParams
+    client: MlflowClient, logged: LoggedModel, run: Run, model: Path, digest: str, evaluate_params: EvaluateParams
 ) -> None:
     """Make sure that a logged model is READY and has all files of the model folder."""
     with _temporary_folder() as folder:
         if logged.status == LoggedModelStatus.READY and _is_complete(logged, digest, folder / "stored"):
             return
-        _save(folder / "model", logged, run, model, params)
+        _write_pyfunc(folder / "model", logged, run, model, evaluate_params)
         client.log_model_artifacts(logged.model_id, str(folder / "model"))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
@@ -184,11 +194,13 @@ def _version_of(client: MlflowClient, digest: str) -> ModelVersion | None:
     return versions[0] if versions else None
 
 
-def _logged_model_of(client: MlflowClient, run: Run, digest: str, version: ModelVersion | None) -> LoggedModel | None:
+def _logged_model_of(
+    client: MlflowClient, run: Run, digest: str, registered: ModelVersion | None
+) -> LoggedModel | None:
     """The logged model of a version, in any experiment, or else the one with this digest in the run's experiment."""
-    if version:
+    if registered:
         try:
-            return client.get_logged_model(str(version.source).removeprefix(_LOGGED))
+            return client.get_logged_model(str(registered.source).removeprefix(_LOGGED))
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -209,19 +221,20 @@ def stored_model(location: str, folder: Path) -> Path:
     """The model folder at an artifact location: in place if it is on this machine, else downloaded to `folder`."""
     parts = urlsplit(location)
     if parts.scheme in ("", "file"):
-        return Path(url2pathname(parts.path), "artifacts", "gpt")
-    return Path(mlflow.artifacts.download_artifacts(f"{location}/artifacts/gpt", dst_path=str(folder)))
+        return Path(url2pathname(parts.path), "artifacts", _MODEL_FOLDER)
+    return Path(mlflow.artifacts.download_artifacts(f"{location}/artifacts/{_MODEL_FOLDER}", dst_path=str(folder)))
 
 
-def _save(folder: Path, logged: LoggedModel, run: Run, model: Path, params: EvaluateParams) -> None:
-    """Write the model in MLflow's pyfunc format, with its code as a plain file."""
-    prompt = list(params.prompts[:1]) or [""]
+def _write_pyfunc(folder: Path, logged: LoggedModel, run: Run, model: Path, evaluate_params: EvaluateParams) -> None:
+    """Write the model in MLflow's pyfunc format. The model code is a Python file, not a pickle."""
+    assert model.name == _MODEL_FOLDER  # `stored_model` looks for it under this name
+    prompt = list(evaluate_params.prompts[:1]) or [""]
     example = pd.DataFrame({"prompt": prompt})
     options = {
-        "max_new_tokens": params.max_new_tokens,
-        "temperature": params.temperature,
-        "top_k": params.top_k or 0,  # 0: all tokens
-        "top_p": params.top_p,
+        "max_new_tokens": evaluate_params.max_new_tokens,
+        "temperature": evaluate_params.temperature,
+        "top_k": evaluate_params.top_k or 0,  # 0: all tokens
+        "top_p": evaluate_params.top_p,
         "seed": 0,
     }
     mlflow.pyfunc.save_model(
@@ -278,4 +291,7 @@ def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | N
     if bits_per_byte >= best:
         return f"{outcome}; the {CHAMPION}, version {champion}, stays with {best:.4f} bits per byte on test"
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
-    return f"{outcome}, the new {CHAMPION}: {bits_per_byte:.4f} bits per byte on test, before it {best:.4f}"
+    return (
+        f"{outcome}, the new {CHAMPION}: {bits_per_byte:.4f} bits per byte on test; "
+        f"the previous {CHAMPION} had {best:.4f}"
+    )

@@ -6,7 +6,7 @@
 | norm            | LayerNorm              | RMSNorm        | RMSNorm, also on q and k     |
 | feed-forward    | GELU                   | SwiGLU         | SwiGLU                       |
 | biases          | yes                    | no             | no                           |
-| keys and values | one head per query     | grouped        | grouped                      |
+| keys and values | one per query head     | grouped        | grouped                      |
 
 Shapes: B batch, T tokens, D n_embd, N n_head, K n_kv_head, H head dimension, V vocabulary.
 """
@@ -57,8 +57,11 @@ def document_mask(tokens: Tensor, end_of_text: int) -> Tensor:
     return same.tril()
 
 
-def qkv_widths(params: ModelParams) -> list[int]:
-    """Rows of the queries, keys and values in `qkv_proj`, a single matrix: one product is faster than three."""
+def qkv_rows(params: ModelParams) -> list[int]:
+    """Numbers of rows for queries, keys and values in `qkv_proj`.
+
+    They share one matrix, because one product is faster than three.
+    """
     kv_width = params.n_kv_head * params.resolved_head_dim
     return [params.n_head * params.resolved_head_dim, kv_width, kv_width]
 
@@ -73,7 +76,7 @@ class Attention(nn.Module):
         self.head_dim = params.resolved_head_dim
         self.dropout = params.dropout
         bias = params.architecture == "gpt2"
-        self.qkv_proj = nn.Linear(params.n_embd, sum(qkv_widths(params)), bias=bias)
+        self.qkv_proj = nn.Linear(params.n_embd, sum(qkv_rows(params)), bias=bias)
         self.o_proj = nn.Linear(self.n_head * self.head_dim, params.n_embd, bias=bias)
         self.normalises_qk = params.architecture == "qwen3"
         if self.normalises_qk:
@@ -207,6 +210,7 @@ class GPT(nn.Module):
 
         `mask` (B, 1, T, T) replaces the causal mask: True where a token may attend to another.
         """
+        assert cache is None or mask is None  # with a cache, `_append` makes the mask
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         x = self.embedding(tokens)  # (B, T, D)
@@ -234,8 +238,8 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, *, z_loss: float = 0.0, end_of_text: int | None = None) -> Tensor:
         """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32.
 
-        The gradient includes `z_loss` times the mean squared log normalizer, the value does not (Chowdhery et al.,
-        2022, arXiv:2204.02311, section 5). With `end_of_text`, attention stays inside documents.
+        `z_loss` times the mean squared log normalizer contributes to the gradient only, not to the returned value
+        (Chowdhery et al., 2022, arXiv:2204.02311, section 5). With `end_of_text`, attention stays inside documents.
         """
         mask = None if end_of_text is None else document_mask(tokens, end_of_text)
         hidden = self.hidden(tokens, mask=mask).flatten(0, 1)  # (B * T, D)
@@ -262,7 +266,7 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def n_multiplied(self) -> int:
-        """The number of weights in matrices that every token is multiplied with. Embeddings are only looked up."""
+        """The number of weights that take part in a matrix product for every token. Embedding look-ups do not count."""
         tables = [] if self.params.tie_embeddings else [self.embedding]
         if self.params.architecture == "gpt2":
             tables.append(self.position_embedding)
@@ -272,8 +276,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs of a forward and a backward pass at full context, as used for model FLOPs utilisation.
 
-        Attention is counted over the whole context, and nothing is recomputed (Chowdhery et al., 2022,
-        arXiv:2204.02311, appendix B).
+        Attention counts all T x T pairs, including masked ones. Recomputation by activation checkpointing is not
+        counted (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
         """
         params = self.params
         attention = params.n_layer * params.n_head * params.resolved_head_dim * params.context_length

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gptpipe.model.gpt import GPT, qkv_widths
+from gptpipe.model.gpt import GPT, qkv_rows
 from gptpipe.model.params import ModelParams
 
 # Parts of our parameter names -> the names of the Hugging Face ecosystem. Other parts are equal.
@@ -61,7 +61,7 @@ def to_hf(weights: Mapping[str, Tensor], params: ModelParams) -> dict[str, Tenso
         if params.tie_embeddings and name == "head.weight":
             continue
         names = hf_names(name, params)
-        parts = torch.split(value, qkv_widths(params)) if len(names) == 3 else [value]
+        parts = torch.split(value, qkv_rows(params)) if len(names) == 3 else [value]
         for hf_name, part in zip(names, parts, strict=True):
             converted[hf_name] = _transposed(name, part, params)
     return converted

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-# Give up on a store that does not answer within seconds; the outbox keeps its operations.
+# Give up within seconds if a store does not answer; the outbox keeps the operations.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -27,9 +27,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from gptpipe.shell.environment import experiment_name, project_root, tracking_uri
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 
-RUN_ID = re.compile("[0-9a-f]{32}")  # also the form of the name that a training gives its run before the store answers
+RUN_ID = re.compile("[0-9a-f]{32}")  # of MLflow; a provisional run id has the same form
 REPRODUCE = "reproduce"  # folder of the artifacts that `gptpipe restore` needs besides the commit
-TRAINING = "training_run_id"  # tag: the name that a training gave its run before the store did
+TRAINING = "training_run_id"  # tag: the provisional id of a training's run, used until the store has assigned an id
 MAX_TAG_CHARACTERS = 5000  # MLflow's limits
 _MAX_PARAM_CHARACTERS = 6000
 _LOCKED_SECONDS = 5.0  # maximal wait for a SQLite store that another program has locked
@@ -69,7 +69,8 @@ class RefusedError(StoreError):
     """The tracking store refuses this request, and would refuse a repetition."""
 
 
-# MLflow's error codes that depend only on the request. RESOURCE_ALREADY_EXISTS may be caused by an earlier attempt.
+# Error codes for which a retry cannot succeed.
+# RESOURCE_ALREADY_EXISTS is not one: an earlier attempt may have caused it.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -130,7 +131,10 @@ def _create_sqlite_store(file: Path) -> None:
 
 
 def _create_experiment(client: MlflowClient, artifacts: str | None) -> None:
-    """Create the experiment with its saved view and a link to it; None leaves the place of artifacts to the server."""
+    """Create the experiment with its saved view and a link to it.
+
+    If `artifacts` is None, the server chooses their location.
+    """
     number = client.create_experiment(experiment_name(), artifacts, _EXPERIMENT_TAGS)
     link = f"#/experiments/{number}/runs?viewStateShareKey=figures&workflowType=machine_learning"
     client.set_experiment_tag(number, "mlflow.note.content", f"[All runs with their figures]({link})")
@@ -151,7 +155,7 @@ def read_run_id(path: Path) -> str:
 
 
 def find_run(client: MlflowClient, name: str) -> str | None:
-    """The id of the run with this id, or else of the run that a training created under this name."""
+    """The id of the run that has this id. If there is none, the id of the run that has it as provisional id."""
     if not RUN_ID.fullmatch(name):
         return None
     try:
@@ -175,7 +179,7 @@ class RunWriter:
     """Writes operations to one run. The first operation, `create`, creates the run."""
 
     def __init__(self, name: str) -> None:
-        self.name = name  # the run's id, or the name that a training uses until the store gives an id
+        self.name = name  # the run's id, or its provisional id
         self.run_id: str | None = None
         self._client: MlflowClient | None = None
         self._stored_steps: dict[str, set[int]] = {}  # by metric
@@ -203,7 +207,7 @@ class RunWriter:
                     self._end(client, self.run_id, content)
 
     def _connect(self) -> MlflowClient:
-        """The client. Also looks for the run of an earlier process or attempt, until there is one."""
+        """The client. Connects at the first call, and looks for an existing run until it finds one."""
         self._client = self._client or connect(to_write=True)
         if self.run_id is None:
             run_id = find_run(self._client, self.name)
@@ -221,7 +225,10 @@ class RunWriter:
             self._stored_steps.setdefault(key, set()).add(step)
 
     def _end(self, client: MlflowClient, run_id: str, status: str) -> None:
-        """Set the final status. Deletes a second run of this name, created because an answer came too late."""
+        """Set the final status.
+
+        Delete duplicate runs, which exist if the store created a run but its answer was late.
+        """
         for run in client.search_runs([_experiment_id(client)], f"tags.{TRAINING} = '{self.name}'"):
             if run.info.run_id != run_id:
                 client.delete_run(run.info.run_id)

@@ -1,21 +1,22 @@
-"""How many held-out documents share a run of `split.ngram` words with a train document ("contamination").
+"""Contamination: documents that share a run of `split.ngram` words between train and the held-out texts.
 
-Held-out are val, test and the texts of `split.benchmarks`. The measure is that of GPT-3 (Brown et al., 2020,
-arXiv:2005.14165, appendix C), in words, so it does not depend on the tokenizer:
+The held-out texts are val, test and the benchmarks of `split.benchmarks`. The measure is that of GPT-3 (Brown et al.,
+2020, arXiv:2005.14165, appendix C), in words, so it does not depend on the tokenizer:
 
 - A held-out document is contaminated if one of its n-grams occurs in a train document.
 - A train document is contaminated if one of its n-grams occurs in a held-out document.
 - A document of fewer than n words has no n-gram. It is counted, but not examined.
 
-The texts are read three times. Only 64-bit hashes of n-grams are kept in memory:
+The corpus is read three times, the benchmarks twice. Only 64-bit hashes of n-grams are kept in memory:
 
 1. `_held_out_ngrams` collects the distinct n-grams of the held-out documents.
 2. `_search` in train finds which of them occur there, and the train documents that contain one.
 3. `_search` in the held-out documents finds those that contain an n-gram that occurs in train.
 
 Step 1 keeps at most `_MAX_NGRAMS`. If there are more, it keeps those of one in 2, 4, 8, ... held-out documents,
-and step 3 examines the same documents: the shares are then estimates. Whole documents are sampled, because a
-contaminated document may share a single n-gram, which a sample of n-grams would miss.
+and step 3 examines the same documents. The shares of the held-out groups are then estimates; the share of train is a
+lower bound. Whole documents are sampled, because a contaminated document may share a single n-gram, which a sample of
+n-grams would miss.
 """
 
 from collections import Counter
@@ -45,19 +46,20 @@ from gptpipe.split.params import SplitParams
 
 _MAX_NGRAMS = 1 << 20  # of held-out documents in memory, 16 bytes each
 _BLOCK_CHARACTERS = 1 << 18  # that a thread hashes at once, with 60 bytes of memory for each character
-_MAX_IDS = 20  # of contaminated documents that the report lists, for each group
+_MAX_IDS = 20  # contaminated documents listed in the report, for each held-out group
 _RANK_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so different sums stay different
 
 
 class _Block(NamedTuple):
     """Texts that are hashed together, about _BLOCK_CHARACTERS unless one text alone is longer."""
 
-    groups: Indices  # of each text: its index in the names of the report's groups
+    groups: Indices  # for each text: the index of its group in the report
     ids: list[str]
     texts: list[str]
 
 
-ReadBlocks = Callable[[], Iterator[_Block]]  # one unit of work, for a thread or for another machine
+# Reads the blocks of one shard or benchmark part when called, in a thread or on another machine.
+ReadBlocks = Callable[[], Iterator[_Block]]
 
 
 @dataclass
@@ -69,7 +71,7 @@ class _Matches:
     ids: dict[int, list[str]]  # the first contaminated documents of each group
 
     @classmethod
-    def none(cls, n_ngrams: int, n_groups: int) -> "_Matches":
+    def empty(cls, n_ngrams: int, n_groups: int) -> "_Matches":
         return cls(np.zeros(n_ngrams, np.bool_), np.zeros((n_groups, 3), np.int64), {})
 
     def add(self, other: "_Matches") -> None:
@@ -125,10 +127,11 @@ def _check_shares(report: dict[str, Any], params: SplitParams) -> None:
         return
     for group, share in report["share"].items():
         if group != "train" and share > params.max_contamination:
-            ids = ", ".join(report["ids"][group])
+            ids = report["ids"][group]
+            counts = f"{report[f'{group}_contaminated']} of {report[f'{group}_examined']} examined documents"
             raise InputError(
-                f"split: {share:.2%} of the examined documents of {group} share {params.ngram} words in a row with "
-                f"train, above split.max_contamination; remove these documents, or raise the limit: {ids}"
+                f"split: {counts} of {group} ({share:.2%}) share {params.ngram} words in a row with train, above "
+                f"split.max_contamination; remove them, or raise the limit; the first {len(ids)} are: {', '.join(ids)}"
             )
 
 
@@ -142,7 +145,10 @@ def _shard_blocks(shard: Path, params: SplitParams, seed: int, *, is_train: bool
 
 
 def _benchmark_work(source: Iterable[str | Rejected], group: int) -> Iterator[ReadBlocks]:
-    """The texts of a benchmark in units of about one block. Their ids are their numbers in the source."""
+    """The texts of a benchmark in units of about one block.
+
+    Ids are numbers of pieces, in the order in which they are read; `read` cuts long texts into pieces.
+    """
     ids: list[str] = []
     texts: list[str] = []
     n_characters = 0
@@ -160,7 +166,7 @@ def _benchmark_work(source: Iterable[str | Rejected], group: int) -> Iterator[Re
 
 
 def _cut_into_blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Block]:
-    """No text is cut."""
+    """Group consecutive texts into blocks. A text is never split."""
     block_of_text = np.cumsum([len(text) for text in texts]) // _BLOCK_CHARACTERS
     first_of_block = np.flatnonzero(np.diff(block_of_text)) + 1
     for start, end in pairwise([0, *first_of_block, len(texts)]):
@@ -200,7 +206,7 @@ def _is_sampled(ranks: Hashes, every_nth: int) -> npt.NDArray[np.bool_]:
 
 
 def _shrink(sample: Hashes, every_nth: int) -> tuple[Hashes, int]:
-    """The distinct n-grams, of as many documents as _MAX_NGRAMS allows."""
+    """Keep the distinct n-grams; while there are more than _MAX_NGRAMS, sample half as many documents."""
     sample = _distinct(sample)
     while sample.shape[1] > _MAX_NGRAMS:
         every_nth *= 2
@@ -216,10 +222,13 @@ def _distinct(ranked: Hashes) -> Hashes:
 
 
 def _search(work: Iterator[ReadBlocks], ngrams: Hashes, n: int, n_groups: int, every_nth: int = 1) -> _Matches:
-    """Search for n-grams in all documents, or in the same one in `every_nth` whose n-grams were collected."""
+    """Search all documents for the n-grams.
+
+    With `every_nth` > 1, search only the documents that were sampled for collecting n-grams.
+    """
     index = pd.Index(ngrams)
     index.get_indexer(index[:1])  # builds its table before threads share it; two at once could see half a table
-    matches = _Matches.none(len(ngrams), n_groups)
+    matches = _Matches.empty(len(ngrams), n_groups)
     search = partial(_search_blocks, ngrams=index, n=n, n_groups=n_groups, every_nth=every_nth)
     for part in map_in_order(search, work, threads=True):
         matches.add(part)
@@ -227,7 +236,7 @@ def _search(work: Iterator[ReadBlocks], ngrams: Hashes, n: int, n_groups: int, e
 
 
 def _search_blocks(read_blocks: ReadBlocks, *, ngrams: pd.Index, n: int, n_groups: int, every_nth: int) -> _Matches:
-    matches = _Matches.none(len(ngrams), n_groups)
+    matches = _Matches.empty(len(ngrams), n_groups)
     for block in read_blocks():
         hashes, text_of_ngram = hash_ngrams(block.texts, n)
         if every_nth > 1:

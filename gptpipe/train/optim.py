@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gptpipe.model.device import gather, shard_like
-from gptpipe.model.gpt import GPT, qkv_widths
+from gptpipe.model.gpt import GPT, qkv_rows
 from gptpipe.train.params import TrainParams
 
 # Quintic Newton-Schulz coefficients and their use: Jordan et al., 2024, kellerjordan.github.io/posts/muon
@@ -120,7 +120,7 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
     adamw = torch.optim.AdamW(param_groups, lr=params.lr, betas=params.betas, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
-        heights: dict[Tensor, list[int]] = {p: qkv_widths(model.params) for name, p in muon.items() if "qkv" in name}
+        heights: dict[Tensor, list[int]] = {p: qkv_rows(model.params) for name, p in muon.items() if "qkv" in name}
         optimizers.append(Muon(list(muon.values()), params.lr, params.weight_decay, heights))
     set_lr(optimizers, params.lr)
     return optimizers

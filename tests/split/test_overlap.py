@@ -114,8 +114,8 @@ def test_benchmarks_are_examined_and_a_share_above_the_limit_is_an_error(
     with pytest.raises(InputError) as caught:
         report_on(texts, benchmarks=(benchmark,), max_contamination=0.49)
     assert str(caught.value) == (
-        "split: 50.00% of the examined documents of benchmark-0 share 13 words in a row with train, above "
-        "split.max_contamination; remove these documents, or raise the limit: number 1"
+        "split: 1 of 2 examined documents of benchmark-0 (50.00%) share 13 words in a row with train, above "
+        "split.max_contamination; remove them, or raise the limit; the first 1 are: number 1"
     )
     assert json.loads((tmp_path / "split.json").read_text()) == report
 
@@ -136,7 +136,7 @@ def test_a_sample_of_whole_documents_is_examined_if_there_is_much_text(
     assert 30 < report["val_examined"] < 70
     assert 0.35 < report["share"]["val"] < 0.65
     assert set(report["ids"]["val"]) <= contaminated
-    with pytest.raises(InputError, match=r"of val share 13 words in a row"):
+    with pytest.raises(InputError, match=r"of val \(\d\d\.\d\d%\) share 13 words in a row"):
         report_on(texts, max_contamination=0.35)
 
 
