@@ -71,15 +71,18 @@ class Checkpoints:
     def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
         self.folder, self.environment = folder, environment
         self.inexact: list[str] = []  # after which steps the environment changed, and how
+        self._run_id: str | None = None
 
     def provisional_run_id(self) -> str:
         """The provisional id of this training's run. Created and saved at the first call, so it survives a kill."""
-        path = self.folder / _RUN
-        with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
-            return str(unseal(path.read_bytes())["name"])
-        name = uuid.uuid4().hex
-        write_bytes(path, seal({"name": name}))
-        return name
+        if self._run_id is None:
+            path = self.folder / _RUN
+            with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
+                self._run_id = str(unseal(path.read_bytes())["run_id"])
+                return self._run_id
+            self._run_id = uuid.uuid4().hex
+            write_bytes(path, seal({"run_id": self._run_id}))
+        return self._run_id
 
     def save(self, state: TrainState) -> None:
         """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
@@ -92,6 +95,7 @@ class Checkpoints:
             write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
             content = {
                 "step": state.step,
+                "run_id": self.provisional_run_id(),
                 "best_step": state.best.step if state.best else None,
                 "history": [asdict(validation) for validation in state.history],
                 "samples": state.samples,
@@ -121,6 +125,7 @@ class Checkpoints:
                 continue
             self._check_environment(saved.content, allow_inexact)
             saved.copy_to(state)
+            self._run_id = saved.content.run_id  # run.json may have been lost
             for unsound in candidates[:i] if is_writer() else ():
                 _discard(unsound)
             return True
@@ -222,6 +227,7 @@ class _Content(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     step: _Step
+    run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     best_step: _Step | None
     history: list[Validation]
     skipped: _Step

@@ -60,13 +60,16 @@ def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Names of the checkpoints in a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
     whole = saved_run(tmp_path / "whole", {0: 4.0, 6: 3.0}, 12, **changes)
+    (tmp_path / "halves").mkdir()
+    shutil.copy(tmp_path / "whole" / "run.json", tmp_path / "halves")  # the id of the run is random
     saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
     state, is_restored = restored(tmp_path / "halves", **changes)
     assert is_restored
@@ -213,10 +216,11 @@ NORM, MOMENT, COUNT = (
 
 FORGERIES: dict[str, Callable[[Path], object]] = {
     **{f"no {key}": state_json(**{key: ...})
-       for key in ("step", "best_step", "history", "skipped", "micro_batch_size", "environment")},
+       for key in ("step", "run_id", "best_step", "history", "skipped", "micro_batch_size", "environment")},
     **{f"{key} {value!r:.9}": state_json(**{key: value})
        for key in ("step", "best_step", "skipped", "micro_batch_size")
        for value in (-1, 2**70, True, 6.0, "6")},
+    "a run id that is none": state_json(run_id="../x"),
     "micro-batches of 0": state_json(micro_batch_size=0),
     "another step than the folder's": state_json(step=3),
     "another best step": state_json(best_step=2),
@@ -433,6 +437,17 @@ def test_a_run_keeps_its_name(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(b"{}")  # damaged: another name, not a traceback
     other = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
     assert name != other == Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
+
+
+def test_a_resumed_training_keeps_its_run_although_run_json_is_lost(tmp_path: Path) -> None:
+    """It would otherwise become a second run in the store, and the first would stay RUNNING."""
+    saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
+    run_id = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
+    (tmp_path / "run.json").unlink()
+    state, _, _ = tiny.trained_state(2, seed=99, **SMALL)
+    checkpoints = Checkpoints(tmp_path, ENVIRONMENT)
+    assert checkpoints.restore(state, allow_inexact=False)
+    assert checkpoints.provisional_run_id() == run_id
 
 
 def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:
