@@ -247,7 +247,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_one_run(project: Project) -> 
     with pytest.raises(Interrupted):
         project.train(params, stop_at=0)
     assert names[0].read_bytes() == before
-    assert project.records[0].run_id == json.loads(before)["name"]
+    assert project.records[0].run_id == json.loads(before)["run_id"]
 
 
 def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
