@@ -82,7 +82,7 @@ def test_runs_are_selected_by_id_experiment_or_sweep() -> None:
 
 
 @pytest.fixture
-def runs_with_curves() -> None:
+def runs_with_curves(project: Path) -> None:
     """Two seeds of the learning rate `<i>`, which looks like markup, and one seed of 0.1."""
     client = connect()
     for lr, seed, losses in (("<i>", 0, [4.0, 2.0]), ("<i>", 1, [6.0, 4.0]), ("0.1", 0, [5.0, 5.0])):
