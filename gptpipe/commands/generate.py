@@ -56,7 +56,7 @@ class _Generator:
         ):  # how Python decodes bytes that are not UTF-8
             raise InputError(_NOT_UTF8)
         pieces = continue_text(self._model, self._tokenizer, prompt, self._max_new_tokens, self._sampling)
-        with memory_errors("out of memory; shorten the prompt, or lower --max-new-tokens"):
+        with memory_errors(lambda: "out of memory; shorten the prompt, or lower --max-new-tokens"):
             _print_piece(prompt)
             for piece in pieces:
                 _print_piece(piece)

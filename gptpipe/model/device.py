@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -70,14 +70,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def memory_errors(message: str) -> Iterator[None]:
-    """Turn a failed allocation into a ResourceError."""
+def memory_errors(message: Callable[[], str]) -> Iterator[None]:
+    """Turn a failed allocation into a ResourceError. `message` is called at that moment."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise ResourceError(message) from error
+        raise ResourceError(message()) from error
 
 
 def is_sharded(tensor: Tensor) -> bool:

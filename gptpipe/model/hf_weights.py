@@ -56,7 +56,7 @@ def load_model(folder: Path) -> GPT:
     stored = stored_tensors(folder)
     _check_sizes(params, vocab_size, stored, folder)
     _check_memory(params, stored, folder)
-    with memory_errors(f"{folder}: out of memory; free some memory, or choose a smaller model"):
+    with memory_errors(lambda: f"{folder}: out of memory; free some memory, or choose a smaller model"):
         model = GPT(params, vocab_size)
         _check_tensors(stored, model, folder)
         _copy_weights(model, folder)
@@ -70,7 +70,7 @@ def load_weights(model: GPT, folder: Path) -> None:
     ResourceError.
     """
     _check_tensors(stored_tensors(folder), model, folder)
-    with memory_errors(f"{folder}: out of memory; free some memory, or choose a smaller model"):
+    with memory_errors(lambda: f"{folder}: out of memory; free some memory, or choose a smaller model"):
         _copy_weights(model, folder)
 
 

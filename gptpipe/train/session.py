@@ -13,7 +13,7 @@ from gptpipe.base.files import sha256_of, write_json
 from gptpipe.base.finished_training import discard, finished_in, mark_finished
 from gptpipe.base.manifest import Manifest
 from gptpipe.formats.hf_tokenizer import check_same_tokens
-from gptpipe.model.device import is_out_of_memory
+from gptpipe.model.device import memory_errors
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
@@ -207,17 +207,11 @@ def _open_record(
     return open_record(checkpoints.provisional_run_id(), inputs.split, environment)
 
 
-@contextmanager
-def _memory_errors(state: TrainState) -> Iterator[None]:
+def _memory_errors(state: TrainState) -> AbstractContextManager[None]:
     """Report that memory ran out in a place where smaller micro-batches would not help."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ResourceError(
-            f"train: out of memory after step {state.step}; free memory, or lower the model's size"
-        ) from error
+    return memory_errors(
+        lambda: f"train: out of memory after step {state.step}; free memory, or lower the model's size"
+    )
 
 
 @dataclass

@@ -281,12 +281,19 @@ def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> No
     verify(steps[-1])
 
 
-def test_out_of_memory_in_the_update_is_a_resource_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(*_: object, **__: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes")
+@pytest.mark.parametrize("n_updates", [0, 2])
+def test_out_of_memory_in_the_update_is_a_resource_error_that_names_the_last_step(
+    project: Project, monkeypatch: pytest.MonkeyPatch, n_updates: int
+) -> None:
+    update, updates = torch.optim.AdamW.step, iter(range(n_updates))
+
+    def step(*arguments: Any, **options: Any) -> None:
+        if next(updates, None) is None:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes")
+        update(*arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(ResourceError, match="train: out of memory after step 0; free memory"):
+    with pytest.raises(ResourceError, match=f"train: out of memory after step {n_updates}; free memory"):
         project.train(tiny.params())
 
 
