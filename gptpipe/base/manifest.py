@@ -17,7 +17,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gptpipe.base.files import seal, sha256_of, unseal, write_bytes
-from gptpipe.base.resume import remove_records
 from gptpipe.shell.errors import IntegrityError
 from gptpipe.shell.locks import disk_errors, make_folder, one_writer, sync_folder
 
@@ -70,8 +69,9 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
     """Build a folder and its manifest. A complete folder replaces `target`; after an error, `target` is unchanged.
 
     `made_from` maps the name of each ancestor to its digest. `key` is a digest of everything that determines the
-    content. With a key, a killed build leaves its files for the next build with the same key, see
-    `gptpipe.base.resume`; any error deletes them. Raises ResourceError, also if another process is building the folder.
+    content, except of what the records of `gptpipe.base.resume` cover by keys of their own. With a key, a build that is
+    killed or fails leaves its files for the next build with the same key. Raises ResourceError, also if another process
+    is building the folder.
     """
     partial = target.with_name(f".{target.name}.{key}.partial" if key else f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old.partial")
@@ -91,19 +91,15 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
                     target.replace(old)
                 partial.replace(target)
                 sync_folder(target.parent)
-        except Exception:
-            kept_partial = None
-            raise
         finally:
             with disk_errors(target):
                 _remove_leftovers_and_restore_old(target, old, kept_partial)
 
 
 def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
-    """Remove the records of `finish`, write the manifest, and sync all names to disk."""
-    remove_records(folder.path)
+    """Write the manifest, sync all names to disk, and remove what only an interrupted build needs."""
     files: dict[str, FileEntry] = {}
-    for name in _files_below(folder.path):
+    for name in filter(_is_content, _files_below(folder.path)):
         path = folder.path / name
         files[name] = FileEntry(sha256=sha256_of(path), n_bytes=path.stat().st_size)
     manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
@@ -111,6 +107,13 @@ def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
     for path in sorted(folder.path.rglob("*")):
         if path.is_dir():
             sync_folder(path)
+    for path in sorted(folder.path.rglob(".*")):
+        _remove(path)
+
+
+def _is_content(name: str) -> bool:
+    """Whether a file stays in a finished folder. Names that start with a dot are for `gptpipe.base.resume` only."""
+    return not any(part.startswith(".") for part in Path(name).parts)
 
 
 def read_manifest(folder: Path) -> Manifest:

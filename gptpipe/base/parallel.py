@@ -18,6 +18,8 @@ from gptpipe.shell.process import end_worker_with_parent
 
 _RAY_RETRIES = 3  # of a task whose worker is lost
 _CONNECT_SECONDS = 10  # to find out whether a Ray cluster answers
+# `map_in_order`, or Python's own `map` for small work.
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

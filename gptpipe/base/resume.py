@@ -1,7 +1,7 @@
 """Resume an interrupted build: reuse the files that it completed.
 
-`finish` writes a record beside the files, and `finished` reads it. The record contains the SHA-256 of each file, so
-a file that has changed is not reused.
+`once` writes a record beside the files that it completes. The record contains the SHA-256 of each file, so a file that
+has changed is not reused.
 """
 
 import hashlib
@@ -25,43 +25,30 @@ def key_of(stage: str, determinants: list[Any], *libraries: str) -> str:
     return hashlib.sha256(to_json([determinants, code_digest(stage), versions])).hexdigest()[:16]
 
 
-def once(files: list[Path], make: Callable[[], Result]) -> Result:
+def once(files: list[Path], make: Callable[[], Result], key: str = "") -> Result:
     """Run `make`, which writes `files`, unless an interrupted run already produced them. Returns its result.
 
-    A recorded result has been through JSON: its tuples are lists now.
+    `key` is a digest of everything that determines the files and that is not part of the folder's key. A recorded
+    result has been through JSON: its tuples are lists now. `new_folder` deletes the records when it finishes.
     """
-    record = finished(files)
+    record = _finished(files, key)
     if record:
         recorded: Result = record["result"]
         return recorded
     result = make()
-    finish(files, result)
+    content = {"files": [sha256_of(path) for path in files], "key": key, "result": result}
+    write_bytes(_record_path(files), seal(content))
     return result
 
 
-def finish(files: list[Path], result: Any) -> None:
-    """Record that the files are complete. `result` is plain JSON.
-
-    The record is deleted when the enclosing `new_folder` finishes.
-    """
-    record = {"files": [sha256_of(path) for path in files], "result": result}
-    write_bytes(_record_path(files), seal(record))
-
-
-def finished(files: list[Path]) -> dict[str, Any]:
-    """The record that `finish` wrote, or an empty dict if there is none or any of the files has changed."""
+def _finished(files: list[Path], key: str) -> dict[str, Any]:
+    """The record of finished files, or an empty dict if there is none or anything has changed."""
     with suppress(OSError, ValueError, KeyError):  # a file or its record is missing, or the record is damaged
         record = unseal(_record_path(files).read_bytes())
-        if record["files"] == [sha256_of(path) for path in files]:
+        if record["key"] == key and record["files"] == [sha256_of(path) for path in files]:
             return record
     return {}
 
 
 def _record_path(files: list[Path]) -> Path:
     return files[0].with_name(f".{files[0].name}{_DONE}")
-
-
-def remove_records(folder: Path) -> None:
-    """Remove all records of `finish` below a folder."""
-    for record in sorted(folder.rglob(f".*{_DONE}")):
-        record.unlink()

@@ -4,9 +4,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from gptpipe.collect.batch import Rejected
 from gptpipe.collect.filters import are_on, fault, without_boilerplate
 from gptpipe.collect.params import CollectParams, FilterParams
+from gptpipe.collect.texts import Rejected
 
 _SEPARATOR = "\n\0\n"  # between texts that are cleaned together
 # Control characters except tab, line feed and the \0 of the separator: C0 and DEL; C1 in UTF-8.

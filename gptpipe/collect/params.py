@@ -1,6 +1,7 @@
 """Section `collect` of params.yaml. Only optional keys of sources have a default here."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_validator
@@ -16,6 +17,9 @@ Paths = Annotated[tuple[Glob, ...], Field(min_length=1)]
 class AnySource(Section):
     """Keys of every kind of source."""
 
+    on_bad: Literal["stop", "skip"] = "stop"  # at a damaged record: name all such files and stop, or skip and count it
+    max_bad: Ratio = 0.05  # for on_bad: skip; a larger share of bad records stops the stage
+    keep_trailing_spaces: bool = False  # at the ends of lines; two of them are a line break in Markdown
     max_documents: Positive | None = None  # kept; the source ends after the last of them
     max_bytes: Positive | None = None  # kept, of text; the source ends with the document that reaches it
     weight: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0  # fraction of its documents to keep, chosen by id
@@ -28,11 +32,28 @@ class Python(AnySource):
     package: Annotated[str, Field(pattern=r"^\w+$")] | None = None  # as in `import`
 
 
-class Text(AnySource):
+def _check_encoding(name: str) -> str:
+    """Raise ValueError unless Python knows the encoding, and it is one of text."""
+    try:
+        "".encode(name)
+    except LookupError as error:
+        raise ValueError("is not an encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from error
+    return name
+
+
+class Files(AnySource):
+    """Keys of sources that are files."""
+
+    paths: Paths  # globs, local or remote
+    members: Phrase = "*"  # glob of the names in an archive
+    # Of the text; a file that starts with the byte order mark of UTF-16 or UTF-32 is read as that.
+    encoding: Annotated[str, AfterValidator(_check_encoding)] = "utf-8"
+
+
+class Text(Files):
     """Plain text files."""
 
     kind: Literal["text"]
-    paths: Paths  # globs, local or remote
     document: Literal["file", "line", "separator"] = "file"
     separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None  # for document: separator
 
@@ -44,20 +65,20 @@ class Text(AnySource):
         return separator
 
 
-class Jsonl(AnySource):
+class Jsonl(Files):
     """One JSON object per line."""
 
     kind: Literal["jsonl"]
-    paths: Paths
-    text_key: str = "text"
+    text_key: str = "text"  # `a.b` is the key `b` of the object at key `a`
 
 
 class Parquet(AnySource):
     """A column of Parquet files."""
 
     kind: Literal["parquet"]
-    paths: Paths
-    text_column: str = "text"
+    paths: Paths  # globs, local or remote
+    members: Phrase = "*"  # glob of the names in an archive
+    text_column: str = "text"  # `a.b` is the field `b` of the column `a`
 
 
 class Url(AnySource):
@@ -69,17 +90,33 @@ class Url(AnySource):
     format: Literal["text", "jsonl", "parquet"] = "text"
     text_key: str = "text"  # for format parquet: the column
     document: Literal["file", "line"] = "file"
+    members: Phrase = "*"  # glob of the names in an archive
+    encoding: Annotated[str, AfterValidator(_check_encoding)] = "utf-8"
 
 
 class HuggingFace(AnySource):
     """One split of a dataset on the Hugging Face hub, or of a local dataset folder."""
 
     kind: Literal["huggingface"]
-    dataset: Annotated[str, Field(min_length=1)]
-    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]  # a commit, because branches and tags move
+    dataset: Annotated[str, Field(min_length=1)]  # a name on the hub, or a local folder
+    # A commit, because branches and tags move. A local folder has none.
+    revision: Annotated[str | None, Field(pattern="^[0-9a-f]{40}$", validate_default=True)] = None
     name: str | None = None  # of the configuration of the dataset
     split: str = "train"
     text_column: str = "text"
+
+    @field_validator("revision")
+    @classmethod
+    def _pins_a_dataset_of_the_hub(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        dataset = info.data.get("dataset")
+        if revision is None and dataset and not Path(dataset).is_dir():
+            raise ValueError("is required for a dataset of the hub: the 40 hex digits of a commit")
+        return revision
+
+    @property
+    def address(self) -> str:
+        """Its name in messages and in the manifest."""
+        return f"huggingface://{self.dataset}/{self.name or 'default'}/{self.split}"
 
 
 Source = Annotated[Python | Text | Jsonl | Parquet | Url | HuggingFace, Field(discriminator="kind")]

@@ -1,7 +1,7 @@
 """Rows of Parquet files and datasets, parsed by native code in a child process that imports only this."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gptpipe.collect.batch import Rejected
+from gptpipe.collect.texts import Rejected, Texts
 from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import GptpipeError, InputError, ResourceError, first_line
 
@@ -22,9 +22,6 @@ _MAX_NAMES = 20  # of columns, in a message
 # Options of pyarrow. Without them a row group, which may be the whole file, is in memory at once.
 _BOUNDED: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
-# Lists of texts, with a Rejected for each row that has no text.
-Texts = Iterator[Sequence[str | Rejected]]
 
 
 def is_remote(address: str) -> bool:

@@ -3,15 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from gptpipe.base.files import write_bytes
-from gptpipe.base.pages import render_markdown, snippet
-from gptpipe.collect.batch import Rejected
-from gptpipe.shell.errors import one_line
+from gptpipe.base.pages import render_markdown
+from gptpipe.collect.candidates import MAX_EXAMPLES, Example
 
-_MAX_EXAMPLES = 3  # of each reason in each source: the first
-_EXAMPLE_CHARACTERS = 200
+_REJECTED = "rejected_"
 
 
 class Tally(Counter[str]):
@@ -21,33 +18,36 @@ class Tally(Counter[str]):
         super().__init__(documents_in=0, documents=0, bytes=0, cut=0)
         self.by_source = {source: Counter(documents=0, bytes=0, cut=0) for source in sources}
         self.examples: list[dict[str, str]] = []
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain JSON, for `restore`."""
-        by_source = {source: dict(counts) for source, counts in self.by_source.items()}
-        return {"counts": dict(self), "by_source": by_source, "examples": list(self.examples)}
-
-    def restore(self, content: dict[str, Any]) -> None:
-        self.clear()
-        self.update(content["counts"])
-        self.by_source = {source: Counter(content["by_source"][source]) for source in self.by_source}
-        self.examples = content["examples"]
-
-    def documents_in(self, source: str) -> int:
-        """Number of texts that were read from a source."""
-        return sum(n for name, n in self.by_source[source].items() if name not in ("bytes", "cut"))
+        self._n_examples = Counter[tuple[str, str]]()  # of each source and reason
 
     def add(self, source: str, name: str, n: int) -> None:
         for counts in (self, self.by_source[source]):
             counts[name] += n
 
-    def reject(self, source: str, rejected: Rejected, text: str | Rejected) -> None:
-        name = f"rejected_{rejected.reason}"
-        self.add(source, name, 1)
-        if self.by_source[source][name] <= _MAX_EXAMPLES:
-            start = snippet(text, _EXAMPLE_CHARACTERS) if isinstance(text, str) else "(not a text)"
-            detail = one_line(rejected.detail)  # a file name in it may not be UTF-8, which JSON needs
-            self.examples.append({"source": source, "reason": rejected.reason, "why": detail, "text": start})
+    def reject(self, source: str, reason: str, n: int) -> None:
+        """Count `n` texts of a source as rejected."""
+        self.add(source, f"{_REJECTED}{reason}", n)
+
+    def show(self, source: str, examples: Iterable[Example]) -> None:
+        """Keep the first examples of each reason for the report."""
+        for example in examples:
+            if self.n_missing_examples(source, example.reason):
+                self._n_examples[source, example.reason] += 1
+                shown = {"reason": example.reason, "why": example.detail, "text": example.start}
+                self.examples.append({"source": source, **shown})
+
+    def n_missing_examples(self, source: str, reason: str) -> int:
+        return MAX_EXAMPLES - self._n_examples[source, reason]
+
+    def documents_in(self, source: str) -> int:
+        """Number of texts that were read from a source."""
+        return sum(n for name, n in self.by_source[source].items() if name not in ("bytes", "cut"))
+
+    def rejections(self, source: str | None = None) -> dict[str, int]:
+        """Numbers of rejected texts by reason, the largest first: of a source, or of all."""
+        counts = self if source is None else self.by_source[source]
+        rejected = {name.removeprefix(_REJECTED): n for name, n in counts.items() if name.startswith(_REJECTED)}
+        return dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
 
     def write(self, path: Path) -> None:
         """Write the counts and examples as Markdown."""

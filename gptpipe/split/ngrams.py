@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from gptpipe.collect.dedup import UNSPACED
+from gptpipe.collect.near_duplicates import UNSPACED
 
 # Bases of the polynomials. They are odd, so they have inverses modulo 2**64.
 _BYTE_BASE = 0x9E3779B97F4A7C15

@@ -19,7 +19,6 @@ lower bound. Whole documents are sampled, because a contaminated document may sh
 n-grams would miss.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,9 +34,9 @@ import pyarrow as pa
 from gptpipe.base.files import write_json
 from gptpipe.base.parallel import map_in_order
 from gptpipe.base.parquet import read_parquet, strings
-from gptpipe.collect.batch import Rejected
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.readers import read
+from gptpipe.collect.parts import read_source
+from gptpipe.collect.texts import Rejected
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 from gptpipe.formats.sides import SIDES, sides_of
 from gptpipe.shell.errors import InputError
@@ -96,7 +95,7 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
     def held_out() -> Iterator[ReadBlocks]:
         yield from (partial(_shard_blocks, shard, params, seed, is_train=False) for shard in shards)
         for group, source in enumerate(params.benchmarks, start=len(SIDES)):
-            yield from _benchmark_work(chain.from_iterable(read(source, collect, Counter(), {})), group)
+            yield from _benchmark_work(chain.from_iterable(read_source(source, collect)), group)
 
     ngrams, every_nth = _held_out_ngrams(held_out(), params.ngram)
     in_train = _search(train(), ngrams, params.ngram, len(groups))

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +16,7 @@ import pytest
 
 from gptpipe.base.files import sha256_of
 from gptpipe.base.manifest import verify
-from gptpipe.collect import batch as shards
+from gptpipe.collect import candidates, parts, shards
 from gptpipe.collect import collect as collecting
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
@@ -136,7 +134,7 @@ def test_no_document_left_is_an_input_error_with_the_counts(
     with pytest.raises(InputError) as caught:
         collect(collect_params({"kind": "text", "paths": (f"{tmp_path}/a.txt",)}), tmp_path / "raw")
     assert words in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert not (tmp_path / "raw").exists()
 
 
 def test_a_bad_source_keeps_the_old_corpus(tmp_path: Path, collect_params: MakeParams) -> None:
@@ -179,104 +177,186 @@ def mixed_sources(folder: Path) -> list[dict[str, Any]]:
     return [records | {"max_documents": 400}, lines | {"weight": 0.5, "max_bytes": 3000}, records]
 
 
+def small_sizes(monkeypatch: pytest.MonkeyPatch, *, parts: int = 30_000, shards: int = 15_000) -> None:
+    """A small corpus has several parts and shards."""
+    monkeypatch.setattr("gptpipe.collect.parts.PART_BYTES", parts)
+    monkeypatch.setattr("gptpipe.collect.shards.SHARD_BYTES", shards)
+
+
 def test_any_number_of_workers_gives_the_same_bytes(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a_filter = {"ellipsis_lines": 1.0}  # only with one do other processes help
-    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, filters=a_filter)
+    small_sizes(monkeypatch, shards=30_000)
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup="near")
     outcomes = []
-    for workers, n_texts, n_alone in (("1", 7, 9), ("1", 1 << 13, 9), ("2", 90, 0)):
+    for workers, many_bytes in (("1", 1 << 30), ("1", 0), ("2", 0), ("3", 0)):
         monkeypatch.setenv("GPTPIPE_WORKERS", workers)
-        monkeypatch.setattr(collecting, "_MAX_TEXTS", n_texts)
-        monkeypatch.setattr(collecting, "_LOCAL_BATCHES", n_alone)
-        monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
+        monkeypatch.setattr(collecting, "_MANY_BYTES", many_bytes)
         counts = collect(params, tmp_path / "raw", tmp_path / "report.md")
         outcomes.append((counts, verify(tmp_path / "raw").digest, (tmp_path / "report.md").read_bytes()))
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0] == outcomes[1] == outcomes[2] == outcomes[3]
     counts = outcomes[0][0]
     assert counts["documents_in"] == counts["documents"] + sum(n for name, n in counts.items() if "rejected" in name)
+    assert counts["cut"] > 100
+    assert counts["rejected_near_duplicate"] > 100
+    assert len(shard_paths(tmp_path / "raw")) > 3
+
+
+@pytest.mark.parametrize("part_bytes", [5_000, 1 << 25])
+def test_limits_and_weights(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    """A source ends at its limit, whatever the parts, and the texts behind it are not counted."""
+    small_sizes(monkeypatch, parts=part_bytes)
+    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=10_000, min_document_bytes=7)
+    counts = collect(params, tmp_path / "raw")
     by_source = Counter(row["source"] for row in rows(tmp_path / "raw"))
     assert by_source["jsonl-0"] == 400
     assert 3000 <= sum(row["n_bytes"] for row in rows(tmp_path / "raw") if row["source"] == "text") < 3015
     texts = [row["text"] for row in rows(tmp_path / "raw")]
     assert len(texts) == len(set(texts)) == counts["documents"]
-    assert counts["cut"] > 100
-    assert len(shard_paths(tmp_path / "raw")) > 3
+    # 417 texts up to the 400th document of the first source, then lines up to the limit, and all of the third source.
+    last_line = [row["text"] for row in rows(tmp_path / "raw") if row["source"] == "text"][-1]
+    assert counts["documents_in"] == 417 + (int(last_line.split()[1]) + 1) + 1501
+
+
+def test_a_limit_that_duplicates_delay(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker stops reading at the limit of the source, but the first texts turn out to be known already."""
+    known = write_lines(tmp_path / "a.txt", *(f"line {i}" for i in range(50)))
+    longer = write_lines(tmp_path / "b.txt", *(f"line {i}" for i in range(100))) | {"max_documents": 10}
+    counts = collect(collect_params(known, longer), tmp_path / "raw")
+    assert counts == {
+        "documents_in": 110,
+        "documents": 60,
+        "bytes": counts["bytes"],
+        "cut": 0,
+        "rejected_duplicate": 50,
+    }
+    assert [row["text"] for row in rows(tmp_path / "raw")][50:] == [f"line {i}" for i in range(50, 60)]
+
+
+def test_parts_behind_a_limit_are_not_read(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sizes(monkeypatch, parts=1000)
+    read, really = list[int](), candidates.read_part
+    monkeypatch.setattr(candidates, "read_part", lambda part, *rest: read.append(part.start) or really(part, *rest))
+    lines = write_lines(tmp_path / "a.txt", *(f"line {i}" for i in range(1000)))
+    collect(collect_params(lines | {"max_documents": 200}), tmp_path / "raw")
+    assert read == [0, 1000]
 
 
 KILLED = """
 import os, sys
 from pathlib import Path
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect import collect
-from gptpipe.collect import batch as shards
-from gptpipe.formats.corpus import shard_paths
-shards.SHARD_BYTES, collect._MAX_TEXTS = 15_000, 150
-really = collect.write_shard
-def write_shard(path, rows):
-    if int(path.stem[5:]) == int(sys.argv[2]):
-        os.kill(os.getpid(), 9)
-    really(path, rows)
-collect.write_shard = write_shard
-if sys.argv[2] == "-1":
-    collect.Tally.write = lambda *_: os.kill(os.getpid(), 9)
+from gptpipe.collect import candidates, collect, parts, shards
+parts.PART_BYTES, shards.SHARD_BYTES = 30_000, 15_000
+kind, number = sys.argv[2:]
+n_calls = 0
+def killed_at(number, function):
+    def call(*arguments, **options):
+        global n_calls
+        n_calls += 1
+        if n_calls == number:
+            os.kill(os.getpid(), 9)
+        return function(*arguments, **options)
+    return call
+if kind == "part":
+    candidates.read_part = killed_at(int(number), candidates.read_part)
+elif kind == "shard":
+    shards.write_shard = killed_at(int(number), shards.write_shard)
+else:
+    collect.find_files = killed_at(2, collect.find_files)
 collect.collect(CollectParams.model_validate_json(sys.argv[1]), Path("raw"), Path("report.md"))
 """
 
 
+def kill(folder: Path, params: CollectParams, kind: str, number: int) -> None:
+    arguments = [sys.executable, "-c", KILLED, params.model_dump_json(), kind, str(number)]
+    assert subprocess.run(arguments, cwd=folder).returncode == -9
+    assert not (folder / "raw").exists()
+
+
 @pytest.mark.parametrize("dedup", ["exact", "near"])
-def test_after_a_kill_finished_shards_are_kept(
-    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, dedup: str
+@pytest.mark.parametrize(("kind", "number"), [("part", 7), ("shard", 4), ("end", 0)])
+def test_after_a_kill_finished_parts_and_shards_are_kept(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, dedup: str, kind: str, number: int
 ) -> None:
-    """The corpus has the same bytes as without a kill, for any time of the kill, and if a finished shard is damaged."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 15_000)
-    monkeypatch.setattr(collecting, "_MAX_TEXTS", 150)
+    """The corpus has the same bytes as without a kill, also if a finished file is damaged."""
+    small_sizes(monkeypatch)
     params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup=dedup)
     counts = collect(params, tmp_path / "undisturbed", tmp_path / "undisturbed.md")
-    made, really = list[int](), collecting.write_shard
-    monkeypatch.setattr(
-        collecting, "write_shard", lambda path, rows: made.append(int(path.stem[5:])) or really(path, rows)
-    )
-    for kill_at, damaged in ((random.Random().randrange(1, 7), None), (6, 2))[dedup == "near" :]:
-        arguments = [sys.executable, "-c", KILLED, params.model_dump_json(), str(kill_at)]
-        assert subprocess.run(arguments, cwd=tmp_path).returncode == -9
-        assert not (tmp_path / "raw").exists()
-        if damaged is not None:
-            (path,) = tmp_path.glob(f".raw.*.partial/**/docs-{damaged:05d}.parquet")
-            path.write_bytes(path.read_bytes()[:-9])
-        made.clear()
-        assert collect(params, tmp_path / "raw", tmp_path / "report.md") == counts
-        exact = made[: made.index(0, 1)] if dedup == "near" else made
-        assert exact == list(range(kill_at if damaged is None else damaged, exact[-1] + 1))
-        assert exact[-1] >= 8
-        assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest, kill_at
-        assert (tmp_path / "report.md").read_bytes() == (tmp_path / "undisturbed.md").read_bytes()
-        assert not list(tmp_path.glob(".raw*"))
-        shutil.rmtree(tmp_path / "raw")
+    n_parts = len(parts.plan_parts(params, parts.find_files(params.sources)))
+    n_shards = len(shard_paths(tmp_path / "undisturbed"))
+    kill(tmp_path, params, kind, number)
+    done = {"part": (number - 1, 0), "shard": (n_parts, number - 1), "end": (n_parts, n_shards)}[kind]
+    damaged = sorted(tmp_path.glob(".raw.*.partial/.parts/*/documents.arrow"))[:1]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-9])
+
+    made_parts, made_shards = list[str](), list[str]()
+    read_part, write_shard = candidates.read_part, shards.write_shard
+    monkeypatch.setattr(candidates, "read_part", lambda part, *a: made_parts.append(part.name) or read_part(part, *a))
+    monkeypatch.setattr(shards, "write_shard", lambda path, *a: made_shards.append(path.name) or write_shard(path, *a))
+    assert collect(params, tmp_path / "raw", tmp_path / "report.md") == counts
+    assert len(damaged) <= len(made_parts) <= n_parts - done[0] + len(damaged)
+    assert len(made_shards) == n_shards - done[1]
+    assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest
+    assert (tmp_path / "report.md").read_bytes() == (tmp_path / "undisturbed.md").read_bytes()
+    assert not list(tmp_path.glob(".raw*"))
 
 
-def test_after_a_kill_behind_the_last_shard_nothing_is_made_again(
+def test_leftovers_of_a_kill_are_used_only_where_nothing_has_changed(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = collect_params(*mixed_sources(tmp_path))
-    arguments = [sys.executable, "-c", KILLED, params.model_dump_json(), "-1"]
-    assert subprocess.run(arguments, cwd=tmp_path).returncode == -9
-    n_shards = len(list(tmp_path.glob(".raw.*.partial/docs-*")))
-    monkeypatch.setattr(collecting, "write_shard", None)
-    collect(params, tmp_path / "raw", tmp_path / "report.md")
-    assert len(shard_paths(tmp_path / "raw")) == n_shards > 3
-    assert verify(tmp_path / "raw").counts["documents"] == len(rows(tmp_path / "raw"))
-
-
-def test_leftovers_of_a_kill_with_other_sources_are_not_used(tmp_path: Path, collect_params: MakeParams) -> None:
+    small_sizes(monkeypatch)
     params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300)
-    subprocess.run([sys.executable, "-c", KILLED, params.model_dump_json(), "3"], cwd=tmp_path)
+    kill(tmp_path, params, "shard", 4)
     assert len(list(tmp_path.glob(".raw.*.partial/docs-*"))) == 3
     write_lines(tmp_path / "b.txt", "another line")
+    read, really = list[tuple[str, ...]](), candidates.read_part
+    monkeypatch.setattr(candidates, "read_part", lambda part, *a: read.append(part.addresses) or really(part, *a))
     collect(params, tmp_path / "raw")
+    assert read == [(f"{tmp_path}/b.txt",)]
     collect(params, tmp_path / "undisturbed")
     assert verify(tmp_path / "raw").digest == verify(tmp_path / "undisturbed").digest
     assert not list(tmp_path.glob(".raw*"))
+
+
+def test_after_an_error_finished_parts_are_kept(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error names all bad files; after they are fixed, only they are read again."""
+    small_sizes(monkeypatch, parts=10)
+    sources = [write_lines(tmp_path / f"{name}.txt", f"text {name}") for name in "abc"]
+    (tmp_path / "b.txt").write_bytes(b"text \xff\n")
+    (tmp_path / "c.txt").write_bytes(b"text \xff\n")
+    params = collect_params(*sources)
+    with pytest.raises(InputError, match=r"b\.txt: not UTF-8 at byte 5; .*c\.txt: not UTF-8 at byte 5; "):
+        collect(params, tmp_path / "raw")
+    for name in "bc":
+        write_lines(tmp_path / f"{name}.txt", f"text {name}")
+    read, really = list[tuple[str, ...]](), candidates.read_part
+    monkeypatch.setattr(candidates, "read_part", lambda part, *a: read.append(part.addresses) or really(part, *a))
+    assert collect(params, tmp_path / "raw")["documents"] == 3
+    assert read == [(f"{tmp_path}/b.txt",), (f"{tmp_path}/c.txt",)]
+    assert not list(tmp_path.glob(".raw*"))
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = write_lines(tmp_path / "a.txt", "one", "two")
+    really = collecting.plan_shards
+    monkeypatch.setattr(
+        collecting, "plan_shards", lambda decisions: write_lines(tmp_path / "a.txt", "six") and really(decisions)
+    )
+    with pytest.raises(InputError, match="a source changed while it was read"):
+        collect(collect_params(lines), tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
 
 
 def test_a_batch_is_limited_even_if_a_chunk_has_many_texts(
@@ -284,8 +364,8 @@ def test_a_batch_is_limited_even_if_a_chunk_has_many_texts(
 ) -> None:
     """A chunk can have a quarter of a million blank lines, and each becomes a rejection."""
     (tmp_path / "a.txt").write_text("\n" * 100_000 + "text\n")
-    clean, sizes = collecting.clean, list[int]()
-    monkeypatch.setattr(collecting, "clean", lambda texts, params: sizes.append(len(texts)) or clean(texts, params))
+    clean, sizes = candidates.clean, list[int]()
+    monkeypatch.setattr(candidates, "clean", lambda texts, params: sizes.append(len(texts)) or clean(texts, params))
     source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
     assert collect(collect_params(source), tmp_path / "raw")["rejected_empty"] == 100_000
     assert sum(sizes) == 100_001
@@ -326,7 +406,7 @@ from pathlib import Path
 from gptpipe.base import parquet
 from gptpipe.collect.params import CollectParams
 from gptpipe.params import load_params
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.formats.corpus import shard_paths
 from gptpipe.collect.collect import collect
 source = {"kind": sys.argv[3], "paths": (sys.argv[1],)} | ({"document": "line"} if sys.argv[3] == "text" else {})
