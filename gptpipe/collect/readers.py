@@ -24,9 +24,11 @@ from gptpipe.base.isolated import OpenFile, isolated
 from gptpipe.collect.batch import Rejected
 from gptpipe.collect.cleaning import cut, plain_line_ends
 from gptpipe.collect.downloads import download
-from gptpipe.collect.open_files import growth_limit, open_files, remote_addresses, seekable
+from gptpipe.collect.file_kinds import Format
+from gptpipe.collect.open_files import growth_limit, open_files, remote_addresses
 from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
 from gptpipe.collect.python_text import module_files, python_code, python_docs
+from gptpipe.collect.streams import seekable
 from gptpipe.collect.tables import CHUNK, Texts, dataset_rows, is_remote, not_utf8, parquet_rows, read_errors
 from gptpipe.shell.environment import project_root
 from gptpipe.shell.errors import InputError
@@ -74,7 +76,10 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
         return
     for address in _addresses(source):
         with read_errors(address):
-            for name, file in open_files(address, params.max_expansion, digests):
+            for name, file in open_files(address, params.max_expansion, digests, format_=_format_of(source)):
+                if isinstance(file, Rejected):
+                    yield [file]
+                    continue
                 match source:
                     case Text() | Url(format="text"):
                         separator = "\n" if source.document == "line" else getattr(source, "separator", None)
@@ -83,6 +88,10 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
                         yield from _jsonl_file(name, file, source.text_key, params)
                     case Parquet(text_column=column) | Url(text_key=column):
                         yield from _parquet_file(name, file, column, params)
+
+
+def _format_of(source: Text | Jsonl | Parquet | Url) -> Format:
+    return source.format if isinstance(source, Url) else source.kind
 
 
 def fingerprint(sources: tuple[Source, ...]) -> dict[str, str]:
@@ -187,7 +196,7 @@ def _text_file(
 ) -> Texts:
     """Documents of a text file: the whole file, or the parts between separators; long ones in pieces."""
     head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-    if not head.startswith(_UTF16_MARKS) and (b"\0" in head or head.startswith(b"%PDF-")):
+    if not head.startswith(_UTF16_MARKS) and b"\0" in head:
         yield [Rejected("binary", name)]
         return
     rest = ""
