@@ -29,7 +29,7 @@ from gptpipe.collect.open_files import growth_limit, open_files, remote_addresse
 from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
 from gptpipe.collect.python_text import module_files, python_code, python_docs
 from gptpipe.collect.streams import seekable
-from gptpipe.collect.tables import CHUNK, Texts, dataset_rows, is_remote, not_utf8, parquet_rows, read_errors
+from gptpipe.collect.tables import CHUNK, Pieces, Texts, dataset_rows, is_remote, not_utf8, parquet_rows, read_errors
 from gptpipe.shell.environment import project_root
 from gptpipe.shell.errors import InputError
 
@@ -87,7 +87,7 @@ def _texts(source: Source, params: CollectParams, counts: Counter[str], digests:
                     case Jsonl() | Url(format="jsonl"):
                         yield from _jsonl_file(name, file, source.text_key, params)
                     case Parquet(text_column=column) | Url(text_key=column):
-                        yield from _parquet_file(name, file, column, params)
+                        yield from _parquet_file(name, file, column, params, counts)
 
 
 def _format_of(source: Text | Jsonl | Parquet | Url) -> Format:
@@ -217,8 +217,10 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
     utf8 = codecs.getincrementaldecoder("utf-8")(errors)
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     n_read = n_decoded = 0  # bytes
+    head = b""
     while True:
         data = file.read(CHUNK)
+        head = head or data
         invalid = None
         try:
             text = decoder.decode(data, final=not data)
@@ -228,7 +230,7 @@ def _decoded(name: str, file: BinaryIO, errors: str) -> Iterator[str]:
             text = decoder.decode(data[: max(0, error.start - (n_read - n_decoded))])
         yield text if n_decoded else text.removeprefix("\ufeff")
         if invalid:
-            raise not_utf8(name, n_decoded + invalid.start) from invalid
+            raise not_utf8(name, n_decoded + invalid.start, head) from invalid
         if not data:
             return
         n_read += len(data)
@@ -254,7 +256,7 @@ def _jsonl_file(name: str, file: BinaryIO, key: str, params: CollectParams) -> T
             value = _parse_json(content) if content else None
         except UnicodeDecodeError as error:
             yield texts  # a limit of the source may end before the error
-            raise not_utf8(name, start + error.start) from error
+            raise not_utf8(name, start + error.start, line) from error
         except (ValueError, RecursionError) as error:
             yield texts
             raise InputError(f"{name}, line {number}: not JSON: {error}; fix or remove the line") from error
@@ -284,13 +286,17 @@ def _parse_json(content: str) -> Any:
     return value
 
 
-def _parquet_file(name: str, file: BinaryIO, column: str, params: CollectParams) -> Texts:
+def _parquet_file(name: str, file: BinaryIO, column: str, params: CollectParams, counts: Counter[str]) -> Texts:
     with seekable(file) as source:
         n_in = source.seek(0, os.SEEK_END)
         limit = growth_limit(n_in, params.max_expansion)
         memory = _MEMORY + _MEMORY_PER_BYTE * n_in
-        arguments = (name, OpenFile(source), column, params.encoding_errors, limit, params.max_expansion)
-        yield from isolated(name, parquet_rows, *arguments, memory=memory)
+        limits = (limit, params.max_expansion, params.max_document_bytes)
+        arguments = (name, OpenFile(source), column, params.encoding_errors, *limits)
+        for texts in isolated(name, parquet_rows, *arguments, memory=memory):
+            if isinstance(texts, Pieces):
+                counts["cut"] += texts.n_cuts
+            yield texts
 
 
 def _hub_address(source: HuggingFace) -> str:
