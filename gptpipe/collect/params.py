@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_validator
 
@@ -45,7 +45,7 @@ class Files(AnySource):
     """Keys of sources that are files."""
 
     paths: Paths  # globs, local or remote
-    members: Phrase = "*"  # glob of the names in an archive
+    members: Phrase | None = None  # glob of the names in an archive
     # Of the text; a file that starts with the byte order mark of UTF-16 or UTF-32 is read as that.
     encoding: Annotated[str, AfterValidator(_check_encoding)] = "utf-8"
 
@@ -54,6 +54,7 @@ class Text(Files):
     """Plain text files."""
 
     kind: Literal["text"]
+    format: ClassVar[Literal["text"]] = "text"
     document: Literal["file", "line", "separator"] = "file"
     separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None  # for document: separator
 
@@ -69,6 +70,7 @@ class Jsonl(Files):
     """One JSON object per line."""
 
     kind: Literal["jsonl"]
+    format: ClassVar[Literal["jsonl"]] = "jsonl"
     text_key: str = "text"  # `a.b` is the key `b` of the object at key `a`
 
 
@@ -76,8 +78,9 @@ class Parquet(AnySource):
     """A column of Parquet files."""
 
     kind: Literal["parquet"]
+    format: ClassVar[Literal["parquet"]] = "parquet"
     paths: Paths  # globs, local or remote
-    members: Phrase = "*"  # glob of the names in an archive
+    members: Phrase | None = None  # glob of the names in an archive
     text_column: str = "text"  # `a.b` is the field `b` of the column `a`
 
 
@@ -90,7 +93,7 @@ class Url(AnySource):
     format: Literal["text", "jsonl", "parquet"] = "text"
     text_key: str = "text"  # for format parquet: the column
     document: Literal["file", "line"] = "file"
-    members: Phrase = "*"  # glob of the names in an archive
+    members: Phrase | None = None  # glob of the names in an archive
     encoding: Annotated[str, AfterValidator(_check_encoding)] = "utf-8"
 
 

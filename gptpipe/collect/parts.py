@@ -17,11 +17,13 @@ from gptpipe.base.code import code_digest
 from gptpipe.base.files import sha256_of, to_json
 from gptpipe.base.parallel import map_in_order
 from gptpipe.collect.downloads import download
+from gptpipe.collect.file_kinds import is_other_file
 from gptpipe.collect.open_files import remote_addresses
 from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
 from gptpipe.collect.paths import is_file_name, matching_files
 from gptpipe.collect.python_text import module_files
-from gptpipe.collect.readers import can_be_divided, is_other_file, n_dataset_shards, read_part
+from gptpipe.collect.ranges import can_be_divided
+from gptpipe.collect.readers import n_dataset_shards, read_part
 from gptpipe.collect.tables import is_remote, read_errors
 from gptpipe.collect.texts import Rejected, Texts
 from gptpipe.shell.errors import InputError
@@ -66,15 +68,20 @@ def find_files(sources: tuple[Source, ...]) -> SourceFiles:
     Raises one InputError for all files that cannot be read.
     """
     matching_files(pattern for source in sources for pattern in _local_patterns(source))  # reports all problems at once
-    paths: list[list[str]] = []
-    others: list[list[str]] = []
-    for source in sources:
-        named = {os.path.normpath(path) for path in _local_patterns(source) if is_file_name(path)}
-        matched = list(map(str, matching_files(_local_patterns(source))))
-        is_other = [path not in named and is_other_file(path, source) for path in matched]
-        paths.append([path for path, is_other_here in zip(matched, is_other, strict=True) if not is_other_here])
-        others.append([path for path, is_other_here in zip(matched, is_other, strict=True) if is_other_here])
-    return SourceFiles(_digests(sources, paths), paths, others)
+    divided = [_files_of(source) for source in sources]
+    paths = [files for files, _ in divided]
+    return SourceFiles(_digests(sources, paths), paths, others=[others for _, others in divided])
+
+
+def _files_of(source: Source) -> tuple[list[str], list[str]]:
+    """The local files of a source, and those that its globs match although they have another format."""
+    if not isinstance(source, Text | Jsonl | Parquet):
+        return [], []
+    patterns = _local_patterns(source)
+    named = {os.path.normpath(pattern) for pattern in patterns if is_file_name(pattern)}
+    matched = map(str, matching_files(patterns))
+    is_other = {path: path not in named and is_other_file(path, source.format) for path in matched}
+    return [path for path in is_other if not is_other[path]], [path for path in is_other if is_other[path]]
 
 
 def printable_name(path: str) -> str:

@@ -1,16 +1,21 @@
 """Rows of Parquet files and datasets, parsed by native code in a child process that imports only this."""
 
+import codecs
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, BinaryIO
+from itertools import accumulate, islice
+from math import inf
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gptpipe.collect.texts import Rejected, Texts
+from gptpipe.collect.cleaning import cut
+from gptpipe.collect.texts import Piece, Rejected, Texts
 from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import GptpipeError, InputError, ResourceError, first_line
 
@@ -21,6 +26,8 @@ _LIST_ROWS = 64  # of a dataset in a list
 _MAX_NAMES = 20  # of columns, in a message
 # Options of pyarrow. Without them a row group, which may be the whole file, is in memory at once.
 _BOUNDED: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK, "page_checksum_verification": True}
+_DICTIONARY_BYTES = 16 << 20  # of a dictionary page that is read to find its longest text
+_HEADER_OF_PAGE = re.compile(rb"\x15[\x80-\xff]*[\0-\x7f]\x15([\x80-\xff]*[\0-\x7f])", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -28,36 +35,43 @@ def is_remote(address: str) -> bool:
     return _SCHEME.match(address) is not None
 
 
-def parquet_rows(name: str, source: BinaryIO, column: str, errors: str, limit: int, max_expansion: int) -> Texts:
-    """The texts of a column. `errors` as in bytes.decode; `limit`: bytes that the file may expand to."""
+def parquet_rows(
+    name: str,
+    source: BinaryIO,
+    column: str,
+    errors: str,
+    limit: int,
+    max_expansion: int,
+    max_document_bytes: int | None = None,
+    start: int = 0,
+    end: int | None = None,
+) -> Texts:
+    """The texts of a column, or of a field of a column of structs (`a.b`).
+
+    `errors` as in bytes.decode; `limit`: bytes that the file may expand to. If `max_document_bytes` is given, a longer
+    text is cut while it is decoded.
+
+    `start` and `end` divide a file: only row groups are read whose first byte is at an offset from `start` up to, and
+    without, `end` (None: the end of the file). Messages count rows from the start of the file.
+    """
     try:
         with pq.ParquetFile(source, **_BOUNDED) as file:
-            _check_column(name, file.schema_arrow, column)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             check_growth(name, sum(group.total_byte_size for group in groups), limit, max_expansion)
+            _check_column(name, file.schema_arrow, column, groups)
             n_rows = _rows_per_batch(source, column, groups)
             n_out = 0
-            row = 0  # number of the last row; the first is 1
-            for batch in file.iter_batches(n_rows, columns=[column]):
-                contents = batch.column(0).cast(pa.large_binary())  # pyarrow does not check UTF-8
-                n_out += contents.nbytes
-                check_growth(name, n_out, limit, max_expansion)
-                texts: list[str | Rejected] = []
-                try:
-                    for content in contents.to_numpy(zero_copy_only=False):
-                        row += 1
-                        if content is None:
-                            texts.append(Rejected("no_text", f"{name}, row {row}"))
-                        else:
-                            texts.append(content.decode(errors=errors))
-                except UnicodeDecodeError as error:
-                    yield texts  # a limit of the source may end before the error
-                    raise not_utf8(f"{name}, column `{column}`, row {row}", error.start) from error
-                yield texts
+            for numbers, row in _runs(groups, start, end):
+                for batch in file.iter_batches(n_rows, numbers, [column]):
+                    contents = _contents(batch, column)
+                    n_out += contents.nbytes
+                    check_growth(name, n_out, limit, max_expansion)
+                    yield from _texts(name, column, row, contents, errors, max_document_bytes)
+                    row += len(contents)
     except (GptpipeError, MemoryError):
         raise
     except UnicodeDecodeError as error:
-        raise not_utf8(f"{name}, the name of a column", error.start) from error
+        raise _cell_not_utf8(f"{name}, the name of a column", error) from error
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise InputError(f"{name}: cannot read: {reason}; fix the file, or collect.sources") from error
@@ -65,14 +79,162 @@ def parquet_rows(name: str, source: BinaryIO, column: str, errors: str, limit: i
         raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
 
 
-def _check_column(name: str, schema: pa.Schema, column: str) -> None:
-    """Raise InputError unless the file has the column, and it contains text."""
-    if column not in schema.names:
-        names = _first_names(schema.names)
+def _runs(groups: list[Any], start: int, end: int | None) -> Iterator[tuple[list[int], int]]:
+    """The row groups in the range: numbers of neighbours, and how many rows are before the first of them."""
+    n_before = list(accumulate([0, *(group.num_rows for group in groups)]))
+    run: list[int] = []
+    for i, group in enumerate(groups):
+        offset = _first_byte(group)
+        # A damaged file may have negative offsets: each group must be in one range.
+        if (start == 0 or offset >= start) and offset < (inf if end is None else end):
+            run.append(i)
+        elif run:
+            yield run, n_before[run[0]]
+            run = []
+    if run:
+        yield run, n_before[run[0]]
+
+
+def _first_byte(group: Any) -> int:
+    """The offset in the file of the first page of a row group."""
+    offsets: list[int] = []
+    for j in range(group.num_columns):
+        chunk = group.column(j)
+        first = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
+        offsets.append(chunk.data_page_offset if first is None else first)
+    return min(offsets, default=0)
+
+
+def _contents(batch: pa.RecordBatch, column: str) -> Any:
+    """The texts of a batch as UTF-8, in one buffer. pyarrow does not check that it is UTF-8."""
+    top = column if column in batch.schema.names else column.split(".")[0]
+    values = batch.column(batch.schema.get_field_index(top))
+    for field in _fields(column, top):
+        values = pc.struct_field(values, field)
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if not _is_text(values.type):  # a column of another type, without any value
+        values = pa.nulls(len(values))
+    return values.cast(pa.large_binary())
+
+
+def _fields(column: str, top: str) -> list[str]:
+    """The names of the nested fields below the top-level column."""
+    return column[len(top) :].split(".")[1:]
+
+
+def _texts(name: str, column: str, row: int, contents: Any, errors: str, max_bytes: int | None) -> Texts:
+    """The texts of a batch; `row` is the number of rows before it."""
+    texts: list[str | Rejected] = []
+    has_long = max_bytes is not None and contents.nbytes > max_bytes
+    values = _views(contents) if has_long else contents.to_numpy(zero_copy_only=False)
+    for row, content in enumerate(values, row + 1):  # noqa: B020  counts on
+        try:
+            if content is None:
+                texts.append(Rejected("no_text", f"{name}, row {row}"))
+            elif max_bytes is not None and len(content) > max_bytes:
+                yield texts
+                texts = []
+                yield from _pieces(content, errors, max_bytes)
+            else:
+                texts.append(bytes(content).decode(errors=errors))
+        except UnicodeDecodeError as error:
+            yield texts  # a limit of the source may end before the error
+            raise _cell_not_utf8(f"{name}, column `{column}`, row {row}", error) from error
+    yield texts
+
+
+def _views(contents: Any) -> Iterator[memoryview | None]:
+    """The texts of an array of large_binary, without copies."""
+    is_null = contents.is_null().to_numpy(zero_copy_only=False)
+    _, offsets, data = contents.buffers()
+    view = memoryview(b"" if data is None else data)
+    ends = memoryview(offsets).cast("q")[contents.offset : contents.offset + len(contents) + 1]
+    for i in range(len(contents)):
+        yield None if is_null[i] else view[ends[i] : ends[i + 1]]
+
+
+def _pieces(content: memoryview, errors: str, max_bytes: int) -> Texts:
+    """A long text in pieces as `cut` makes them. Only a chunk of it is decoded at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    rest = ""
+    is_first = True
+    for first in range(0, len(content), max_bytes):
+        chunk = content[first : first + max_bytes]
+        n_waiting = len(decoder.getstate()[0])
+        try:
+            rest += decoder.decode(chunk, final=first + max_bytes >= len(content))
+        except UnicodeDecodeError as error:
+            error.start += first - n_waiting
+            raise
+        *pieces, rest = cut(rest, max_bytes)
+        for piece in pieces:
+            yield [piece if is_first else Piece(piece)]
+            is_first = False
+    yield [rest if is_first else Piece(rest)]
+
+
+def _check_column(name: str, schema: pa.Schema, column: str, groups: list[Any]) -> None:
+    """Raise InputError unless the file has the column once, and it contains text, or no value at all."""
+    top = column if column in schema.names else column.split(".")[0]
+    if schema.names.count(top) > 1:
+        raise InputError(f"{name}: {schema.names.count(top)} columns `{top}`; rename all but one")
+    field = _find_field(schema, column, top)
+    if field is None:
+        names = _first_names(_leaves(schema))
         raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
-    type_ = schema.field(column).type
-    if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
+    if pa.types.is_struct(field.type):
+        fields = _first_names(f"{column}.{child.name}" for child in field.type)
+        raise InputError(f"{name}: column `{column}` is a struct; set text_column of the source to one of {fields}")
+    type_ = getattr(field.type, "storage_type", field.type)
+    if not _is_text(type_) and not _is_without_values(column, groups):
         raise InputError(f"{name}: column `{column}` contains {type_}, not text; set text_column of the source")
+
+
+def _find_field(schema: pa.Schema, column: str, top: str) -> Any:
+    """The field of a column, or None."""
+    if top not in schema.names:
+        return None
+    field: Any = schema.field(top)
+    for name in _fields(column, top):
+        if not pa.types.is_struct(field.type) or field.type.get_field_index(name) < 0:
+            return None
+        field = field.type.field(name)
+    return field
+
+
+def _leaves(schema: pa.Schema) -> Iterator[str]:
+    """Names of the columns; for a column of structs, those of its fields, as in `a.b`."""
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            yield from (f"{field.name}.{name}" for name in _leaves(pa.schema(list(field.type))))
+        else:
+            yield field.name
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    """Whether values are text, or bytes that may be text."""
+    if pa.types.is_dictionary(type_):
+        return _is_text(type_.value_type)
+    kinds = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+    )
+    return any(is_kind(type_) for is_kind in kinds)
+
+
+def _is_without_values(column: str, groups: list[Any]) -> bool:
+    """Whether the statistics say that each row is null. Writers give a column without values any type."""
+    for group in groups:
+        chunks = [group.column(j) for j in range(group.num_columns) if group.column(j).path_in_schema == column]
+        statistics = chunks[0].statistics if chunks else None
+        if statistics is None or not statistics.has_null_count or statistics.null_count != group.num_rows:
+            return False
+    return True
 
 
 def _rows_per_batch(source: BinaryIO, column: str, groups: list[Any]) -> int:
@@ -83,16 +245,49 @@ def _rows_per_batch(source: BinaryIO, column: str, groups: list[Any]) -> int:
 
 
 def _longest_in_dictionaries(source: BinaryIO, column: str, groups: list[Any]) -> int:
-    """Bytes of the longest text in a dictionary page: in a small file, a million rows may refer to it."""
+    """Bytes of the longest text in a dictionary page: in a small file, a million rows may refer to it.
+
+    At least that: a large page is not read, because its texts would be in memory several times.
+    """
     longest = 0
     with pq.ParquetFile(source, read_dictionary=[column], **_BOUNDED) as file:
         for i, group in enumerate(groups):
-            has_dictionary = any(group.column(j).has_dictionary_page for j in range(group.num_columns))
-            if group.num_rows and has_dictionary:
-                dictionary = next(file.iter_batches(1, [i], [column])).column(0).dictionary
-                longest_here: int | None = pc.max(pc.binary_length(dictionary)).as_py()
-                longest = max(longest, longest_here or 0)
+            chunks = [group.column(j) for j in range(group.num_columns)]
+            chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column), None)
+            if chunk is None or not group.num_rows or not chunk.has_dictionary_page:
+                continue
+            page_bytes = _page_bytes(source, chunk.dictionary_page_offset)
+            if page_bytes > _DICTIONARY_BYTES:
+                return page_bytes
+            longest = max(longest, _longest_in_dictionary(file, i, column) or 0)
     return longest
+
+
+def _longest_in_dictionary(file: Any, group: int, column: str) -> int | None:
+    batch = next(file.iter_batches(1, [group], [column]))
+    values = batch.column(0)
+    for field in _fields(column, batch.schema.names[0]):
+        values = pc.struct_field(values, field)
+    if not pa.types.is_dictionary(values.type):
+        return _DICTIONARY_BYTES
+    longest: int | None = pc.max(pc.binary_length(values.dictionary.cast(pa.large_binary()))).as_py()
+    return longest
+
+
+def _page_bytes(source: BinaryIO, offset: int) -> int:
+    """The size of a page after decompression, which its header names; a large number if it is not there.
+
+    The header is a struct in Thrift's compact protocol: field 1 is the type of the page, field 2 is this size; each is
+    a byte 0x15 (next field, 32-bit integer) and a number in groups of seven bits, with its sign in the last bit.
+    """
+    source.seek(offset)
+    fields = _HEADER_OF_PAGE.match(source.read(16))
+    if not fields:
+        return sys.maxsize
+    number = 0
+    for byte in reversed(fields[1]):
+        number = number << 7 | byte & 0x7F
+    return number >> 1
 
 
 def _first_names(names: Iterable[str]) -> str:
@@ -101,18 +296,32 @@ def _first_names(names: Iterable[str]) -> str:
     return ", ".join(first[:_MAX_NAMES]) + (", ..." if len(first) > _MAX_NAMES else "")
 
 
-def dataset_rows(address: str, dataset: str, name: str | None, split: str, revision: str, column: str) -> Texts:
-    """The texts of a column of a dataset; `datasets` reads it from Parquet, Arrow and other files."""
-    datasets = optional_module("datasets", "huggingface")
+class DatasetName(NamedTuple):
+    """One split of a dataset of the hub, or of a local folder."""
+
+    address: str  # for messages
+    dataset: str
+    name: str | None  # of its configuration
+    split: str
+    revision: str | None
+
+
+def dataset_shards(source: DatasetName) -> Iterator[int]:
+    """Yields the number of files that the dataset is read from."""
+    with read_errors(source.address), _dataset_errors(source.address):
+        yield max(1, _dataset(source).num_shards)
+
+
+def dataset_rows(source: DatasetName, column: str, shard: int, n_shards: int) -> Texts:
+    """The texts of a column in one shard of a dataset; `datasets` reads it from Parquet, Arrow and other files."""
     texts: list[str | Rejected] = []
     n_characters = 0
     try:
-        with read_errors(address):
-            rows = datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=True)
-            for row in rows:
+        with read_errors(source.address), _dataset_errors(source.address):
+            for row in _dataset(source).shard(n_shards, shard):
                 if column not in row:
                     names = _first_names(row)
-                    raise InputError(f"{dataset}: no column `{column}` among {names}; set text_column")
+                    raise InputError(f"{source.dataset}: no column `{column}` among {names}; set text_column")
                 text = row[column]
                 texts.append(text if isinstance(text, str) else Rejected("no_text"))
                 n_characters += len(text) if isinstance(text, str) else 0
@@ -125,9 +334,35 @@ def dataset_rows(address: str, dataset: str, name: str | None, split: str, revis
     yield texts
 
 
-def not_utf8(name: str, offset: int) -> InputError:
+def _dataset(source: DatasetName) -> Any:
+    """The rows as an IterableDataset."""
+    datasets = optional_module("datasets", "huggingface")
+    if any(Path(source.dataset, state).is_file() for state in ("state.json", "dataset_dict.json")):
+        problem = f"{source.dataset}: a folder of save_to_disk, which only load_from_disk reads"
+        raise InputError(f"{problem}; write the dataset with to_parquet, and use it with kind: parquet")
+    return datasets.load_dataset(
+        source.dataset, source.name, split=source.split, revision=source.revision, streaming=True
+    )
+
+
+@contextmanager
+def _dataset_errors(address: str) -> Iterator[None]:
+    """Turn an error of `datasets` that is not one of the connection into an InputError, such as a wrong split."""
+    try:
+        yield
+    except (GptpipeError, MemoryError):
+        raise
+    except Exception as error:
+        is_missing = isinstance(error, FileNotFoundError)  # also of a dataset that the hub does not have
+        if isinstance(error, OSError) and not is_missing:
+            raise
+        problem = f"{address}: {first_line(error)}"
+        raise InputError(f"{problem}; fix dataset, name, split or revision of the source") from error
+
+
+def _cell_not_utf8(name: str, error: UnicodeDecodeError) -> InputError:
     fix = "convert the file, or set collect.encoding_errors to replace"
-    return InputError(f"{name}: not UTF-8 at byte {offset}; {fix}")
+    return InputError(f"{name}: not UTF-8 at byte {error.start}; {fix}")
 
 
 def check_growth(name: str, n_out: int, limit: int, max_expansion: int) -> None:

@@ -13,9 +13,9 @@ from gptpipe.collect.params import CollectParams
 MakeParams = Callable[..., CollectParams]
 
 
-def clean(text: str, params: CollectParams) -> str | Rejected:
+def clean(text: str, params: CollectParams, *, keep_trailing_spaces: bool = False) -> str | Rejected:
     """Clean one text alone."""
-    (result,) = cleaning.clean([text], params)
+    (result,) = cleaning.clean([text], params, keep_trailing_spaces=keep_trailing_spaces)
     return result
 
 
@@ -28,7 +28,11 @@ def clean(text: str, params: CollectParams) -> str | Rejected:
         ("space  \t\nat line ends \n", "space\nat line ends"),
         ("\n\n\nlines around\n\n", "lines around"),
         ("  indented\n    twice", "  indented\n    twice"),
-        ("a\x00b\x07c\x7fd\x85e\tf", "abcde\tf"),
+        ("a\x00b\x07c\x7fd\x84e\tf", "abcde\tf"),
+        ("title\x0bsubtitle\x0cnext page\x85next line", "title\nsubtitle\nnext page\nnext line"),
+        ("file\x1cgroup\x1drecord\x1eunit\x1funit", "file\ngroup\nrecord\nunit unit"),
+        ("\x0c\x1ftext \x0c\x85", " text"),
+        ("line\u2028paragraph\u2029end", "line\u2028paragraph\u2029end"),
         ("e\u0301", "é"),
         ("e\x00\u0301", "é"),  # composed after the control character is gone
         ("inside\ufeff stays", "inside\ufeff stays"),
@@ -76,14 +80,25 @@ def test_cleaning_takes_linear_time(collect_params) -> None:
 def test_cleaning_twice_changes_nothing(collect_params) -> None:
     params = collect_params({"kind": "python-docs"})
     random_ = random.Random(0)
-    letters = "ab \t\n\r\x00\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600"
-    for _ in range(2000):
-        once = clean("".join(random_.choices(letters, k=12)), params)
+    letters = "ab \t\n\r\x00\x0b\x1f\x85\ufeff\u0301\u0300é\u1100\u1161\U0001f600"
+    for i in range(4000):
+        keep = i % 2 == 0
+        once = clean("".join(random_.choices(letters, k=12)), params, keep_trailing_spaces=keep)
         if isinstance(once, Rejected):
             continue
         assert unicodedata.is_normalized("NFC", once)
         if not once.startswith("\ufeff"):  # of several marks the first goes
-            assert clean(once, params) == once
+            assert clean(once, params, keep_trailing_spaces=keep) == once
+
+
+def test_trailing_spaces_can_be_kept(collect_params: MakeParams) -> None:
+    """Two spaces at the end of a line are a line break in Markdown."""
+    params = collect_params({"kind": "python-docs"})
+    assert clean("one  \ntwo\t \n", params, keep_trailing_spaces=True) == "one  \ntwo\t "
+    spaces = clean("a" + " " * 999 + "\n" + " " * 9, params, keep_trailing_spaces=True)
+    assert spaces == "a" + " " * 999  # the 1,000th whitespace character was the line feed
+    mixed = cleaning.clean(["a \n", "\ud800", "b\x00 "], params, keep_trailing_spaces=True)
+    assert [mixed[0], mixed[2]] == ["a ", "b "]
 
 
 def test_a_short_text_is_one_piece() -> None:
@@ -128,14 +143,12 @@ def test_runs_of_combining_marks_are_limited_to_a_thousand(collect_params: MakeP
     assert cleaned == "\u00e3\u0316b \u00e8" + "\u0316" * 500 + "\u0300" * 499 + "f"  # in the order of NFC
 
 
-def test_all_control_characters_are_removed(collect_params: MakeParams) -> None:
+def test_control_characters_break_lines_or_are_removed(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-docs"})
     for n, end in ((128, ""), (160, "é")):
         raw = "x".join(map(chr, range(n)))
-        kept = [
-            char if char in "\t\n" or char.isprintable() else "\n" if char == "\r" else ""
-            for char in map(chr, range(n))
-        ]
+        breaks = dict.fromkeys("\n\r\x0b\x0c\x1c\x1d\x1e\x85", "\n") | {"\t": "\t", "\x1f": " "}
+        kept = [breaks.get(char, char if char.isprintable() else "") for char in map(chr, range(n))]
         assert clean(f"a{raw}{end}", params) == f"a{'x'.join(kept)}{end}"
 
 

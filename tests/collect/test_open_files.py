@@ -429,7 +429,7 @@ def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: s
 @pytest.mark.parametrize(
     ("work", "path"),
     [
-        ("with opening.seekable(opening._buffered('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
+        ("with streams.seekable(streams.buffered('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
         ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
     ],
 )
@@ -439,7 +439,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path: Path, work: str, path: str) -
     program = f"""
 import io, resource, tempfile
 from pathlib import Path
-from gptpipe.collect import dedup, open_files as opening
+from gptpipe.collect import dedup, streams
 from gptpipe.shell.errors import ResourceError
 tempfile.tempdir = "/tmp"
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
