@@ -35,6 +35,7 @@ def map_in_order(
     *,
     threads: bool = False,
     small: bool = False,
+    local: bool = False,
     isolate: bool = False,
     describe: Callable[[Item], str] = _shortened,
     parses: Callable[[Item], str] | None = None,
@@ -43,14 +44,14 @@ def map_in_order(
 
     Workers are processes; or threads, for work that releases Python's global interpreter lock most of the time. With
     GPTPIPE_ENGINE=ray they belong to a Ray cluster. `small` says that starting processes would take longer than the
-    work: it is done here or in threads, never on Ray. `isolate` uses a process of this machine even for one item or
+    work: it is done here or in threads, never on Ray. `local` only excludes Ray. `isolate` uses a process of this machine even for one item or
     one worker, because native code may crash. `work` must be picklable unless it runs in threads: a function of a
     module, or a partial of one.
 
     An error of a worker is raised here. A worker that dies is a ResourceError that names the item by `describe`. If
     the work parses files from elsewhere, `parses` gives the name of an item's file, and a crash is an InputError.
     """
-    on_ray = uses_ray() and not small
+    on_ray = uses_ray() and not (small or local)
     rest = iter(items)
     first = list(islice(rest, 2 if on_ray else n_workers()))  # there are no more workers than items
     n = len(first)

@@ -40,11 +40,11 @@ def once(files: list[Path], make: Callable[[], Result]) -> Result:
 
 
 def finish(files: list[Path], result: Any) -> None:
-    """Record that the files are complete. `result` is plain JSON.
+    """Record that the files are complete. They are in one folder. `result` is plain JSON.
 
     The record is deleted when the enclosing `new_folder` finishes.
     """
-    record = {"files": [sha256_of(path) for path in files], "result": result}
+    record = {"files": {path.name: sha256_of(path) for path in files}, "result": result}
     write_bytes(_record_path(files), seal(record))
 
 
@@ -52,13 +52,24 @@ def finished(files: list[Path]) -> dict[str, Any]:
     """The record that `finish` wrote, or an empty dict if there is none or any of the files has changed."""
     with suppress(OSError, ValueError, KeyError):  # a file or its record is missing, or the record is damaged
         record = unseal(_record_path(files).read_bytes())
-        if record["files"] == [sha256_of(path) for path in files]:
+        if record["files"] == {path.name: sha256_of(path) for path in files}:
             return record
     return {}
 
 
 def _record_path(files: list[Path]) -> Path:
     return files[0].with_name(f".{files[0].name}{_DONE}")
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files below a folder that have a record, by relative name. `finish` read them."""
+    digests: dict[str, str] = {}
+    for path in sorted(folder.rglob(f".*{_DONE}")):
+        with suppress(ValueError):  # damaged: the files are read again
+            files: dict[str, str] = unseal(path.read_bytes())["files"]
+            below = path.parent.relative_to(folder)
+            digests |= {(below / name).as_posix(): digest for name, digest in files.items()}
+    return digests
 
 
 def remove_records(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """map_in_order: the same results with any number of workers, in processes and on Ray; workers end with their parent."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -178,17 +179,21 @@ def test_workers_end_with_their_parent(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """A real cluster of two workers on this machine."""
+def ray_cluster() -> Iterator[Any]:
+    """A real cluster of two machines with one core, which are processes of this one."""
     ray = pytest.importorskip("ray", reason="needs the extra cluster")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    machine = {"num_cpus": 1, "include_dashboard": False}
+    cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=machine)
+    cluster.second_machine = cluster.add_node(**machine)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.mark.filterwarnings("default")  # Ray's own
 def test_ray_gives_the_same_results_when_a_worker_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
     """The first try of the fourth item kills its worker with SIGKILL."""
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
@@ -202,7 +207,7 @@ def test_ray_gives_the_same_results_when_a_worker_is_killed(
 
 @pytest.mark.filterwarnings("default")
 def test_tokenize_on_ray_gives_the_same_bytes_when_a_worker_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
     lines = "".join(f"document {i} of some {'long ' * (i % 50)}text\n" for i in range(2000))
     (tmp_path / "lines.txt").write_text(lines)
@@ -228,7 +233,7 @@ def test_tokenize_on_ray_gives_the_same_bytes_when_a_worker_is_killed(
 
 
 @pytest.mark.filterwarnings("default")
-def test_errors_on_ray_are_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None) -> None:
+def test_errors_on_ray_are_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
     with pytest.raises(IntegrityError, match=r"manifest\.json: No such file") as caught:
         list(map_in_order(verify, [tmp_path, tmp_path]))
@@ -238,6 +243,48 @@ def test_errors_on_ray_are_raised_here(tmp_path: Path, monkeypatch: pytest.Monke
         list(map_in_order(eval, items, describe=lambda item: f"item {1 + items.index(item)}"))
     with pytest.raises(InputError, match=r"^a\.parquet: its reader crashed 4 times: the file is damaged; replace it"):
         list(map_in_order(eval, items, parses=lambda _: "a.parquet"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_small_work_and_single_items_are_not_sent_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To connect takes seconds. Here it would fail."""
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert list(map_in_order(len, ["a"])) == [1]
+    assert list(map_in_order(len, ["a", "b"], small=True)) == [1, 1]
+
+
+@pytest.mark.filterwarnings("default")
+def test_closing_the_generator_ends_the_tasks_on_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
+) -> None:
+    """They may be writing into a folder that is about to be removed."""
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    monkeypatch.chdir(tmp_path)
+    write_for_long = "[(__import__('time').sleep(0.1), open('beat', 'a').write('x')) for _ in range(600)]"
+    results = map_in_order(eval, ["1", *[write_for_long] * 3])
+    assert next(results) == 1
+    deadline = time.monotonic() + 60
+    while not Path("beat").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    results.close()  # type: ignore[attr-defined]
+    size = Path("beat").stat().st_size
+    time.sleep(0.5)
+    assert Path("beat").stat().st_size == size > 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_ray_gives_the_same_results_when_a_machine_is_lost(monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
+    """The last test with this cluster, which has one machine less afterwards."""
+    monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    machine = "__import__('ray').get_runtime_context().get_node_id()"
+    results = map_in_order(eval, [f"({i}, __import__('time').sleep(0.5), {machine})" for i in range(16)])
+    first = [next(results) for _ in range(4)]
+    assert len({machine_of for *_, machine_of in first}) == 2
+    ray_cluster.remove_node(ray_cluster.second_machine, allow_graceful=False)
+    last = list(results)
+    assert [i for i, *_ in [*first, *last]] == list(range(16))
+    assert len({machine_of for *_, machine_of in last[-4:]}) == 1
 
 
 def test_an_unreachable_ray_cluster_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
