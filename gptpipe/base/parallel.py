@@ -43,10 +43,10 @@ def map_in_order(
     """Results in the order of the items, for any number of workers. At most two items per worker are in flight.
 
     Workers are processes; or threads, for work that releases Python's global interpreter lock most of the time. With
-    GPTPIPE_ENGINE=ray they belong to a Ray cluster. `small` says that starting processes would take longer than the
-    work: it is done here or in threads, never on Ray. `local` only excludes Ray. `isolate` uses a process of this machine even for one item or
-    one worker, because native code may crash. `work` must be picklable unless it runs in threads: a function of a
-    module, or a partial of one.
+    GPTPIPE_ENGINE=ray they belong to a Ray cluster, unless the work is `local`. `small` says that starting processes
+    would take longer than the work: it is done here or in threads, never on Ray. `isolate` uses a process even for
+    one item or one worker, because native code may crash. `work` must be picklable unless it runs in threads: a
+    function of a module, or a partial of one.
 
     An error of a worker is raised here. A worker that dies is a ResourceError that names the item by `describe`. If
     the work parses files from elsewhere, `parses` gives the name of an item's file, and a crash is an InputError.

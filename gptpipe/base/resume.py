@@ -40,8 +40,9 @@ def once(files: list[Path], make: Callable[[], Result]) -> Result:
 
 
 def finish(files: list[Path], result: Any) -> None:
-    """Record that the files are complete. They are in one folder. `result` is plain JSON.
+    """Record that the files are complete. `result` is plain JSON.
 
+    The files are in one folder, and may not change any more: the manifest takes their SHA-256 from the record.
     The record is deleted when the enclosing `new_folder` finishes.
     """
     record = {"files": {path.name: sha256_of(path) for path in files}, "result": result}

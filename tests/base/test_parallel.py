@@ -22,6 +22,8 @@ from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import shard_paths
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError
+from gptpipe.split import split as stage_split
+from gptpipe.split.split import split
 from gptpipe.tokenize import encode
 from gptpipe.tokenize.encode import tokenize
 
@@ -206,7 +208,7 @@ def test_ray_gives_the_same_results_when_a_worker_is_killed(
 
 
 @pytest.mark.filterwarnings("default")
-def test_tokenize_on_ray_gives_the_same_bytes_when_a_worker_is_killed(
+def test_tokenize_and_split_on_ray_give_the_same_bytes_when_a_worker_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
     lines = "".join(f"document {i} of some {'long ' * (i % 50)}text\n" for i in range(2000))
@@ -216,7 +218,10 @@ def test_tokenize_on_ray_gives_the_same_bytes_when_a_worker_is_killed(
     collect(CollectParams.model_validate({**dict(SHIPPED.collect), "sources": (source,)}), tmp_path / "raw")
     assert len(shard_paths(tmp_path / "raw")) >= 6
     trained = tokenize_params(vocab_size=300)
-    tokenize(tmp_path / "raw", tmp_path / "local", trained, SHIPPED.split.fractions, 1)
+    monkeypatch.setattr(encode, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(stage_split, "_SMALL_BYTES", 0)
+    tokenize(tmp_path / "raw", tmp_path / "local/tokens", trained, SHIPPED.split.fractions, 1)
+    split(tmp_path / "local/tokens", tmp_path / "local/split", SHIPPED.split, 1)
 
     def killing_once(shard: Path, **arguments: Any) -> dict[str, int]:
         if shard.name == "docs-00002.parquet" and not (tmp_path / "killed").exists():
@@ -227,9 +232,11 @@ def test_tokenize_on_ray_gives_the_same_bytes_when_a_worker_is_killed(
     really = encode._encode_shard_once
     monkeypatch.setattr(encode, "_encode_shard_once", killing_once)
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
-    tokenize(tmp_path / "raw", tmp_path / "ray", trained, SHIPPED.split.fractions, 1)
+    tokenize(tmp_path / "raw", tmp_path / "ray/tokens", trained, SHIPPED.split.fractions, 1)
+    split(tmp_path / "ray/tokens", tmp_path / "ray/split", SHIPPED.split, 1)
     assert (tmp_path / "killed").exists()
-    assert verify(tmp_path / "ray").digest == verify(tmp_path / "local").digest
+    for folder in ("tokens", "split"):
+        assert verify(tmp_path / "ray" / folder).digest == verify(tmp_path / "local" / folder).digest
 
 
 @pytest.mark.filterwarnings("default")
