@@ -146,7 +146,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     """Workers write the shards in any order, each at its place. Nothing else is left in the folder."""
     split(tokens, tmp_path / "here", fifths, SEED)
     monkeypatch.setattr(stage, "_SMALL_BYTES", 0)
-    monkeypatch.setenv("GPTPIPE_WORKERS", "3")
+    monkeypatch.setenv("GPTPIPE_WORKERS", "2")
     split(tokens, tmp_path / "workers", fifths, SEED)
     assert verify(tmp_path / "here").digest == verify(tmp_path / "workers").digest
     files = {path.relative_to(tmp_path / "workers").as_posix() for path in (tmp_path / "workers").rglob("*.*")}
@@ -163,9 +163,7 @@ def test_a_shard_whose_lengths_are_wrong_is_an_integrity_error(
     wrong = pa.array(table["n_tokens"].to_numpy() - 1)
     pq.write_table(table.set_column(table.column_names.index("n_tokens"), "n_tokens", wrong), shard)
     monkeypatch.setattr(stage, "verify_tokens", read_manifest)  # which would notice it first
-    with pytest.raises(
-        IntegrityError, match=r"tokens-00001\.parquet: \d+ tokens instead of \d+; make the folder again"
-    ):
+    with pytest.raises(IntegrityError, match=r"tokens-00001\.parquet: 3,128 tokens instead of 3,097; make the folder"):
         split(tokens, tmp_path / "split", fifths, SEED)
     assert not (tmp_path / "split").exists()
 
