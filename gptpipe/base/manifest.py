@@ -17,11 +17,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gptpipe.base.files import seal, sha256_of, unseal, write_bytes
+from gptpipe.base.parallel import map_in_order
+from gptpipe.base.resume import recorded_digests
 from gptpipe.shell.errors import IntegrityError
 from gptpipe.shell.locks import disk_errors, make_folder, one_writer, sync_folder
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
+_SMALL_BYTES = 1 << 28  # of files: below, they are hashed in less time than worker processes need to start
 
 
 class FileEntry(BaseModel):
@@ -98,10 +101,11 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
 
 def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
     """Write the manifest, sync all names to disk, and remove what only an interrupted build needs."""
+    recorded = recorded_digests(folder.path)
     files: dict[str, FileEntry] = {}
     for name in filter(_is_content, _files_below(folder.path)):
         path = folder.path / name
-        files[name] = FileEntry(sha256=sha256_of(path), n_bytes=path.stat().st_size)
+        files[name] = FileEntry(sha256=recorded.get(name) or sha256_of(path), n_bytes=path.stat().st_size)
     manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
     write_bytes(folder.path / MANIFEST, manifest.to_bytes())
     for path in sorted(folder.path.rglob("*")):
@@ -138,8 +142,11 @@ def check_parent(folder: Path, parent: Path) -> None:
         raise IntegrityError(f"{folder}: made from another version of {parent} than the current one; run `dvc repro`")
 
 
-def verify(folder: Path) -> Manifest:
-    """Check every file of a folder against the manifest, and return the manifest. Raises IntegrityError."""
+def verify(folder: Path, *, in_workers: bool = False) -> Manifest:
+    """Check every file of a folder against the manifest, and return the manifest. Raises IntegrityError.
+
+    With `in_workers`, worker processes read a large folder.
+    """
     manifest = read_manifest(folder)
     present = set(_files_below(folder))
     differing = present.symmetric_difference(manifest.files)
@@ -147,15 +154,27 @@ def verify(folder: Path) -> Manifest:
         name = min(differing)
         state = "is not in the manifest" if name in present else "is missing"
         raise IntegrityError(f"{folder / name}: {state}; make the folder again with `dvc repro -f`")
-    for name, entry in sorted(manifest.files.items()):
-        path = folder / name
-        try:
-            differs = path.stat().st_size != entry.n_bytes or sha256_of(path) != entry.sha256
-        except OSError as error:
-            raise IntegrityError(f"{path}: {error.strerror}; check the disk and the permissions") from error
-        if differs:
-            raise IntegrityError(f"{path}: differs from its manifest; make the folder again with `dvc repro -f`")
+    entries = {folder / name: entry for name, entry in sorted(manifest.files.items())}
+    damaged = "differs from its manifest; make the folder again with `dvc repro -f`"
+    for path, entry in entries.items():
+        with _read_errors(path):
+            if path.stat().st_size != entry.n_bytes:
+                raise IntegrityError(f"{path}: {damaged}")
+    is_small = not in_workers or sum(entry.n_bytes for entry in entries.values()) < _SMALL_BYTES
+    digests = map_in_order(sha256_of, entries, small=is_small, local=True)
+    for path, entry in entries.items():
+        with _read_errors(path):
+            if next(digests) != entry.sha256:
+                raise IntegrityError(f"{path}: {damaged}")
     return manifest
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}; check the disk and the permissions") from error
 
 
 def _files_below(folder: Path) -> list[str]:

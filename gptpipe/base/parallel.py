@@ -1,125 +1,144 @@
 """A parallel map that returns results in order: in processes or threads of this machine, or on a Ray cluster."""
 
-import importlib
-import multiprocessing
-import os
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Protocol, TypeVar
 
+from gptpipe.base.ray_cluster import RayTasks
+from gptpipe.base.workers import Worker, WorkerDied, death_in_parser, death_in_work
 from gptpipe.shell.environment import n_workers, uses_ray
-from gptpipe.shell.errors import ResourceError, first_line
-from gptpipe.shell.process import end_worker_with_parent
+from gptpipe.shell.errors import GptpipeError
 
-_RAY_RETRIES = 3  # of a task whose worker is lost
-_CONNECT_SECONDS = 10  # to find out whether a Ray cluster answers
-# `map_in_order`, or Python's own `map` for small work.
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], *, threads: bool = False) -> Iterator[Result]:
+class _Pending(Protocol[Result_co]):
+    """A result, now or later: a Future, or a task of Ray."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Result_co: ...
+
+
+def _shortened(item: object) -> str:
+    return f"{item!s:.200}"
+
+
+def map_in_order(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    threads: bool = False,
+    small: bool = False,
+    local: bool = False,
+    isolate: bool = False,
+    describe: Callable[[Item], str] = _shortened,
+    parses: Callable[[Item], str] | None = None,
+) -> Iterator[Result]:
     """Results in the order of the items, for any number of workers. At most two items per worker are in flight.
 
     Workers are processes; or threads, for work that releases Python's global interpreter lock most of the time. With
-    GPTPIPE_ENGINE=ray they belong to a Ray cluster. `work` must be picklable unless it runs in threads: a function of
-    a module, or a partial of one. An error of a worker is raised here; ResourceError if a worker process dies.
+    GPTPIPE_ENGINE=ray they belong to a Ray cluster, unless the work is `local`. `small` says that starting processes
+    would take longer than the work: it is done here or in threads, never on Ray. `isolate` uses a process even for
+    one item or one worker, because native code may crash. `work` must be picklable unless it runs in threads: a
+    function of a module, or a partial of one.
+
+    An error of a worker is raised here. A worker that dies is a ResourceError that names the item by `describe`. If
+    the work parses files from elsewhere, `parses` gives the name of an item's file, and a crash is an InputError.
     """
+    on_ray = uses_ray() and not (small or local)
     rest = iter(items)
-    first = list(islice(rest, n_workers()))  # there are no more workers than items
+    first = list(islice(rest, 2 if on_ray else n_workers()))  # there are no more workers than items
+    n = len(first)
     all_items = chain(first, rest)
-    if first and uses_ray():
-        yield from _map_on_ray(work, all_items)
-    elif len(first) <= 1:
-        yield from map(work, all_items)
+    if on_ray and n > 1:
+        yield from _map_on_ray(work, all_items, describe, parses)
+    elif threads and n > 1:
+        yield from _map_in_threads(work, all_items, n)
+    elif n and (isolate or (n > 1 and not small)):
+        yield from _map_in_processes(work, all_items, n, describe, parses)
     else:
-        yield from _map_in_pool(work, all_items, len(first), threads=threads)
+        yield from map(work, all_items)
 
 
-def _map_in_pool(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int, *, threads: bool
-) -> Iterator[Result]:
-    with ThreadPoolExecutor(workers) if threads else _process_pool(workers) as pool:
+def _map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], n: int) -> Iterator[Result]:
+    with ThreadPoolExecutor(n) as pool:
         try:
-            yield from _results_in_order(lambda item: pool.submit(work, item), items, 2 * workers)
-        except BrokenProcessPool as error:
-            raise ResourceError("a worker process was killed; if memory is short, lower GPTPIPE_WORKERS") from error
+            yield from _results_in_order(lambda item: pool.submit(work, item), items, 2 * n)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _process_pool(n: int) -> Executor:
-    """Processes that are spawned, not forked: a fork would copy the locks of the parent's threads."""
-    return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), initializer=end_worker_with_parent)
+def _map_in_processes(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    n: int,
+    describe: Callable[[Item], str],
+    parses: Callable[[Item], str] | None,
+) -> Iterator[Result]:
+    """Each of `n` threads of this process waits for one worker process."""
+    workers: list[Worker[Item, Result]] = []
+    idle = SimpleQueue[Worker[Item, Result]]()
+
+    def ask_idle_worker(item: Item) -> Result:
+        worker = idle.get()
+        try:
+            return worker.ask(item)
+        except WorkerDied as death:
+            raise _error_of_death(item, death.exit_code, describe, parses) from None
+        finally:
+            idle.put(worker)  # also a dead one: its next items fail too, but the first error in order is raised
+
+    try:
+        with ThreadPoolExecutor(n) as pool:
+            try:
+                for _ in range(n):
+                    workers.append(Worker(work))
+                    idle.put(workers[-1])
+                yield from _results_in_order(lambda item: pool.submit(ask_idle_worker, item), items, 2 * n)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in workers:
+                    worker.kill()
+    finally:  # after the end of all threads
+        for worker in workers:
+            worker.close()
+
+
+def _error_of_death(
+    item: Item, exit_code: int, describe: Callable[[Item], str], parses: Callable[[Item], str] | None
+) -> GptpipeError:
+    if parses is not None:
+        return death_in_parser(parses(item), exit_code)
+    return death_in_work(describe(item), exit_code)
+
+
+def _map_on_ray(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    describe: Callable[[Item], str],
+    parses: Callable[[Item], str] | None,
+) -> Iterator[Result]:
+    tasks: RayTasks[Item, Result] = RayTasks(work, parses or describe, parses=parses is not None)
+    try:
+        yield from _results_in_order(tasks.start, items, 2 * tasks.n_cpus())
+    finally:
+        tasks.cancel()
 
 
 def _results_in_order(
-    start: Callable[[Item], Future[Result]], items: Iterable[Item], most_waiting: int
+    start: Callable[[Item], _Pending[Result]], items: Iterable[Item], most_waiting: int
 ) -> Iterator[Result]:
     """Start `items`, and yield their results in order. At most `most_waiting` results are unread."""
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[_Pending[Result]] = deque()
     for item in items:
         waiting.append(start(item))
         while waiting and (waiting[0].done() or len(waiting) > most_waiting):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _map_on_ray(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map_in_order` on the Ray cluster of RAY_ADDRESS, or on one that is started on this machine.
-
-    Every machine of the cluster needs gptpipe, and the project's folder under the same path.
-    """
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ImportError as error:
-        raise ResourceError("GPTPIPE_ENGINE=ray needs `ray`: pip install -e '.[cluster]'") from error
-    starts_ray = not ray.is_initialized()
-    if starts_ray:
-        _connect(ray)
-    try:
-        task = ray.remote(max_retries=_RAY_RETRIES)(_work_in_folder)
-        shared_work = ray.put(work)
-        n_cpus = int(ray.cluster_resources().get("CPU", 1))
-
-        def start(item: Item) -> Future[Result]:
-            future: Future[Result] = task.remote(Path.cwd(), shared_work, item).future()
-            return future
-
-        yield from _results_in_order(start, items, 2 * n_cpus)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        raise ResourceError(f"a Ray task was lost: {first_line(error)}; check the cluster, then rerun") from error
-    finally:
-        if starts_ray:
-            ray.shutdown()
-
-
-def _connect(ray: Any) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start one on this machine. Raises ResourceError."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    try:
-        if port.isdecimal():  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        resources = {} if address else {"num_cpus": n_workers()}
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **resources)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = first_line(error)
-        if address:
-            raise ResourceError(f"cannot connect to Ray at {address}: {reason}; check RAY_ADDRESS") from error
-        raise ResourceError(f"cannot start Ray: {reason}; set GPTPIPE_ENGINE=local, or check ray") from error
-
-
-def _work_in_folder(folder: Path, work: Callable[[Item], Result], item: Item) -> Result:
-    """Call `work` in the project's folder, because paths are relative to it."""
-    os.chdir(folder)
-    return work(item)

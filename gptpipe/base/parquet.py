@@ -80,7 +80,7 @@ def verify_rows(folder: Path, counts: dict[str, str]) -> Manifest:
 
     `counts` maps a glob pattern to the name of a count: the rows of all matching files. Raises IntegrityError.
     """
-    manifest = verify(folder)
+    manifest = verify(folder, in_workers=True)
     for pattern, name in counts.items():
         paths = sorted(folder.glob(pattern))
         try:

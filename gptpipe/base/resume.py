@@ -28,27 +28,39 @@ def key_of(stage: str, determinants: list[Any], *libraries: str) -> str:
 def once(files: list[Path], make: Callable[[], Result], key: str = "") -> Result:
     """Run `make`, which writes `files`, unless an interrupted run already produced them. Returns its result.
 
-    `key` is a digest of everything that determines the files and that is not part of the folder's key. A recorded
-    result has been through JSON: its tuples are lists now. `new_folder` deletes the records when it finishes.
+    The files are in one folder, and may not change any more: the manifest takes their SHA-256 from the record. `key` is
+    a digest of everything that determines them and that is not part of the folder's key. A recorded result has been
+    through JSON: its tuples are lists now. `new_folder` deletes the records when it finishes.
     """
-    record = _finished(files, key)
+    record = finished(files, key)
     if record:
         recorded: Result = record["result"]
         return recorded
     result = make()
-    content = {"files": [sha256_of(path) for path in files], "key": key, "result": result}
+    content = {"files": {path.name: sha256_of(path) for path in files}, "key": key, "result": result}
     write_bytes(_record_path(files), seal(content))
     return result
 
 
-def _finished(files: list[Path], key: str) -> dict[str, Any]:
+def finished(files: list[Path], key: str = "") -> dict[str, Any]:
     """The record of finished files, or an empty dict if there is none or anything has changed."""
     with suppress(OSError, ValueError, KeyError):  # a file or its record is missing, or the record is damaged
         record = unseal(_record_path(files).read_bytes())
-        if record["key"] == key and record["files"] == [sha256_of(path) for path in files]:
+        if record["key"] == key and record["files"] == {path.name: sha256_of(path) for path in files}:
             return record
     return {}
 
 
 def _record_path(files: list[Path]) -> Path:
     return files[0].with_name(f".{files[0].name}{_DONE}")
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files below a folder that have a record, by relative name."""
+    digests: dict[str, str] = {}
+    for path in sorted(folder.rglob(f".*{_DONE}")):
+        with suppress(ValueError):  # damaged: the files are read again
+            files: dict[str, str] = unseal(path.read_bytes())["files"]
+            below = path.parent.relative_to(folder)
+            digests |= {(below / name).as_posix(): digest for name, digest in files.items()}
+    return digests

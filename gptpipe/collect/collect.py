@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from gptpipe.base.manifest import new_folder
-from gptpipe.base.parallel import Map, map_in_order
+from gptpipe.base.parallel import map_in_order
 from gptpipe.collect.candidates import Candidates, find_candidates
 from gptpipe.collect.decide import Decider, Decision
 from gptpipe.collect.messages import check_bad_records, explain_empty, warn_about_files, warn_about_rejections
 from gptpipe.collect.near_duplicates import SignedPart, near_duplicates
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.parts import Part, find_files, plan_parts
+from gptpipe.collect.readers import needs_worker
 from gptpipe.collect.shards import plan_shards, write_shard_of
 from gptpipe.formats.corpus import shard_paths
 from gptpipe.shell.console import Progress
@@ -35,8 +36,7 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
     files = find_files(params.sources)
     warn_about_files(files.paths)
     parts = plan_parts(params, files)
-    is_large = sum(part.n_bytes for part in parts) > _MANY_BYTES
-    run: Map = map_in_order if is_large else map
+    is_small = sum(part.n_bytes for part in parts) < _MANY_BYTES
     kinds = [source.kind for source in params.sources]
     names = [kind if kinds.count(kind) == 1 else f"{kind}-{i}" for i, kind in enumerate(kinds)]
     decider = Decider(params, names)
@@ -44,18 +44,18 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
         decider.count_other_files(name, others)
     made_from = dict(files.digests)
     with new_folder(target, made_from, "collect") as folder:
-        decisions = _read_and_decide(parts, decider, folder.path / _PARTS, params, run)
+        decisions = _read_and_decide(parts, decider, folder.path / _PARTS, params, is_small)
         for decision in decisions:
             made_from |= decision.candidates.record["digests"]
         check_bad_records(decider, params)
         if params.dedup == "near":
-            decisions = _without_near_duplicates(decisions, params.near_similarity, decider, run)
+            decisions = _without_near_duplicates(decisions, params.near_similarity, decider, is_small)
         warn_about_rejections(decider.tally)
         if report:
             decider.tally.write(report)
         if not decider.tally["documents"]:
             raise InputError(explain_empty(decider.tally))
-        n_replaced = _write_shards(decisions, folder.path, run)
+        n_replaced = _write_shards(decisions, folder.path, is_small)
         if params.encoding_errors == "replace":
             decider.tally["with_replacement_character"] = n_replaced
         if find_files(params.sources).digests != files.digests:
@@ -65,23 +65,30 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
 
 
 def _read_and_decide(
-    parts: list[Part], decider: Decider, folder: Path, params: CollectParams, run: Map
+    parts: list[Part], decider: Decider, folder: Path, params: CollectParams, is_small: bool
 ) -> list[Decision]:
     """Steps 1 and 2. Parts behind the limit of a source are not read, except a few that workers had started."""
     _remove_other_parts(folder, parts)
     read = partial(find_candidates, folder=folder, params=params)
     needed = (part for part in parts if not decider.is_full(part.source))
+    isolate = any(map(needs_worker, params.sources))
+    parses = _title if isolate else None
+    results = map_in_order(read, needed, small=is_small, isolate=isolate, describe=_title, parses=parses)
     decisions: list[Decision] = []
     with Progress("collect", unit="parts", total=len(parts)) as progress:
-        for part, record in progress.track(run(read, needed)):
+        for part, record in progress.track(results):
             if decider.is_full(part.source):
                 continue
             decision = decider.decide(part.source, Candidates.open(folder / part.name, record))
             while decision is None:  # more duplicates than expected: the limit of the source lies further on
-                part, record = read(part.with_higher_limit())
+                ((part, record),) = map_in_order(read, [part.with_higher_limit()], isolate=isolate, parses=parses)
                 decision = decider.decide(part.source, Candidates.open(folder / part.name, record))
             decisions.append(decision)
     return decisions
+
+
+def _title(part: Part) -> str:
+    return part.title
 
 
 def _remove_other_parts(folder: Path, parts: list[Part]) -> None:
@@ -93,21 +100,21 @@ def _remove_other_parts(folder: Path, parts: list[Part]) -> None:
 
 
 def _without_near_duplicates(
-    decisions: list[Decision], similarity: float, decider: Decider, run: Map
+    decisions: list[Decision], similarity: float, decider: Decider, is_small: bool
 ) -> list[Decision]:
     signed = [SignedPart(decision.candidates.folder, decision.is_kept) for decision in decisions]
-    masks = near_duplicates(signed, similarity, run)
+    masks = near_duplicates(signed, similarity, is_small)
     pairs = zip(decisions, masks, strict=True)
     return [decider.without_near_duplicates(decision, is_duplicate) for decision, is_duplicate in pairs]
 
 
-def _write_shards(decisions: list[Decision], folder: Path, run: Map) -> int:
+def _write_shards(decisions: list[Decision], folder: Path, is_small: bool) -> int:
     """Step 3. Returns the number of documents with the replacement character."""
     write = partial(write_shard_of, folder=folder)
     n_shards = n_replaced = 0
     n_documents = sum(int(decision.is_kept.sum()) for decision in decisions)
     with Progress("collect: write", unit="documents", total=n_documents) as progress:
-        for counts in run(write, plan_shards(decisions)):
+        for counts in map_in_order(write, plan_shards(decisions), small=is_small):
             n_shards += 1
             n_replaced += counts["with_replacement_character"]
             progress.advance(counts["documents"])

@@ -22,7 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from gptpipe.base.files import new_file
-from gptpipe.base.parallel import Map
+from gptpipe.base.parallel import map_in_order
 
 _VALUES = 128  # in a signature
 _BAND = 4  # values in a band; 32 bands find 99.9% of the pairs with similarity 0.7, 87% of those with 0.5
@@ -84,16 +84,17 @@ class SignedPart(NamedTuple):
     is_kept: Mask  # (n,)
 
 
-def near_duplicates(parts: list[SignedPart], similarity: float, run: Map) -> list[Mask]:
+def near_duplicates(parts: list[SignedPart], similarity: float, is_small: bool) -> list[Mask]:
     """For each candidate of each part: whether it is kept, and an earlier one belongs to the same cluster.
 
-    `run` maps a function over work items, maybe in worker processes. An item is one band and one range of its keys.
+    Workers compare the documents of one band and one range of its keys at a time, unless the corpus is small.
     """
     sizes = [int(part.is_kept.sum()) for part in parts]
     first_of_cluster = np.arange(sum(sizes))
     n_ranges = 1 + len(first_of_cluster) // _SORTED
     work = [(band, number, n_ranges) for band in range(_N_BANDS) for number in range(n_ranges)]
-    for one, other in run(partial(_similar_pairs, parts=parts, similarity=similarity), work):
+    find = partial(_similar_pairs, parts=parts, similarity=similarity)
+    for one, other in map_in_order(find, work, small=is_small):
         _unite(first_of_cluster, one, other)
     is_duplicate = first_of_cluster != np.arange(len(first_of_cluster))
     masks = []

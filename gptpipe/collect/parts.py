@@ -23,7 +23,7 @@ from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, P
 from gptpipe.collect.paths import is_file_name, matching_files
 from gptpipe.collect.python_text import module_files
 from gptpipe.collect.ranges import can_be_divided
-from gptpipe.collect.readers import n_dataset_shards, read_part
+from gptpipe.collect.readers import n_dataset_shards, needs_worker, read_part
 from gptpipe.collect.tables import is_remote, read_errors
 from gptpipe.collect.texts import Rejected, Texts
 from gptpipe.shell.errors import InputError
@@ -47,6 +47,14 @@ class Part(NamedTuple):
 
     def with_higher_limit(self) -> "Part":
         return self._replace(more=4 * self.more, name=f"{self.name}x")
+
+    @property
+    def title(self) -> str:
+        """Its files, for messages."""
+        if not self.addresses:
+            return f"source {self.source + 1}"
+        n_others = len(self.addresses) - 1
+        return self.addresses[0] + (f" and {n_others} other files" if n_others else "")
 
     @staticmethod
     def first_name(name: str) -> str:
@@ -107,8 +115,8 @@ def _digests(sources: tuple[Source, ...], paths: list[list[str]]) -> dict[str, s
         elif isinstance(source, Url):
             digests[source.url] = source.sha256
     local = sorted({path for paths_of_source in paths for path in paths_of_source})
-    is_large = sum(Path(path).stat().st_size for path in local) > _HASHED_HERE
-    for path, digest in zip(local, (map_in_order if is_large else map)(_sha256, local), strict=True):
+    is_small = sum(Path(path).stat().st_size for path in local) < _HASHED_HERE
+    for path, digest in zip(local, map_in_order(_sha256, local, small=is_small), strict=True):
         digests[printable_name(path)] = digest
     return digests
 
@@ -177,7 +185,8 @@ def _parts_of_files(paths: list[str], source: Source, params: CollectParams) -> 
     for path in paths:
         size = Path(path).stat().st_size
         is_large = size > PART_BYTES and can_be_divided(path, source, params, PART_BYTES)
-        if group and (is_large or n_bytes + size > PART_BYTES or len(group) == _MAX_FILES):
+        is_full = n_bytes + size > PART_BYTES or len(group) == _MAX_FILES
+        if group and (is_large or is_full or needs_worker(source)):  # if a parser crashes, the part names its file
             yield Part(0, "", tuple(group), n_bytes=n_bytes)
             group, n_bytes = [], 0
         if is_large:

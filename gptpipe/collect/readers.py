@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from gptpipe.base.isolated import OpenFile, isolated
+from gptpipe.base.limits import hidden_stderr, memory_limit, time_limit
+from gptpipe.base.parallel import map_in_order
 from gptpipe.collect.cleaning import cut_text
 from gptpipe.collect.encodings import marked_encoding, wide_encoding
 from gptpipe.collect.jsonl import jsonl_texts
@@ -24,6 +25,7 @@ from gptpipe.shell.errors import InputError
 
 _MEMORY = 1 << 30  # bytes that reading a Parquet file may use ...
 _MEMORY_PER_BYTE = 16  # ... and these for each byte of the file
+_SECONDS = 300.0  # without a list of texts from native code
 _HEAD_BYTES = 8192  # of a file, which show whether it is text
 FileSource = Text | Jsonl | Parquet | Url
 
@@ -63,8 +65,9 @@ def _texts_of_part(part: PartToRead, source: Source, params: CollectParams, dige
             read_package = python_docs if source.kind == "python-docs" else python_code
             yield from ([text] for text in read_package(source.package))
         case HuggingFace():
-            arguments = (dataset_name(source), source.text_column, part.start, part.end)
-            yield from _until_bad(isolated(source.address, dataset_rows, *arguments), source)
+            assert part.end is not None  # the number of shards
+            rows = dataset_rows(dataset_name(source), source.text_column, part.start, part.end)
+            yield from _until_bad(_guarded(source.address, rows, memory=None), source)
         case _:
             for address in part.addresses:
                 yield from _until_bad(_file(address, part, source, params, digests), source)
@@ -86,7 +89,28 @@ def _until_bad(lists: Texts, source: Source) -> Texts:
 
 def n_dataset_shards(source: HuggingFace) -> int:
     """Number of files of a dataset, each of which can be read alone. Raises InputError, ResourceError."""
-    return next(isolated(source.address, dataset_shards, dataset_name(source)))
+    (n_shards,) = map_in_order(dataset_shards, [dataset_name(source)], local=True, isolate=True, parses=_address_of)
+    return n_shards
+
+
+def _address_of(name: DatasetName) -> str:
+    return name.address
+
+
+def needs_worker(source: Source) -> bool:
+    """Whether native code, which may crash, parses the files of a source."""
+    return isinstance(source, Parquet | HuggingFace) or (isinstance(source, Url) and source.format == "parquet")
+
+
+def _guarded(name: str, lists: Texts, memory: int | None) -> Texts:
+    """The texts of a native parser, which may use so many bytes of `memory`, and _SECONDS for each list.
+
+    This process is a worker of `map_in_order`, because it ends if the parser crashes.
+    """
+    with hidden_stderr(), memory_limit(name, memory), time_limit(_SECONDS) as restart:
+        for texts in lists:
+            restart()
+            yield texts
 
 
 def dataset_name(source: HuggingFace) -> DatasetName:
@@ -146,5 +170,5 @@ def _parquet_file(
     with seekable(file) as content:
         n_in = content.seek(0, os.SEEK_END)
         limits = (growth_limit(n_in, params.max_expansion), params.max_expansion, params.max_document_bytes)
-        arguments = (name, OpenFile(content), column, params.encoding_errors, *limits, start, end)
-        yield from isolated(name, parquet_rows, *arguments, memory=_MEMORY + _MEMORY_PER_BYTE * n_in)
+        rows = parquet_rows(name, content, column, params.encoding_errors, *limits, start, end)
+        yield from _guarded(name, rows, _MEMORY + _MEMORY_PER_BYTE * n_in)

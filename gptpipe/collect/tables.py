@@ -1,4 +1,4 @@
-"""Rows of Parquet files and datasets, parsed by native code in a child process that imports only this."""
+"""Rows of Parquet files and datasets, parsed by native code, which runs in a worker process."""
 
 import codecs
 import re
@@ -306,10 +306,10 @@ class DatasetName(NamedTuple):
     revision: str | None
 
 
-def dataset_shards(source: DatasetName) -> Iterator[int]:
-    """Yields the number of files that the dataset is read from."""
+def dataset_shards(source: DatasetName) -> int:
+    """The number of files that the dataset is read from."""
     with read_errors(source.address), _dataset_errors(source.address):
-        yield max(1, _dataset(source).num_shards)
+        return max(1, int(_dataset(source).num_shards))
 
 
 def dataset_rows(source: DatasetName, column: str, shard: int, n_shards: int) -> Texts:

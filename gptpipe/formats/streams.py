@@ -6,6 +6,7 @@ with its end-of-text token. It is opened memory-mapped. `documents.parquet` has 
 text in UTF-8).
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from gptpipe.base.files import new_file
 from gptpipe.base.manifest import Manifest
@@ -54,37 +54,59 @@ class Stream:
         return int(self.documents["n_bytes"].sum())
 
 
-class StreamWriter:
-    """Appends documents to the token array and to the table of one side."""
+class DocumentsWriter:
+    """Appends rows to the table of documents of one side."""
 
-    def __init__(self, tokens: BinaryIO, documents: ParquetRows) -> None:
-        self._tokens = tokens
-        self._documents = documents
-        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
+    def __init__(self, rows: ParquetRows) -> None:
+        self._rows = rows
+        self._n_tokens = 0
 
     def extend(self, batch: pa.RecordBatch) -> None:
-        """Append the documents of a batch of token shards."""
-        tokens = batch.column("tokens").flatten().to_numpy()
-        n_tokens = batch.column("tokens").value_lengths().to_numpy().astype(np.int64)
-        n_bytes = batch.column("n_bytes")
-        offset = self.counts["tokens"] + n_tokens.cumsum() - n_tokens
-        columns = [batch.column("id"), batch.column("source"), pa.array(offset), pa.array(n_tokens), n_bytes]
-        self._documents.extend(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
-        self._tokens.write(tokens.tobytes())
-        self.counts["documents"] += len(batch)
-        self.counts["tokens"] += len(tokens)
-        self.counts["bytes"] += pc.sum(n_bytes).as_py()
+        """Append the documents of a batch of token shards; its column `tokens` is not needed."""
+        n_tokens = batch.column("n_tokens").to_numpy()
+        offset = self._n_tokens + n_tokens.cumsum() - n_tokens
+        columns = [batch.column("id"), batch.column("source"), pa.array(offset), pa.array(n_tokens)]
+        self._rows.extend(pa.RecordBatch.from_arrays([*columns, batch.column("n_bytes")], schema=_SCHEMA))
+        self._n_tokens += int(n_tokens.sum())
 
 
 @contextmanager
-def new_stream(folder: Path, dtype: np.dtype[Any]) -> Iterator[StreamWriter]:
-    """Write the two files of one side; they appear when the block ends without an error."""
-    with new_file(folder / TOKENS) as tokens, new_parquet(folder / DOCUMENTS, _SCHEMA) as documents:
-        tokens.write(_header(dtype, 0))  # reserves its space; the length is known at the end
-        writer = StreamWriter(tokens, documents)
-        yield writer
-        tokens.seek(0)
-        tokens.write(_header(dtype, writer.counts["tokens"]))
+def new_tokens(folder: Path, dtype: np.dtype[Any], n_tokens: int) -> Iterator[Path]:
+    """Write the token array of one side. Yields a file of the final size, whose parts `tokens_at` writes.
+
+    The file gets its name when the block ends without an error.
+    """
+    n_bytes = _HEADER_BYTES + n_tokens * dtype.itemsize
+    with new_file(folder / TOKENS, n_bytes) as file:
+        file.write(_header(dtype, n_tokens))
+        file.truncate(n_bytes)
+        file.flush()
+        yield Path(file.name)
+
+
+@contextmanager
+def tokens_at(path: Path, dtype: np.dtype[Any], start: int, n_tokens: int) -> Iterator[BinaryIO]:
+    """Write the `n_tokens` tokens from number `start` on of a file of `new_tokens`; other processes write others.
+
+    They are on disk when the block ends: the process that made the file can be on another machine. Raises
+    ValueError if another number of tokens was written.
+    """
+    first_byte = _HEADER_BYTES + start * dtype.itemsize
+    with path.open("r+b") as file:
+        file.seek(first_byte)
+        yield file
+        n_written = (file.tell() - first_byte) // dtype.itemsize
+        if n_written != n_tokens:
+            raise ValueError(f"{n_written:,} tokens instead of {n_tokens:,}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def new_documents(folder: Path) -> Iterator[DocumentsWriter]:
+    """Write the table of documents of one side; it appears when the block ends without an error."""
+    with new_parquet(folder / DOCUMENTS, _SCHEMA) as rows:
+        yield DocumentsWriter(rows)
 
 
 def _header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
@@ -124,7 +146,7 @@ def open_stream(folder: Path, side: Side, vocab_size: int | None = None) -> Stre
 
 
 def _map_tokens(path: Path) -> npt.NDArray[np.unsignedinteger]:
-    """The array in an .npy file that `new_stream` wrote. Raises OSError, ValueError.
+    """The array in an .npy file that `new_tokens` wrote. Raises OSError, ValueError.
 
     The header is compared with the two possible ones. It is not parsed, because numpy evaluates it as Python.
     """

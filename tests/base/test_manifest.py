@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from gptpipe.base import manifest as manifest_module
 from gptpipe.base.files import seal, sha256_of, write_bytes
 from gptpipe.base.manifest import check_parent, new_folder, read_manifest, verify
 from gptpipe.base.parquet import new_parquet
@@ -91,6 +92,16 @@ def test_a_folder_made_from_another_parent_is_rejected(tmp_path: Path) -> None:
         write_bytes(raw.path / "a", b"new")
     with pytest.raises(IntegrityError, match="made from another"):
         check_parent(tmp_path / "tokens", tmp_path / "raw")
+
+
+def test_worker_processes_find_the_same_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_SMALL_BYTES", 0)
+    monkeypatch.setenv("GPTPIPE_WORKERS", "2")
+    build(tmp_path / "raw", b"text")
+    assert verify(tmp_path / "raw", in_workers=True) == read_manifest(tmp_path / "raw")
+    (tmp_path / "raw/sub/two.txt").write_bytes(b"texttexT")
+    with pytest.raises(IntegrityError, match=r"sub/two\.txt: differs from its manifest"):
+        verify(tmp_path / "raw", in_workers=True)
 
 
 def test_a_manifest_lists_files_counts_and_ancestors(tmp_path: Path) -> None:

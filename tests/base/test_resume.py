@@ -1,10 +1,14 @@
 """Records of finished files."""
 
+import hashlib
 from pathlib import Path
 
-from gptpipe.base.files import write_bytes
+import pytest
+
+from gptpipe.base import manifest
+from gptpipe.base.files import sha256_of, write_bytes
 from gptpipe.base.manifest import new_folder, verify
-from gptpipe.base.resume import finished, once
+from gptpipe.base.resume import finish, finished, once
 
 
 def test_records_of_finished_files_are_not_content(tmp_path: Path) -> None:
@@ -25,3 +29,20 @@ def test_a_damaged_record_is_ignored(tmp_path: Path) -> None:
     assert finished([path])["result"] == 12
     record.write_bytes(record.read_bytes().replace(b"12", b"13"))
     assert finished([path]) == {}
+
+
+def test_a_manifest_takes_digests_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has read the file already. A file without a record, or with a damaged one, is read."""
+    read: list[str] = []
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    with new_folder(tmp_path / "raw", {}, "key") as folder:
+        for name in ("sub/a", "sub/b"):
+            write_bytes(folder.path / name, name.encode())
+            finish([folder.path / name], None)
+        write_bytes(folder.path / "c", b"c")
+        record = folder.path / "sub/.b.done"
+        record.write_bytes(record.read_bytes().replace(b"null", b"true"))
+    assert read == ["c", "b"]
+    assert {name: entry.sha256 for name, entry in verify(tmp_path / "raw").files.items()} == {
+        name: hashlib.sha256(name.encode()).hexdigest() for name in ("sub/a", "sub/b", "c")
+    }

@@ -4,10 +4,11 @@ import hashlib
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 from sections import side_of, split_params
 
-from gptpipe.formats.sides import SIDES
+from gptpipe.formats.sides import SIDES, Fractions, sides_of, sides_of_column
 
 IDS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(20_000)]
 KNOWN = ["test", "train", "train", "train", "test", "test", "test", "val", "test", "train", "train", "train"]
@@ -35,6 +36,15 @@ print(*[SIDES[i] for i in sides_of(ids, params.fractions, 0)])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == KNOWN
+
+
+def test_a_column_of_ids_has_the_same_sides_as_a_list() -> None:
+    """Also a part of a column, which has an offset."""
+    fractions = Fractions(0.2, 0.3)
+    column = pa.array(IDS[:100])
+    for start, stop in ((0, 100), (7, 50), (99, 100)):
+        expected = sides_of(IDS[start:stop], fractions, 3).tolist()
+        assert sides_of_column(column[start:stop], fractions, 3).tolist() == expected
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.05, 0.05), (0.1, 0.0), (0.0, 0.1), (0.3, 0.2)])

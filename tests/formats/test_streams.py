@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from sections import side_of, split_params
 
-from gptpipe.base.manifest import verify
+from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.collect import batch as shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
@@ -21,6 +23,7 @@ from gptpipe.formats.sides import SIDES
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.shell.errors import InputError, IntegrityError
+from gptpipe.split import split as stage
 from gptpipe.split.params import SplitParams
 from gptpipe.split.split import split
 from gptpipe.tokenize.encode import tokenize
@@ -135,6 +138,34 @@ def test_splitting_twice_gives_the_same_bytes(tmp_path: Path, tokens: Path, fift
     assert verify(tmp_path / "one").digest == verify(tmp_path / "two").digest
     split(tokens, tmp_path / "two", fifths, SEED + 1)
     assert verify(tmp_path / "one").digest != verify(tmp_path / "two").digest
+
+
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path, tokens: Path, fifths: SplitParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers write the shards in any order, each at its place. Nothing else is left in the folder."""
+    split(tokens, tmp_path / "here", fifths, SEED)
+    monkeypatch.setattr(stage, "_SMALL_BYTES", 0)
+    monkeypatch.setenv("GPTPIPE_WORKERS", "2")
+    split(tokens, tmp_path / "workers", fifths, SEED)
+    assert verify(tmp_path / "here").digest == verify(tmp_path / "workers").digest
+    files = {path.relative_to(tmp_path / "workers").as_posix() for path in (tmp_path / "workers").rglob("*.*")}
+    streams_of_sides = {f"{side}/{name}" for side in SIDES for name in ("documents.parquet", "tokens.npy")}
+    assert files == {"manifest.json", "tokenizer/encoding.json", "tokenizer/ranks.tiktoken", *streams_of_sides}
+
+
+def test_a_shard_whose_lengths_are_wrong_is_an_integrity_error(
+    tmp_path: Path, tokens: Path, fifths: SplitParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens would overwrite those of the next shard."""
+    shard = tokens / "tokens-00001.parquet"
+    table = pq.read_table(shard)
+    wrong = pa.array(table["n_tokens"].to_numpy() - 1)
+    pq.write_table(table.set_column(table.column_names.index("n_tokens"), "n_tokens", wrong), shard)
+    monkeypatch.setattr(stage, "verify_tokens", read_manifest)  # which would notice it first
+    with pytest.raises(IntegrityError, match=r"tokens-00001\.parquet: 3,128 tokens instead of 3,097; make the folder"):
+        split(tokens, tmp_path / "split", fifths, SEED)
+    assert not (tmp_path / "split").exists()
 
 
 def test_an_empty_side_with_a_fraction_above_zero_is_an_input_error(tmp_path: Path, tokens: Path) -> None:

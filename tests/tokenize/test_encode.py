@@ -140,13 +140,37 @@ def test_any_number_of_workers_gives_the_same_bytes(
     fifths: SplitParams,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One worker; two threads; two processes."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     raw = corpus(sentences)
-    for workers in ("1", "2"):
+    for name, workers, small_bytes in (("one", "1", 1 << 30), ("threads", "2", 1 << 30), ("processes", "2", 0)):
         monkeypatch.setenv("GPTPIPE_WORKERS", workers)
-        tokenize(raw, tmp_path / workers, trained, fifths.fractions, SEED)
-    assert len(list((tmp_path / "2").glob("tokens-*.parquet"))) == len(shard_paths(raw)) >= 3
-    assert verify(tmp_path / "1").digest == verify(tmp_path / "2").digest
+        monkeypatch.setattr(encode, "_SMALL_BYTES", small_bytes)
+        tokenize(raw, tmp_path / name, trained, fifths.fractions, SEED)
+    assert len(list((tmp_path / "one").glob("tokens-*.parquet"))) == len(shard_paths(raw)) >= 3
+    assert verify(tmp_path / "one").digest == verify(tmp_path / "threads").digest
+    assert verify(tmp_path / "one").digest == verify(tmp_path / "processes").digest
+
+
+def test_the_tokenizer_is_loaded_once_and_again_when_it_changes(
+    tmp_path: Path,
+    corpus: Corpus,
+    sentences: list[str],
+    trained: TokenizeParams,
+    fifths: SplitParams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not once per shard: that takes a second for a large vocabulary."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    loaded: list[Path] = []
+    really = Tokenizer.load
+    monkeypatch.setattr(Tokenizer, "load", lambda folder: loaded.append(folder) or really(folder))
+    raw = corpus(sentences)
+    assert len(shard_paths(raw)) >= 3
+    tokenize(raw, tmp_path / "tokens", trained, fifths.fractions, SEED)
+    assert len(loaded) == 1
+    counts = tokenize(raw, tmp_path / "tokens", tokenize_params(vocab_size=401), fifths.fractions, SEED)
+    assert (counts["vocab_size"], len(loaded)) == (401, 2)
 
 
 KILLED = """
