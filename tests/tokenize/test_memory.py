@@ -21,7 +21,7 @@ from gptpipe.split.overlap import report_contamination
 from gptpipe.tokenize.encode import tokenize
 from gptpipe.split.split import split
 params, folder = load_params(), Path(sys.argv[2])
-parquet._GROUP_BYTES, overlap._MAX_NGRAMS = 1 << 18, 1 << 15  # so that a small corpus is many times as much
+parquet._GROUP_BYTES, overlap._MAX_RUNS = 1 << 18, 1 << 15  # so that a small corpus is many times as much
 if sys.argv[1] == "tokenize":
     gpt2 = params.tokenize.model_copy(update={"encoding": "gpt2"})
     tokenize(folder / "raw", folder / "tokens", gpt2, params.split.fractions, 0)
