@@ -1,6 +1,5 @@
 """Duplicates across all sources: equal texts while they are read, near-duplicates in finished shards."""
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
@@ -9,19 +8,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
+import rensa
 
 from gptpipe.base.parallel import map_in_order
 from gptpipe.base.parquet import read_parquet, strings
-from gptpipe.shell.environment import optional_module
+from gptpipe.collect.words import hash_shingles
 from gptpipe.shell.locks import disk_errors
 
 _MAX_RECENT = 1 << 16  # ids that are not yet merged with the older ones
 _VALUES = 128  # in a signature, 4 bytes each
 _BAND = 4  # values in a band; 32 bands find 99.9% of the pairs with similarity 0.7, 87% of those with 0.5
-_SHINGLE = 5  # words
+_SHINGLE = 5  # words, operators and brackets
 _ROWS = 1 << 14  # signatures in memory at once
-UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # characters of scripts without spaces; each counts as a word
-_WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
 
 Indices = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -76,11 +74,11 @@ def _merged(one: Keys, other: Keys) -> Keys:
 def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt.NDArray[np.bool_]:
     """For each document of the shards, in order: whether an earlier document belongs to the same cluster.
 
-    MinHash (Broder, 1997) over shingles of five words. Two documents belong to the same cluster if their
-    signatures agree in a band, and in at least a fraction `similarity` of all values. That fraction estimates
-    their Jaccard similarity, with a standard error of at most 0.045. Clusters are transitive. Only the first
-    document of a cluster is kept, so no cluster is on two sides of a split. A million documents need 512 MB in
-    the file `scratch` and 110 MB of memory.
+    MinHash (Broder, 1997) over shingles of five words, operators and brackets. Two documents belong to the same
+    cluster if their signatures agree in a band, and in at least a fraction `similarity` of all values. That
+    fraction estimates their Jaccard similarity, with a standard error of at most 0.045. Clusters are transitive.
+    Only the first document of a cluster is kept, so no cluster is on two sides of a split. A million documents need
+    512 MB in the file `scratch` and 110 MB of memory.
     """
     sizes = [pq.read_metadata(shard).num_rows for shard in shards]
     n = sum(sizes)
@@ -102,21 +100,16 @@ def near_duplicates(shards: list[Path], similarity: float, scratch: Path) -> npt
 
 def _write_signatures(shard_with_offset: tuple[Path, int], *, scratch: Path) -> None:
     """Write the signatures of a shard's documents, from row `offset` of the file; runs in a worker process."""
-    rensa = optional_module("rensa", "near")
     shard, offset = shard_with_offset
     texts = chain.from_iterable(strings(batch, "text") for batch in read_parquet(shard, ["text"]))
     with scratch.open("r+b") as file:
         file.seek(offset * _VALUES * 4)
-        while shingles := [_shingles(text) for text in islice(texts, 256)]:
-            rows = rensa.RMinHash.digest_matrix_from_token_sets(shingles, _VALUES, 0).to_rows()
+        while batch := list(islice(texts, 256)):
+            shingles = hash_shingles(batch, _SHINGLE)
+            rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(*shingles, _VALUES, 0).to_rows()
             with disk_errors(scratch):
                 file.write(np.array(rows, np.uint32).tobytes())
                 file.flush()
-
-
-def _shingles(text: str) -> list[str]:
-    words = _WORD.findall(text.lower()) or [text]
-    return [" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))]
 
 
 def _signatures(scratch: Path, n: int) -> npt.NDArray[np.uint32]:

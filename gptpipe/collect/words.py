@@ -18,6 +18,7 @@ for Thai would disagree about the words near the ends of a shared passage.
 """
 
 from functools import cache, lru_cache
+from hashlib import sha256
 from typing import NamedTuple
 
 import numpy as np
@@ -115,6 +116,25 @@ def _kinds(signs: bool) -> Kinds:
             kinds[match.start() : match.end()] = kind
     kinds[_INVISIBLE] = _IGNORED
     return kinds
+
+
+def hash_shingles(texts: list[str], n: int) -> tuple[Hashes, Hashes]:
+    """Hashes of the runs of n words and signs of each text, and where those of each text start, with the total.
+
+    Each word counts as one, also in a script without spaces: similar texts share most of their shingles, of any
+    length. A text of fewer words is one shingle. If it has no word at all, its characters are hashed.
+    """
+    words = split_words(texts, signs=True)
+    bounds = np.searchsorted(words.texts, np.arange(len(texts) + 1))
+    n_words = np.diff(bounds)
+    counts = np.maximum(n_words - n + 1, 1)  # of shingles
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    text_of_shingle = np.repeat(np.arange(len(texts)), counts)
+    starts = np.arange(offsets[-1]) - (offsets - bounds)[text_of_shingle]
+    hashes = RunHasher(words.hashes)(starts, np.minimum(starts + n, bounds[text_of_shingle + 1]))
+    for i in np.flatnonzero(n_words == 0):
+        hashes[offsets[i]] = int(sha256(texts[i].encode()).hexdigest()[:16], 16)
+    return hashes, offsets.astype(np.uint64)
 
 
 class RunHasher:
