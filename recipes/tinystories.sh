@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # TinyStories (Eldan and Li, 2023, arXiv:2305.07759): the first 200 MB, streamed from the Hugging Face Hub.
-# Before you start: `pip install -e '.[huggingface,near]'`
+# Before you start: `pip install -e '.[huggingface]'`
 # Run it from the project's root, after `git commit`: bash recipes/tinystories.sh
 set -euo pipefail
 
@@ -8,8 +8,6 @@ revision=f54c09fd23315a6f9c86f9dc80f725de7d8f9c64 # a commit of the data set, be
 
 settings=(
     -S "collect.sources=[{kind: huggingface, dataset: roneneldan/TinyStories, revision: $revision, max_bytes: 200000000}]"
-    # Many stories differ only in a name. Near duplicates in train and test would make the test result too good.
-    -S collect.dedup=near
     # With this much text, one pass is enough, and so are one percent of the documents for validation and test.
     -S split.val_fraction=0.005
     -S split.test_fraction=0.005

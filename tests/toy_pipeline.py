@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 SECTIONS = {
     "collect.sources": '[{kind: text, paths: ["data/sources/*.txt"], document: separator, separator: "\\n\\n\\n"}]',
+    "collect.dedup": "exact",  # the documents resemble each other
     "tokenize.vocab_size": 300,
     "split.val_fraction": 0.3,
     "split.test_fraction": 0.3,

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gptpipe.base.ray_cluster import RayTasks
 from gptpipe.base.workers import Worker, WorkerDied, death_in_parser, death_in_work
 from gptpipe.shell.environment import n_workers, uses_ray
 from gptpipe.shell.errors import GptpipeError
 
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # `map_in_order` with some of its options
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)

@@ -1,4 +1,4 @@
-"""Finds clusters of similar documents by MinHash (Broder, 1997) over shingles of five words.
+"""Finds clusters of similar documents by MinHash (Broder, 1997) over shingles of five words, operators and brackets.
 
 Step 1 of collect writes two files for each part: `signatures.bin` (n, 128), the low byte of each MinHash value, and
 `bands.bin` (32, n), a hash of each band of four values. 256 bytes a document.
@@ -9,7 +9,6 @@ Two documents belong to the same cluster if their signatures agree in a band, an
 are transitive. Only the first document of a cluster is kept, so no cluster is on two sides of a split.
 """
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,16 +22,15 @@ from scipy.sparse.csgraph import connected_components
 
 from gptpipe.base.files import new_file
 from gptpipe.base.parallel import map_in_order
+from gptpipe.collect.words import hash_shingles
 
 _VALUES = 128  # in a signature
 _BAND = 4  # values in a band; 32 bands find 99.9% of the pairs with similarity 0.7, 87% of those with 0.5
 _N_BANDS = _VALUES // _BAND
-_SHINGLE = 5  # words
+_SHINGLE = 5  # words, operators and brackets
 _TEXTS = 256  # whose signatures are computed at once
 _SORTED = 1 << 22  # keys of a band that a worker sorts at once, with about 40 bytes of memory each
 _COMPARED = 1 << 14  # pairs of signatures in memory at once
-UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # characters of scripts without spaces; each counts as a word
-_WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -51,8 +49,9 @@ class SignatureWriter:
     def add(self, texts: pa.Array) -> None:
         documents = texts.to_numpy(zero_copy_only=False).tolist()
         for start in range(0, len(documents), _TEXTS):
-            shingles = [_shingles(text) for text in documents[start : start + _TEXTS]]
-            values = np.array(rensa.RMinHash.digest_matrix_from_token_sets(shingles, _VALUES, 0).to_rows(), np.uint32)
+            shingles = hash_shingles(documents[start : start + _TEXTS], _SHINGLE)
+            rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(*shingles, _VALUES, 0).to_rows()
+            values = np.array(rows, np.uint32)
             self._signatures.append(values.astype(np.uint8))
             self._bands.append(_hash_bands(values))
 
@@ -70,11 +69,6 @@ def _hash_bands(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     for column in range(_BAND):
         hashes = (hashes ^ values[:, column::_BAND]) * np.uint64(0x9E3779B97F4A7C15)
     return (hashes >> np.uint64(32)).astype(np.uint32)
-
-
-def _shingles(text: str) -> list[str]:
-    words = _WORD.findall(text.lower()) or [text]
-    return [" ".join(words[i : i + _SHINGLE]) for i in range(max(1, len(words) - _SHINGLE + 1))]
 
 
 class SignedPart(NamedTuple):

@@ -23,10 +23,8 @@ from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, P
 from gptpipe.collect.paths import is_file_name, matching_files
 from gptpipe.collect.python_text import module_files
 from gptpipe.collect.ranges import can_be_divided
-from gptpipe.collect.readers import n_dataset_shards, needs_worker, read_part
+from gptpipe.collect.readers import n_dataset_shards, needs_worker
 from gptpipe.collect.tables import is_remote, read_errors
-from gptpipe.collect.texts import Rejected, Texts
-from gptpipe.shell.errors import InputError
 
 PART_BYTES = 32 << 20  # of a large file in a part; about, of small files in a group
 _MAX_FILES = 4096  # in a group
@@ -151,17 +149,6 @@ def plan_parts(params: CollectParams, files: SourceFiles) -> list[Part]:
                 name = f"{name}-{n_same[name]}"
             parts.append(part._replace(source=i, name=name))
     return parts
-
-
-def read_source(source: Source, params: CollectParams) -> Texts:
-    """All texts of a source, in this process. Raises InputError for the first bad record, unless it is skipped."""
-    params = params.model_copy(update={"sources": (source,)})
-    for part in plan_parts(params, find_files((source,))):
-        for texts in read_part(part, source, params, {}):
-            for text in texts:
-                if isinstance(text, Rejected) and text.is_bad and source.on_bad == "stop":
-                    raise InputError(text.detail)
-            yield texts
 
 
 def _parts_of(source: Source, paths: list[str], params: CollectParams) -> Iterator[Part]:

@@ -81,7 +81,7 @@ def _counts_by_stage(data: Path, raw: Manifest) -> dict[str, dict[str, Any]]:
 class _Overlap(NamedTuple):
     """Contamination of one side of the split, or of a benchmark, by train."""
 
-    share: float  # of the examined documents
+    share: float | None  # of the examined documents; None if there are none
     n_examined: int
 
 
@@ -96,7 +96,7 @@ def _read_overlaps(path: Path) -> dict[str, _Overlap]:
     try:
         report = json.loads(content)
         return {
-            name: _Overlap(float(share), int(report[f"{name}_examined"]))
+            name: _Overlap(None if share is None else float(share), int(report[f"{name}_examined"]))
             for name, share in sorted(report["share"].items())
             if name != "train"
         }

@@ -1,69 +1,107 @@
-"""Hashes of all n-grams of words in a list of texts, computed on whole arrays instead of word by word.
+"""The runs of words by which texts are compared, as hashes: all n-grams, and short texts as a whole.
 
-Words are compared in lower case and without punctuation. In scripts that put no space between words, each
-character counts as a word. A word's hash is a polynomial of its UTF-8 bytes modulo 2**64; an n-gram's hash is a
-polynomial of its words' hashes. Both are differences of one running sum (Karp and Rabin, 1987), so no Python
-loop visits a word.
+An n-gram is a run of n words. In a script without spaces, where a word is a single letter and counts as less
+(gptpipe/collect/words.py), it is the shortest run that counts at least n words. A text that counts less than n words
+has no n-gram. It is compared as a whole if it counts at least `MIN_WORDS`; shorter texts, such as the answer `yes`,
+would occur in any corpus.
 """
-
-import re
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
-from gptpipe.collect.near_duplicates import UNSPACED
+from gptpipe.collect.words import WORD_LENGTH, Hashes, Indices, RunHasher, split_words
 
-# Bases of the polynomials. They are odd, so they have inverses modulo 2**64.
-_BYTE_BASE = 0x9E3779B97F4A7C15
-_WORD_BASE = 0xD6E8FEB86659FD93
-# For bytes.translate: lower-case ASCII; punctuation becomes a space. A line feed separates texts.
-_LOWER_ASCII = bytes(c if c > 127 or c in b"\n_" or chr(c).isalnum() else 32 for c in range(256)).lower()
-_PUNCTUATION = re.compile(f"[^\\w\x00-\x7f{UNSPACED}]+")  # beyond ASCII
-_UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
+MIN_WORDS = 5  # of a text that is examined
+_MAX_FILTER_BITS = 23
 
-Hashes = npt.NDArray[np.uint64]
-Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
-def hash_ngrams(texts: list[str], n: int) -> tuple[Hashes, Indices]:
-    """The hash of each run of n words, in the order of the texts, and the index of the text that contains it."""
-    content = np.frombuffer(_comparable(texts), np.uint8)
-    is_word = np.concatenate([[False], content > ord(" "), [False]])
-    word_starts = np.flatnonzero(is_word[1:] > is_word[:-1])
-    word_ends = np.flatnonzero(is_word[1:] < is_word[:-1])
-    text_of_word = np.searchsorted(np.flatnonzero(content == ord("\n")), word_starts)
-    word_hashes = _hash_slices(content.astype(np.uint64), word_starts, word_ends, _BYTE_BASE)
+class Lookup:
+    """Finds hashes in a set of hashes."""
 
-    first_words = np.arange(max(0, len(word_starts) - n + 1))
-    hashes = _hash_slices(word_hashes, first_words, first_words + n, _WORD_BASE)
-    is_in_one_text = text_of_word[first_words] == text_of_word[first_words + n - 1]
-    return hashes[is_in_one_text], text_of_word[first_words][is_in_one_text]
+    def __init__(self, hashes: Hashes) -> None:
+        self.size = len(hashes)
+        self._index = pd.Index(hashes)
+        self._index.get_indexer(self._index[:1])  # builds its table before threads share it: they could see half of it
+        # Whether a member begins with these bits. Most hashes are not in the set, and this finds out ten times faster.
+        self._n_bits = min(_MAX_FILTER_BITS, len(hashes).bit_length() + 3)
+        self._has_bits = np.zeros(1 << self._n_bits, np.bool_)
+        self._has_bits[self._first_bits(hashes)] = True
 
+    def _first_bits(self, hashes: Hashes) -> Hashes:
+        return np.asarray(hashes >> np.uint64(64 - self._n_bits))
 
-def _comparable(texts: list[str]) -> bytes:
-    """UTF-8 of the texts as their words are compared, with a line feed between two texts."""
-    lowered = (text if text.isascii() else _lower_unicode(text) for text in texts)
-    joined = "\0".join(lowered).replace("\n", " ").replace("\0", "\n")  # no clean text contains \0
-    return joined.encode().translate(_LOWER_ASCII)
-
-
-def _lower_unicode(text: str) -> str:
-    """Lower case; punctuation beyond ASCII becomes a space, and spaces surround each character that is a word."""
-    return _UNSPACED_CHARACTER.sub(r" \g<0> ", _PUNCTUATION.sub(" ", text.lower()))
+    def find(self, hashes: Hashes) -> tuple[Indices, Indices]:
+        """The positions in `hashes` of those that are in the set, and the index of each in the set."""
+        positions = np.flatnonzero(self._has_bits[self._first_bits(hashes)])
+        indices = self._index.get_indexer(pd.Index(hashes[positions]))
+        return positions[indices >= 0], indices[indices >= 0]
 
 
-def _hash_slices(values: Hashes, starts: Indices, ends: Indices, base: int) -> Hashes:
-    """For each slice of the values, the sum of values[start + i] * base**i, modulo 2**64."""
-    size = 1 << len(values).bit_length()
-    powers = _powers(base, size)[: len(values)]
-    inverse_powers = _powers(pow(base, -1, 1 << 64), size)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
-    return np.asarray((sums[ends] - sums[starts]) * inverse_powers[starts], np.uint64)
+class Runs:
+    """The n-grams and the short texts of a list of texts.
 
+    `hashes` are those of the n-grams, then of the short texts; `texts` are the indices of the texts that contain
+    them; `prefixes` are hashes of the first words of short texts, 0 for n-grams. `examined` are the indices of the
+    texts that are not too short.
+    """
 
-@lru_cache(32)
-def _powers(base: int, n: int) -> Hashes:
-    """base**1 to base**n; a sum and its inverse power start at the same exponent, so the exponents cancel."""
-    powers: Hashes = np.cumprod(np.full(n, base, np.uint64), dtype=np.uint64)
-    return powers
+    def __init__(self, texts: list[str], n: int) -> None:
+        words = split_words(texts)
+        self._hash = RunHasher(words.hashes)
+        self._text_of_word = words.texts
+        # The length of all words before each word, and of all words.
+        self._positions = np.concatenate([[0], np.cumsum(words.lengths, dtype=np.int64)])
+        self._ngram_length = n * WORD_LENGTH
+        self._n_prefix = min(MIN_WORDS, n)  # no word counts more than one, so each examined text has this many
+
+        first_words = np.flatnonzero(np.diff(words.texts, prepend=-1))
+        text_ends = np.append(first_words[1:], len(words.texts))[: len(first_words)]
+        lengths = self._positions[text_ends] - self._positions[first_words]
+        is_examined = lengths >= self._n_prefix * WORD_LENGTH
+        is_short = is_examined & (lengths < self._ngram_length)
+        short_starts, short_ends = first_words[is_short], text_ends[is_short]
+        starts, ends = self._ngrams()
+
+        self.hashes = np.concatenate([self._hash(starts, ends), self._hash(short_starts, short_ends)])
+        self.texts = words.texts[np.concatenate([starts, short_starts])]
+        self.prefixes = np.zeros(len(self.hashes), np.uint64)
+        self.prefixes[len(starts) :] = self._hash(short_starts, short_starts + self._n_prefix)
+        self.examined = words.texts[first_words[is_examined]]
+
+    def _ngrams(self) -> tuple[Indices, Indices]:
+        """Start and end of each n-gram: indices of words."""
+        starts = np.arange(len(self._text_of_word))
+        if self._positions[-1] == len(starts) * WORD_LENGTH:  # no word counts less
+            ends = starts + self._ngram_length // WORD_LENGTH
+        else:
+            ends = np.searchsorted(self._positions, self._positions[:-1] + self._ngram_length)
+        return self._inside_texts(starts, ends)
+
+    def _inside_texts(self, starts: Indices, ends: Indices) -> tuple[Indices, Indices]:
+        """The runs that end in the text in which they start."""
+        n_inside = np.searchsorted(ends, len(self._text_of_word), side="right")  # ends are in ascending order
+        starts, ends = starts[:n_inside], ends[:n_inside]
+        is_inside = self._text_of_word[starts] == self._text_of_word[ends - 1]
+        return starts[is_inside], ends[is_inside]
+
+    def find_short(self, hashes: Lookup, prefixes: Lookup) -> tuple[Indices, Indices]:
+        """Where short texts occur: the indices of their hashes in `hashes`, and of the texts that contain them.
+
+        Only runs that begin like a short text are compared with the short texts, of each length that is possible.
+        """
+        starts = np.arange(len(self._text_of_word))
+        starts, ends = self._inside_texts(starts, starts + self._n_prefix)
+        is_prefix, _ = prefixes.find(self._hash(starts, ends))
+        starts, ends = starts[is_prefix], ends[is_prefix]
+        found, texts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        while len(starts):
+            is_match, indices = hashes.find(self._hash(starts, ends))
+            found.append(indices)
+            texts.append(self._text_of_word[starts[is_match]])
+            starts, ends = self._inside_texts(starts, ends + 1)
+            is_shorter = self._positions[ends] - self._positions[starts] < self._ngram_length
+            starts, ends = starts[is_shorter], ends[is_shorter]
+        return np.concatenate(found), np.concatenate(texts)

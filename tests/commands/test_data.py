@@ -61,6 +61,13 @@ def test_page_has_the_counts_of_every_stage(root: Path) -> None:
     assert "overlap of train with train" not in table
 
 
+def test_an_unknown_overlap_is_not_a_number(root: Path) -> None:
+    overlaps = {"benchmark-0_examined": 0, "share": {"benchmark-0": None}}
+    (root / "reports/split.json").write_text(json.dumps(overlaps))
+    overlap = rows(write_page(root, 0))["overlap of benchmark-0 with train"]
+    assert overlap == "unknown: all documents are too short"
+
+
 def test_page_shows_lengths_and_documents(root: Path) -> None:
     page = write_page(root, 0)
     documents = [row for shard in shard_paths(root / "data/raw") for row in pq.read_table(shard).to_pylist()]

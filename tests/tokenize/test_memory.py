@@ -21,7 +21,7 @@ from gptpipe.split.overlap import report_contamination
 from gptpipe.tokenize.encode import tokenize
 from gptpipe.split.split import split
 params, folder = load_params(), Path(sys.argv[2])
-parquet._GROUP_BYTES, overlap._MAX_NGRAMS = 1 << 18, 1 << 15  # so that a small corpus is many times as much
+parquet._GROUP_BYTES, overlap._MAX_RUNS = 1 << 18, 1 << 15  # so that a small corpus is many times as much
 if sys.argv[1] == "tokenize":
     gpt2 = params.tokenize.model_copy(update={"encoding": "gpt2"})
     tokenize(folder / "raw", folder / "tokens", gpt2, params.split.fractions, 0)
@@ -45,7 +45,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
                 f"{i} " + " ".join(f"w{i * j % 9973}" for j in range(150)) + "\n" for i in range(n_documents)
             )
         source = {"kind": "text", "paths": (f"{folder}/lines.txt",), "document": "line"}
-        collect(CollectParams.model_validate({**dict(SHIPPED.collect), "sources": (source,)}), folder / "raw")
+        params = CollectParams.model_validate({**dict(SHIPPED.collect), "dedup": "exact", "sources": (source,)})
+        collect(params, folder / "raw")
         for stage, peaks_of_stage in peaks.items():
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, stage, folder],
