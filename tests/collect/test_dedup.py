@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gptpipe.collect.batch import Batch, rows_of_shards
+from gptpipe.collect.dedup import near_duplicates
 
 from gptpipe.base.manifest import verify
 from gptpipe.collect import batch as shards
 from gptpipe.collect import dedup
-from gptpipe.collect.batch import Batch, rows_of_shards
 from gptpipe.collect.collect import collect
-from gptpipe.collect.dedup import near_duplicates
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import SCHEMA, id_of, shard_path, shard_paths, write_shard
 

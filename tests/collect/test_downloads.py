@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,12 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from reading import read_source
 
 from gptpipe.collect import downloads
 from gptpipe.collect.collect import collect
 from gptpipe.collect.downloads import download
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.readers import fingerprint, read
+from gptpipe.collect.parts import find_files
 from gptpipe.collect.tables import dataset_rows
 from gptpipe.shell.errors import GptpipeError, InputError, IntegrityError, ResourceError
 
@@ -259,8 +259,8 @@ def test_a_complete_part_is_accepted(server: Server, tmp_path: Path) -> None:
 
 def test_a_url_source_is_downloaded_and_read(server: Server, collect_params: MakeParams) -> None:
     params = collect_params({"kind": "url", "url": address(server), "sha256": SHA256, "document": "line"})
-    assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == BODY.decode().splitlines()
-    assert fingerprint(params.sources) == {address(server): SHA256}
+    assert list(chain.from_iterable(read_source(params))) == BODY.decode().splitlines()
+    assert find_files(params.sources).digests == {address(server): SHA256}
 
 
 @pytest.fixture
@@ -281,16 +281,16 @@ def test_a_huggingface_source_is_read(
 ) -> None:
     params = collect_params(dataset)
     stories = [f"story {i} {j}" for i in range(2) for j in range(3)]
-    assert list(chain.from_iterable(read(params.sources[0], params, Counter(), {}))) == stories
+    assert list(chain.from_iterable(read_source(params))) == stories
     datasets: Any = importlib.import_module("datasets")
     asked, really = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
     assert list(chain.from_iterable(dataset_rows("a", dataset["dataset"], None, "train", "a" * 40, "text"))) == stories
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]
-    assert fingerprint(params.sources) == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
+    assert find_files(params.sources).digests == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
     params = collect_params({**dataset, "text_column": "none"})
     with pytest.raises(InputError, match="no column `none` among text, body"):
-        list(read(params.sources[0], params, Counter(), {}))
+        list(read_source(params))
 
 
 def test_a_dataset_needs_a_commit(collect_params: MakeParams) -> None:

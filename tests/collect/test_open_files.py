@@ -15,7 +15,6 @@ import tarfile
 import threading
 import tracemalloc
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -26,9 +25,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptpipe.collect import open_files as opening
-from gptpipe.collect.cleaning import Rejected
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.readers import fingerprint, read
+from gptpipe.collect.parts import find_files
+from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import GptpipeError, InputError, ResourceError
 
 MakeParams = Callable[..., CollectParams]
@@ -74,7 +73,7 @@ def texts(collect_params: MakeParams) -> Callable[..., list[str]]:
     def read_all(address: str, kind: str = "text", digests: dict[str, str] | None = None, **changed: Any) -> list[str]:
         keys = {"document": "line"} if kind == "text" else {}
         params = collect_params({"kind": kind, "paths": (address,), **keys}, **changed)
-        results = chain.from_iterable(read(params.sources[0], params, Counter(), {} if digests is None else digests))
+        results = chain.from_iterable(read_source(params, digests))
         return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in results]
 
     return read_all
@@ -251,7 +250,7 @@ def test_long_names_and_large_numbers_in_tar(tmp_path: Path, collect_params: Mak
             archive.addfile(info, io.BytesIO(b"\0text"))
     (tmp_path / "file").write_bytes(file.getvalue())
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/file",)})
-    results = chain.from_iterable(read(params.sources[0], params, Counter(), {}))
+    results = chain.from_iterable(read_source(params))
     assert [text.detail for text in results if isinstance(text, Rejected)] == [
         f"{tmp_path}/file: {name}" for name in names
     ]
@@ -272,12 +271,12 @@ import resource, sys
 from collections import Counter
 from gptpipe.collect.params import CollectParams
 from gptpipe.params import load_params
-from gptpipe.collect.readers import read
+from reading import read_source
 params = CollectParams.model_validate({**dict(load_params().collect), "max_document_bytes": 1000, "max_expansion": 1000,
                                        "sources": ({"kind": "text", "paths": (sys.argv[1],)},)})
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
-print(sum(len(text) for texts in read(params.sources[0], params, Counter(), {}) for text in texts))
+print(sum(len(text) for texts in read_source(params) for text in texts))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "line.gz"],
@@ -320,7 +319,7 @@ def test_http_files_are_read_and_their_digests_stored(
     with pytest.raises(InputError, match=r"/none\.txt: cannot read: 404, .*none\.txt'; fix"):
         texts(f"{server}/none.txt")
     params = collect_params({"kind": "text", "paths": (f"{server}/a.txt",)})
-    assert fingerprint(params.sources) == {}
+    assert find_files(params.sources).digests == {}
 
 
 def test_an_unreachable_server_is_a_resource_error(texts, server: str) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import read_source
 
-from gptpipe.collect.cleaning import Rejected
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.readers import fingerprint, matching_files, read
+from gptpipe.collect.parts import find_files
+from gptpipe.collect.paths import matching_files
+from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import InputError
 
 MakeParams = Callable[..., CollectParams]
@@ -33,7 +35,7 @@ def texts(tmp_path: Path, collect_params: MakeParams) -> Callable[..., list[str]
         options = {name: keys.pop(name) for name in ("encoding_errors", "max_document_bytes") if name in keys}
         (tmp_path / "file").write_bytes(content)
         params = collect_params({"kind": kind, "paths": (str(tmp_path / "file"),), **keys}, **options)
-        results = chain.from_iterable(read(params.sources[0], params, Counter() if counts is None else counts, {}))
+        results = chain.from_iterable(read_source(params))
         return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in results]
 
     return read_one
@@ -197,7 +199,7 @@ def test_a_large_row_group_is_not_kept_in_memory(tmp_path: Path, collect_params:
     params = collect_params({"kind": "parquet", "paths": (str(tmp_path / "file"),)})
     tracemalloc.start()
     try:
-        assert sum(len(texts) for texts in read(params.sources[0], params, Counter(), {})) == 20_000
+        assert sum(len(texts) for texts in read_source(params)) == 20_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -263,7 +265,7 @@ def test_one_error_names_all_unreadable_files(tmp_path: Path, collect_params: Ma
         {"kind": "jsonl", "paths": (f"{tmp_path}/folder", "/dev/null")},
     )
     with pytest.raises(InputError) as caught:
-        fingerprint(params.sources)
+        find_files(params.sources).digests
     message = str(caught.value)
     for part in (
         f"{tmp_path}/pipe.txt: not a regular file; ",
@@ -321,7 +323,7 @@ def test_missing_permission_is_an_error(tmp_path: Path) -> None:
     """In another process without root's permissions, because root may read anything."""
     program = """
 import os, sys
-from gptpipe.collect.readers import matching_files
+from gptpipe.collect.paths import matching_files
 from gptpipe.shell.errors import InputError
 if os.getuid() == 0:
     os.setuid(65534)
@@ -353,7 +355,7 @@ except InputError as error:
 def test_fingerprints_are_file_digests_and_the_version_of_python(tmp_path: Path, collect_params: MakeParams) -> None:
     (tmp_path / "a.txt").write_bytes(b"text")
     params = collect_params({"kind": "python-docs"}, {"kind": "text", "paths": (f"{tmp_path}/*",)})
-    assert fingerprint(params.sources) == {
+    assert find_files(params.sources).digests == {
         "python-docs": f"CPython {sys.version.split()[0]}",
         f"{tmp_path}/a.txt": "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1",
     }
@@ -365,7 +367,7 @@ def test_a_file_name_that_is_not_utf8_has_a_printable_fingerprint(tmp_path: Path
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/*",)})
-    assert [name.encode() for name in fingerprint(params.sources)] == [f"{tmp_path}/caf\\xe9.txt".encode()]
+    assert [name.encode() for name in find_files(params.sources).digests] == [f"{tmp_path}/caf\\xe9.txt".encode()]
 
 
 def test_docstrings_and_code_of_an_installed_package(
@@ -389,17 +391,17 @@ def test_docstrings_and_code_of_an_installed_package(
     assert docs == ["All of it.", "A class.", "Says \xe4."]
     assert code == [files["__init__.py"], files["a/deep.py"], files["b.py"]]
     assert not canary.exists()
-    before = fingerprint(params.sources)
+    before = find_files(params.sources).digests
     assert sorted(before) == ["python-code pack", "python-docs pack"]
     (tmp_path / "pack/a/deep.py").write_text("x = 1\n")
-    assert fingerprint(params.sources).items().isdisjoint(before.items())
+    assert find_files(params.sources).digests.items().isdisjoint(before.items())
     missing = collect_params({"kind": "python-code", "package": "nowhere"})
     with pytest.raises(InputError, match="Python package nowhere is not installed"):
-        fingerprint(missing.sources)
+        find_files(missing.sources)
 
 
 def test_code_of_the_standard_library(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-code"})
-    code = list(chain.from_iterable(read(params.sources[0], params, Counter(), {})))
+    code = list(chain.from_iterable(read_source(params)))
     assert any('def parse(source, filename="<unknown>", mode="exec"' in str(text).replace("'", '"') for text in code)
     assert sum(map(len, map(str, code))) > 5_000_000

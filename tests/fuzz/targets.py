@@ -9,7 +9,6 @@ import lzma
 import shutil
 import tarfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
+from reading import read_source
 from sections import SHIPPED, filters
 
 from gptpipe.base.files import seal, sha256_of
@@ -26,7 +26,6 @@ from gptpipe.base.manifest import MANIFEST, SCHEMA, FileEntry, Manifest, new_fol
 from gptpipe.base.resume import finished
 from gptpipe.collect.cleaning import clean
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.readers import read
 from gptpipe.collect.tables import parquet_rows
 from gptpipe.formats.hf_tokenizer import check_same_tokens, to_tokenizer_json
 from gptpipe.formats.streams import open_stream
@@ -121,7 +120,7 @@ def _read(content: bytes, **source: Any) -> None:
     Path("input").write_bytes(content)
     params = _collect_params("replace" if len(content) % 4 == 0 else "strict")
     params = params.model_validate({**dict(params), "sources": ({"paths": ("input",), **source},)})
-    for texts in read(params.sources[0], params, Counter(), {}):
+    for texts in read_source(params):
         for text in clean(texts, params):
             if isinstance(text, str):
                 text.encode()

@@ -8,12 +8,12 @@ from random import Random
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from gptpipe.collect.dedup import Seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sections import split_params
 
 from gptpipe.collect.collect import collect
-from gptpipe.collect.dedup import Seen
 from gptpipe.formats.corpus import shard_paths
 from gptpipe.formats.sides import SIDES, sides_of
 

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sections import SHIPPED, filters
 
-from gptpipe.collect.batch import Rejected
 from gptpipe.collect.cleaning import clean, cut
 from gptpipe.collect.params import CollectParams
+from gptpipe.collect.texts import Rejected
 from gptpipe.formats.tokenizer import END_OF_TEXT, Tokenizer
 from gptpipe.tokenize.tokenizers import named_tokenizer, train_tokenizer
 
