@@ -115,6 +115,7 @@ def _new_state(params: RunParams, inputs: Inputs) -> tuple[TrainState, dict[str,
         initialise_from(model, folder)
         check_same_tokens(inputs.tokenizer, folder)
         digests = {path.name: sha256_of(path) for path in weight_files(folder)}
+        say(f"train: starts from {folder}; `dvc repro` does not notice changes there: run `dvc repro -f train` then")
     model.to(inputs.runtime.device)
     if rank_info().n_ranks > 1 and params.train.parallel == "fsdp":
         distributed.shard(model)
