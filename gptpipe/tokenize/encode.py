@@ -22,6 +22,7 @@ from gptpipe.shell.errors import InputError
 from gptpipe.shell.process import ended_by_signals
 from gptpipe.tokenize.params import TokenizeParams
 from gptpipe.tokenize.tokenizers import build_tokenizer
+from gptpipe.tokenize.training_text import affordable
 
 
 def tokenize(source: Path, target: Path, params: TokenizeParams, fractions: Fractions, seed: int) -> dict[str, int]:
@@ -39,7 +40,7 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, fractions: Frac
 
         def make_tokenizer() -> None:
             share = params.training_bytes / max(1, parent.counts["bytes"])
-            texts = _training_texts(shards, fractions, seed, share)
+            texts = affordable(partial(_training_texts, shards, fractions, seed, share)) if params.is_trained else ()
             with ended_by_signals():
                 tokenizer = build_tokenizer(params, texts)
             tokenizer.save(tokenizer_folder)
