@@ -326,11 +326,14 @@ def _first_names(names: Iterable[str]) -> str:
 
 def dataset_rows(address: str, dataset: str, name: str | None, split: str, revision: str, column: str) -> Texts:
     """The texts of a column of a dataset; `datasets` reads it from Parquet, Arrow and other files."""
+    datasets = optional_module("datasets", "huggingface")
+    _check_folder(dataset)
     texts: list[str | Rejected] = []
     n_characters = 0
     try:
         with read_errors(address), _dataset_errors(address):
-            for row in _dataset(dataset, name, split, revision):
+            rows = datasets.load_dataset(dataset, name, split=split, revision=revision, streaming=True)
+            for row in rows:
                 if column not in row:
                     names = _first_names(row)
                     raise InputError(f"{dataset}: no column `{column}` among {names}; set text_column")
@@ -346,15 +349,10 @@ def dataset_rows(address: str, dataset: str, name: str | None, split: str, revis
     yield texts
 
 
-def _dataset(dataset: str, name: str | None, split: str, revision: str) -> Iterable[dict[str, Any]]:
-    datasets = optional_module("datasets", "huggingface")
+def _check_folder(dataset: str) -> None:
     if any(Path(dataset, state).is_file() for state in ("state.json", "dataset_dict.json")):
         problem = f"{dataset}: a folder of save_to_disk, which only load_from_disk reads"
         raise InputError(f"{problem}; write the dataset with to_parquet, and use it with kind: parquet")
-    rows: Iterable[dict[str, Any]] = datasets.load_dataset(
-        dataset, name, split=split, revision=revision, streaming=True
-    )
-    return rows
 
 
 @contextmanager
