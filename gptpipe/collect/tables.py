@@ -215,7 +215,7 @@ def _check_column(name: str, schema: pa.Schema, column: str, groups: list[Any]) 
         fields = _first_names(f"{column}.{child.name}" for child in field.type)
         raise InputError(f"{name}: column `{column}` is a struct; set text_column of the source to one of {fields}")
     type_ = getattr(field.type, "storage_type", field.type)
-    if not _is_text(type_) and not _is_without_values(column, groups):
+    if not (_is_text(type_) or pa.types.is_null(type_) or _is_without_values(column, groups)):
         raise InputError(f"{name}: column `{column}` contains {type_}, not text; set text_column of the source")
 
 
