@@ -147,12 +147,12 @@ def _fields(column: str, top: str) -> list[str]:
     return column[len(top) :].split(".")[1:]
 
 
-def _texts(name: str, column: str, row: int, contents: Any, errors: str, max_bytes: int | None) -> Texts:
-    """The texts of a batch; `row` is the number of rows before it."""
+def _texts(name: str, column: str, n_before: int, contents: Any, errors: str, max_bytes: int | None) -> Texts:
+    """The texts of a batch; `n_before` is the number of rows before it."""
     texts: list[str | Rejected] = []
     has_long = max_bytes is not None and contents.nbytes > max_bytes
     values = _views(contents) if has_long else contents.to_numpy(zero_copy_only=False)
-    for row, content in enumerate(values, row + 1):  # noqa: B020  counts on
+    for row, content in enumerate(values, n_before + 1):
         try:
             if content is None:
                 texts.append(Rejected("no_text", f"{name}, row {row}"))

@@ -123,11 +123,14 @@ def test_an_error_in_a_long_text_names_the_byte() -> None:
 def test_a_large_dictionary_page_is_not_read_to_find_its_longest_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text of 200 MB was once in memory five times. Such a page is read row by row instead."""
     monkeypatch.setattr(tables, "_DICTIONARY_BYTES", 10_000)
+    read, really = [], tables._longest_in_dictionary
+    monkeypatch.setattr(tables, "_longest_in_dictionary", lambda *args: read.append(args) or really(*args))
     for length, n_rows in ((100, 1024), (20_000, 52)):  # 1 MiB / 20,004 bytes of the page
         file = parquet({"text": ["x" * length] * 2000})
         groups = [pq.ParquetFile(file).metadata.row_group(0)]
         assert tables._rows_per_batch(file, "text", groups) == n_rows
         assert rows(file) == ["x" * length] * 2000
+    assert len(read) == 2  # twice the short one
 
 
 @pytest.mark.parametrize(
