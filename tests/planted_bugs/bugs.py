@@ -161,6 +161,27 @@ BUGS = (
         "        end = min(max_bytes + 1, len(encoded))\n",
         ("tests/properties/test_text.py::test_cutting_loses_nothing_and_respects_the_limit",),
     ),
+    Bug(
+        "control characters that separate words are deleted",
+        "gptpipe/collect/cleaning.py",
+        ".translate(_BREAKS, _ASCII_CONTROL)",
+        ".translate(None, _ASCII_CONTROL + b'\\x0b\\x0c\\x1c\\x1d\\x1e\\x1f')",
+        ("tests/collect/test_cleaning.py::test_clean",),
+    ),
+    Bug(
+        "a bomb inside a nested archive is not counted",
+        "gptpipe/collect/open_files.py",
+        "archives.zip_members(name, file), rules, rules.on_read, depth + 1",
+        "archives.zip_members(name, file), rules, lambda _: None, depth + 1",
+        ("tests/collect/test_archives.py::test_a_bomb_in_an_archive_in_an_archive_stops_at_max_expansion",),
+    ),
+    Bug(
+        "a row group at the border of two parts is read twice",
+        "gptpipe/collect/tables.py",
+        "offset < (inf if end is None else end)",
+        "offset <= (inf if end is None else end)",
+        ("tests/collect/test_tables.py::test_parts_that_divide_a_file_contain_each_row_once",),
+    ),
     # Tokens
     Bug(
         "sides depend on the neighbours of a document",
