@@ -240,6 +240,20 @@ BUGS = (
         ("tests/formats/test_streams.py",),
     ),
     Bug(
+        "a worker writes the tokens of its shard at the start of the stream",
+        "gptpipe/formats/streams.py",
+        "file.seek(first_byte)",
+        "file.seek(_HEADER_BYTES)",
+        ("tests/formats/test_streams.py",),
+    ),
+    Bug(
+        "workers have the variables of the time when the first of them started",
+        "gptpipe/base/workers.py",
+        "    set_environment(environment)\n",
+        "",
+        ("tests/base/test_parallel.py::test_workers_have_the_variables_that_the_parent_has_at_the_call",),
+    ),
+    Bug(
         "ranks train on the same part of the batch",
         "gptpipe/train/distributed.py",
         "return slice(rank * n, (rank + 1) * n)",
