@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,22 +24,13 @@ from gptpipe.train import distributed
 CHANGES = {"train__micro_batch_size": 1, "model__tie_embeddings": False}  # two micro-batches a rank
 
 
-@pytest.fixture
-def project(tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return Project(tmp_path, toy_split)
-
-
 @pytest.fixture(scope="module", params=["adamw", "muon"])
 def alone(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_split: Path
-) -> Iterator[tuple[str, Project]]:
+) -> tuple[str, Project]:
     """The optimizer, and the training by one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("alone")
-        patch.setenv("DVC_ROOT", str(root))
-        made = Project(root, toy_split)
-        made.train(tiny.params(train__optimizer=request.param, **CHANGES))
+    made = Project(tmp_path_factory.mktemp("alone"), toy_split)
+    made.train(tiny.params(train__optimizer=request.param, **CHANGES))
     return request.param, made
 
 
@@ -77,7 +67,7 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
 
 @pytest.mark.slow
 def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
-    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Also on resume, bit for bit; with less memory by then, not at all."""
     params = tiny.params(train__batch_size=12, train__save_every=2)
@@ -88,12 +78,10 @@ def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
         "warning: out of memory; continuing with micro-batches of 3",
         "warning: out of memory; continuing with micro-batches of 1",
     ]
-    (saved,) = project.root.glob(".gptpipe/checkpoints/*/step-00000004/state.json")
-    assert json.loads(saved.read_bytes())["micro_batch_size"] == 1
+    assert saved_micro_batch_size(project, step=4) == 1
     assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="0")) == [5, 5]
     assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="2")) == [0, 0]
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
-    monkeypatch.setenv("DVC_ROOT", str(alone.root))
     alone.train(params)
     assert_alike(project, alone)
     assert project.digests() == undisturbed.digests()
@@ -108,7 +96,7 @@ def test_single_sequences_that_do_not_fit_one_rank_end_all(project: Project) -> 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_roll_back_as_one_does(
-    project: Project, tmp_path_factory: pytest.TempPathFactory, parallel: str, monkeypatch: pytest.MonkeyPatch
+    project: Project, tmp_path_factory: pytest.TempPathFactory, parallel: str
 ) -> None:
     changes = {"on_spike": "rollback", "spike_sigmas": 0.02, "max_steps": 30, "save_every": 5}
     params = tiny.params(train__parallel=parallel, **{f"train__{name}": value for name, value in changes.items()})
@@ -116,10 +104,30 @@ def test_two_ranks_roll_back_as_one_does(
     rolled_back = [line for line in said(project, 0).splitlines() if "continuing from step" in line]
     assert rolled_back
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
-    monkeypatch.setenv("DVC_ROOT", str(alone.root))
     alone.train(params)
     assert len([name for name in alone.records[-1].tagged if name.startswith("rolled_back")]) == len(rolled_back)
     assert_alike(project, alone)
+
+
+def test_a_roll_back_keeps_the_micro_batch_size_of_these_ranks(project: Project) -> None:
+    """One process saves step 20 with micro-batches of 4 sequences. Two ranks resume with 2 sequences each, then go
+    back to step 20, because step 21 is the first with enough steps before it to count as a spike.
+    """
+    changes = {"on_spike": "rollback", "spike_sigmas": 0.5, "max_steps": 26, "save_every": 10, "eval_every": 26}
+    steady = {"lr": 3e-4, "schedule": "constant"}  # the loss falls so slowly that step 21 stands out
+    params = tiny.params(**{f"train__{name}": value for name, value in {**changes, **steady}.items()})
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=20)
+    assert saved_micro_batch_size(project, step=20) == 4
+    assert exit_codes(start_ranks(2, params, project, GPTPIPE_ALLOW_INEXACT="1")) == [0, 0]
+    assert "continuing from step 20" in said(project, 0)
+    assert saved_micro_batch_size(project, step=26) == 2
+
+
+def saved_micro_batch_size(project: Project, step: int) -> int:
+    (saved,) = project.root.glob(f".gptpipe/checkpoints/*/step-{step:08d}/state.json")
+    size: int = json.loads(saved.read_bytes())["micro_batch_size"]
+    return size
 
 
 @pytest.mark.parametrize(("parallel", "n", "optimizer"), [("ddp", 3, "muon"), ("fsdp", 2, "adamw")])

@@ -29,14 +29,11 @@ from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.split.split import split
 from gptpipe.tokenize.tokenizers import train_tokenizer
+from gptpipe.train import session
 from gptpipe.train.batches import Batches
+from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.runtime import Runtime
-
-
-@pytest.fixture
-def project(tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return Project(tmp_path, toy_split)
+from gptpipe.train.state import TrainState
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
@@ -45,12 +42,9 @@ def undisturbed(
 ) -> tuple[Params, dict[str, str]]:
     """Parameters, and the digests of what they make when nothing happens."""
     params = tiny.params(train__optimizer=request.param, model__dropout=0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("undisturbed")
-        patch.setenv("DVC_ROOT", str(root))
-        made = Project(root, toy_split)
-        made.train(params)
-    return params, made.digests()
+    project = Project(tmp_path_factory.mktemp("undisturbed"), toy_split)
+    project.train(params)
+    return params, project.digests()
 
 
 def test_what_it_writes(project: Project) -> None:
@@ -62,9 +56,15 @@ def test_what_it_writes(project: Project) -> None:
     assert len(reports) == 4
     assert model.counts == {"best_step": 12, "steps": 12, "tokens": 12 * 4 * 16, "parameters": 25152}
     assert sorted(model.files) == [
-        "README.md", "config.json", "encoding.json", "generation_config.json", "model.safetensors", "ranks.tiktoken",
-        "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "encoding.json",
+        "generation_config.json",
+        "model.safetensors",
+        "ranks.tiktoken",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     summary = json.loads((project.root / "reports/train.json").read_bytes())
     assert summary["val"] == best
     assert best["loss"] < 5.2 < 5.6  # 300 tokens at even odds: 5.7
@@ -140,7 +140,7 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_leaves_no_trace(
-    toy_split: Path, undisturbed: tuple[Params, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_split: Path, undisturbed: tuple[Params, dict[str, str]], tmp_path: Path
 ) -> None:
     """Also during recovery: the moments spread over training, saving and the writing of the results.
 
@@ -152,7 +152,6 @@ def test_kill_9_at_random_moments_leaves_no_trace(
     n_killed = 0
     while n_killed < wanted:
         project = Project(tmp_path / str(n_killed), toy_split)
-        monkeypatch.setenv("DVC_ROOT", str(project.root))
         process = start(params, project)
         while n_killed < wanted and wait_for_the_lock(project, process):
             process.join(float(rng.uniform(0, 0.4)))
@@ -259,6 +258,37 @@ def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatc
     assert project.records[1].environment["micro_batch_size"] == 4
 
 
+def test_a_step_is_saved_once_even_if_the_training_stops_directly_after_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3, 6 and 9 are saved because of `save_every`. A stop before the next step adds no save, nor does a rerun
+    that is stopped before its first step, nor one that only writes the results again.
+    """
+    save, train = Checkpoints.save, session.train
+    saved_steps: list[int] = []
+
+    def count(checkpoints: Checkpoints, state: TrainState) -> None:
+        saved_steps.append(state.step)
+        save(checkpoints, state)
+
+    monkeypatch.setattr(Checkpoints, "save", count)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=9)
+    assert saved_steps == [3, 6, 9]
+    monkeypatch.setattr(session, "train", stop)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params())
+    assert saved_steps == [3, 6, 9]
+    monkeypatch.setattr(session, "train", train)
+    for _ in range(2):
+        project.train(tiny.params())
+        assert saved_steps == [3, 6, 9, 12]
+
+
+def stop(*_: object) -> None:
+    raise Interrupted(signal.SIGTERM, "stopped")
+
+
 def test_patience_ends_it_early(project: Project) -> None:
     params = tiny.params(
         train__lr=3.0, train__schedule="constant", train__grad_clip=None, train__eval_every=1, train__patience=2
@@ -269,8 +299,14 @@ def test_patience_ends_it_early(project: Project) -> None:
 
 
 def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> None:
-    params = tiny.params(train__lr=1e38, train__schedule="constant", train__grad_clip=None, train__warmup_steps=6,
-                         train__eval_every=100, train__save_every=1)  # fmt: skip
+    params = tiny.params(
+        train__lr=1e38,
+        train__schedule="constant",
+        train__grad_clip=None,
+        train__warmup_steps=6,
+        train__eval_every=100,
+        train__save_every=1,
+    )
     with pytest.raises(NumericError) as caught:
         project.train(params)
     assert caught.value.exit_code == 6
@@ -398,13 +434,12 @@ def test_a_warm_up_beyond_the_epochs_is_told(project: Project) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(
-    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     params = tiny.params(train__compile=True, train__z_loss=1e-3, train__document_masking=True)
     project.train(params)
     assert project.records[-1].environment["compiled"] is True
     stopped = Project(tmp_path_factory.mktemp("stopped"), project.split)
-    monkeypatch.setenv("DVC_ROOT", str(stopped.root))
     with pytest.raises(Interrupted):
         stopped.train(params, stop_at=5)
     stopped.train(params)
