@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,16 @@ def remove(path: Path, _: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(("damage", "n_times"), [(flip, 15), (truncate, 3), (zero_a_page, 3), (empty, 1), (remove, 1)])
-@pytest.mark.parametrize("name", ["step-00000006/state.safetensors", "step-00000006/state.json",
-                                  "step-00000006/journal.jsonl", "step-00000006/manifest.json",
-                                  "best-00000005/model.safetensors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000006/state.safetensors",
+        "step-00000006/state.json",
+        "step-00000006/journal.jsonl",
+        "step-00000006/manifest.json",
+        "best-00000005/model.safetensors",
+    ],
+)
 def test_damage_is_found_and_the_checkpoint_before_is_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -215,11 +223,15 @@ NORM, MOMENT, COUNT = (
 )
 
 FORGERIES: dict[str, Callable[[Path], object]] = {
-    **{f"no {key}": state_json(**{key: ...})
-       for key in ("step", "run_id", "best_step", "history", "skipped", "micro_batch_size", "environment")},
-    **{f"{key} {value!r:.9}": state_json(**{key: value})
-       for key in ("step", "best_step", "skipped", "micro_batch_size")
-       for value in (-1, 2**70, True, 6.0, "6")},
+    **{
+        f"no {key}": state_json(**{key: ...})
+        for key in ("step", "run_id", "best_step", "history", "skipped", "micro_batch_size", "environment")
+    },
+    **{
+        f"{key} {value!r:.9}": state_json(**{key: value})
+        for key in ("step", "best_step", "skipped", "micro_batch_size")
+        for value in (-1, 2**70, True, 6.0, "6")
+    },
     "a run id that is none": state_json(run_id="../x"),
     "micro-batches of 0": state_json(micro_batch_size=0),
     "another step than the folder's": state_json(step=3),
@@ -273,7 +285,7 @@ FORGERIES: dict[str, Callable[[Path], object]] = {
     "a generator of another type": tensors(lambda t: t.update({"generator.cpu": t["generator.cpu"].float()})),
     "a generator of nonsense": tensors(lambda t: t["generator.cpu"].fill_(255)),
     "no tensors": content("state.safetensors", ""),
-}  # fmt: skip
+}
 
 BEST_FORGERIES: dict[str, Callable[[Path], object]] = {
     "a missing weight": tensors(lambda t: t.pop("final_norm.weight"), "model.safetensors"),
@@ -465,25 +477,26 @@ def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "c"]
 
 
-def at_change(n: int, work: Callable[[], object], code: int | None = None, for_ever: bool = False) -> int:
-    """Run `work` in a fork that dies, as by SIGKILL, before its n-th change of the disk, or in which that change fails.
+def interrupted_in_a_fork(work: Callable[[], object], at: int, error: int | None = None, lasts: bool = False) -> int:
+    """Run `work` in a forked process that is killed before its change of the disk number `at`.
 
-    Returns the exit code: 9 after the kill, 5 of a ResourceError, 1 of any other error, 7 where the failure did no
-    harm, 0 where it did not come to that change.
+    With `error`, that change fails with this errno instead, and with `lasts` all later ones too. Returns the exit code:
+    9 after the kill, 5 for a ResourceError, 1 for any other error, 7 if `work` ended well despite the failure, and 0 if
+    it made fewer changes.
     """
     pid = os.fork()
     if pid == 0:
-        left = n
+        n_before = at
 
         def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal left
+            nonlocal n_before
             writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-                left -= 1
-                if left < 0 and code is None:
+                n_before -= 1
+                if n_before < 0 and error is None:
                     os._exit(9)
-                if left == -1 or (left < 0 and for_ever):
-                    raise OSError(code, os.strerror(code or 0))
+                if n_before == -1 or (n_before < 0 and lasts):
+                    raise OSError(error, os.strerror(error or 0))
 
         try:
             sys.addaudithook(count)
@@ -492,45 +505,67 @@ def at_change(n: int, work: Callable[[], object], code: int | None = None, for_e
             os._exit(5)
         except BaseException:
             os._exit(1)
-        os._exit(0 if left >= 0 else 7)
+        os._exit(0 if n_before >= 0 else 7)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("work", ["save", "save_best again", "discard"])
-def test_a_kill_before_any_change_leaves_what_can_be_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str
-) -> None:
-    sound = tmp_path / "sound"
-    state = saved_run(sound, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
+WORK: dict[str, Callable[[Checkpoints, TrainState], object]] = {
+    "save": lambda checkpoints, state: checkpoints.save(state),
+    "save_best": lambda checkpoints, state: checkpoints.save_best(state.model, state.step),
+    "discard": lambda checkpoints, _: discard(checkpoints.folder),
+}
+
+
+@pytest.fixture(scope="module")
+def run_before_save(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """A folder whose newest checkpoint is of step 6, and the state at step 9, which was not saved."""
+    folder = tmp_path_factory.mktemp("before")
+    state = saved_run(folder, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
     state.step = 9
-    done = False
-    n = 0
-    steps = set()
-    while not done:
-        folder = tmp_path / "killed"
+    return folder, state
+
+
+def interrupted_at_every_change(
+    run_before_save: tuple[Path, TrainState], folder: Path, name: str, error: int | None = None, lasts: bool = False
+) -> Iterator[tuple[int, int | None]]:
+    """Interrupt a piece of work at each of its changes of the disk, each time in a fresh copy of the run.
+
+    Yields the exit code of the work, and the step that a restore returns to; None without a checkpoint. Checks that the
+    restore warns of nothing, finds the best weights, and leaves no partial folder.
+    """
+    sound, state = run_before_save
+    code, at = None, 0
+    while code != 0:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(sound, folder)
         checkpoints = Checkpoints(folder, ENVIRONMENT)
-        doing: dict[str, Callable[[], object]] = {
-            "save": lambda c=checkpoints: c.save(state),  # type: ignore[misc]
-            "save_best again": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
-            "discard": lambda: discard(folder),  # noqa: B023
-        }
-        done = at_change(n, doing[work]) != 9
-        again, is_restored = restored(folder, **SMALL)
-        assert "warning" not in capsys.readouterr().err, f"change {n}"
-        steps.add(again.step if is_restored else None)
-        if again.history and is_restored:
-            assert again.best is not None
-            checkpoints.load_best(again.best.step)
-        assert not folder.exists() or not [name for name in names(folder) if name.startswith(".")]
-        n += 1
-    assert n > 7
-    assert steps == {"save": {6, 9}, "save_best again": {6}, "discard": {6, None}}[work]
+        code = interrupted_in_a_fork(partial(WORK[name], checkpoints, state), at, error, lasts)
+        restored_state, is_restored = restored(folder, **SMALL)
+        if is_restored:
+            assert restored_state.best is not None
+            checkpoints.load_best(restored_state.best.step)
+        assert not folder.exists() or not [entry for entry in names(folder) if entry.startswith(".")]
+        yield code, restored_state.step if is_restored else None
+        at += 1
+
+
+@pytest.mark.parametrize(("name", "steps"), [("save", {6, 9}), ("save_best", {6}), ("discard", {6, None})])
+def test_a_run_can_be_resumed_after_a_kill_before_any_change_of_the_disk(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    run_before_save: tuple[Path, TrainState],
+    name: str,
+    steps: set[int | None],
+) -> None:
+    endings = list(interrupted_at_every_change(run_before_save, tmp_path / "killed", name))
+    assert "warning" not in capsys.readouterr().err
+    assert len(endings) > 7
+    assert {code for code, _ in endings} == {9, 0}
+    assert {step for _, step in endings} == steps
 
 
 @pytest.mark.parametrize(
-    ("work", "code", "for_ever"),
+    ("name", "error", "lasts"),
     [
         ("save", errno.ENOSPC, False),
         ("save", errno.EIO, True),
@@ -538,26 +573,16 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         ("discard", errno.EIO, True),
     ],
 )
-def test_a_change_that_fails_is_a_resource_error_and_leaves_what_can_be_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str, code: int, for_ever: bool
+def test_a_change_of_the_disk_that_fails_is_a_resource_error_and_the_run_can_be_resumed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    run_before_save: tuple[Path, TrainState],
+    name: str,
+    error: int,
+    lasts: bool,
 ) -> None:
-    sound = tmp_path / "sound"
-    state = saved_run(sound, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
-    state.step = 9
-    ended = []
-    while not ended or ended[-1] != 0:
-        folder = tmp_path / "failed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(sound, folder)
-        checkpoints = Checkpoints(folder, ENVIRONMENT)
-        doing: dict[str, Callable[[], object]] = {
-            "save": lambda c=checkpoints: c.save(state),  # type: ignore[misc]
-            "save_best": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
-            "discard": lambda: discard(folder),  # noqa: B023
-        }
-        ended.append(at_change(len(ended), doing[work], code, for_ever))
-        again, is_restored = restored(folder, **SMALL)
-        assert "warning" not in capsys.readouterr().err, f"change {len(ended)}"
-        assert again.step in (6, 9) or (work == "discard" and not is_restored)
-    assert {5, 0} <= set(ended) <= {5, 7, 0}
-    assert len(ended) > 7
+    endings = list(interrupted_at_every_change(run_before_save, tmp_path / "failed", name, error, lasts))
+    assert "warning" not in capsys.readouterr().err
+    assert len(endings) > 7
+    assert {5, 0} <= {code for code, _ in endings} <= {5, 7, 0}
+    assert {step for _, step in endings} <= ({6, 9, None} if name == "discard" else {6, 9})
