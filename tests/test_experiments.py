@@ -140,6 +140,6 @@ def kill_in_training(project: Path, command: list[str]) -> Path:
 
 
 def wait_until_no_worker_runs(project: Path) -> None:
-    """`--run-all` waits for ever if it starts while a worker of the queue is about to end."""
+    """`--run-all` waits forever if it starts while a worker of the queue is about to end."""
     statuses = (run(project, "dvc", "queue", "status").stdout for _ in range(60))
     assert any("0 active, 0 idle" in status for status in statuses)

@@ -93,9 +93,8 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if (
-                rank_info().n_ranks > 1
-            ):  # the other ranks wait for this rank's gradients, so it cannot repeat the pass alone
+            # The other ranks wait for this rank's gradients, so it cannot repeat the pass alone.
+            if rank_info().n_ranks > 1:
                 raise ResourceError(
                     f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; "
                     f"{SMALLER_BATCHES}"

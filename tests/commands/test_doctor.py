@@ -330,10 +330,9 @@ def test_store_of_an_older_mlflow_is_reported_with_its_fix_and_not_changed(
     made: Path, examine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect()
+    # A copy, because MLflow in this process has not opened a file of this name.
     with closing(sqlite3.connect(made / "mlflow.db")) as database:
-        database.execute(
-            f"vacuum into '{made / 'old.db'}'"
-        )  # MLflow in this process has not opened a file of this name
+        database.execute(f"vacuum into '{made / 'old.db'}'")
     with closing(sqlite3.connect(made / "old.db")) as database, database:
         database.execute("update alembic_version set version_num = '451aebb31d03'")
     before = (made / "old.db").read_bytes()

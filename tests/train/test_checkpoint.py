@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits after a restore, damage found before use, and nothing lost by a kill at any moment."""
+"""Checkpoints: bit-for-bit restore, detection of damage before use, and kills at any moment."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ ENVIRONMENT = {"threads": 1, "torch": "9.9"}
 
 
 def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> None:
-    """What the session does after a validation."""
+    """Does what the session does after a validation."""
     state.add_validation(val_loss, 1.0)
     state.journal.append((state.step, 1_700_000_000_000, dict.fromkeys(VALIDATION, val_loss)))
     if state.is_best:
@@ -40,7 +40,7 @@ def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> N
 
 
 def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: Any) -> TrainState:
-    """A training that saves every third step; `losses` by the step at which it validates."""
+    """Train and save every third step. `losses`: validation losses by step."""
     checkpoints = Checkpoints(folder, ENVIRONMENT)
     state, batches, plan = tiny.trained_state(**changes)
     for step in range(n_steps + 1):
@@ -55,7 +55,7 @@ def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: A
 
 
 def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any) -> tuple[TrainState, bool]:
-    """A state with other weights, after a restore, and whether there was a checkpoint."""
+    """Restore into a state with other weights; returns it, and whether there was a checkpoint."""
     state, _, _ = tiny.trained_state(2, seed=99, **changes)
     return state, Checkpoints(folder, environment).restore(state, allow_inexact=False)
 
@@ -66,11 +66,11 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+def test_a_restored_training_continues_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
-    whole = saved_run(tmp_path / "whole", {0: 4.0, 6: 3.0}, 12, **changes)
+    undisturbed = saved_run(tmp_path / "undisturbed", {0: 4.0, 6: 3.0}, 12, **changes)
     (tmp_path / "halves").mkdir()
-    shutil.copy(tmp_path / "whole" / "run.json", tmp_path / "halves")  # the id of the run is random
+    shutil.copy(tmp_path / "undisturbed" / "run.json", tmp_path / "halves")  # it has the run id, which is random
     saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
     state, is_restored = restored(tmp_path / "halves", **changes)
     assert is_restored
@@ -80,11 +80,11 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -
     state.model.train()
     for step in range(7, 13):
         metrics = optimizer_step(state, batches, plan)
-        assert metrics["train/loss"] == whole.journal[step + 1][2]["train/loss"]
-    state.journal = whole.journal  # its times and speeds are another's
+        assert metrics["train/loss"] == undisturbed.journal[step + 1][2]["train/loss"]
+    state.journal = undisturbed.journal  # times and speeds differ between two runs
     Checkpoints(tmp_path / "halves", ENVIRONMENT).save(state)
     for name in ("state.safetensors", "state.json", "journal.jsonl"):
-        files = [tmp_path / half / "step-00000012" / name for half in ("whole", "halves")]
+        files = [tmp_path / half / "step-00000012" / name for half in ("undisturbed", "halves")]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -105,7 +105,7 @@ def test_two_steps_are_kept_and_the_best_of_each(tmp_path: Path) -> None:
     assert not tmp_path.exists()
 
 
-def test_without_a_checkpoint_nothing_is_restored(tmp_path: Path) -> None:
+def test_nothing_is_restored_without_a_checkpoint(tmp_path: Path) -> None:
     assert not restored(tmp_path, **SMALL)[1]
 
 
@@ -146,7 +146,7 @@ def remove(path: Path, _: np.random.Generator) -> None:
         "best-00000005/model.safetensors",
     ],
 )
-def test_damage_is_found_and_the_checkpoint_before_is_used(
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
@@ -161,13 +161,13 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
         before = (folder / name).read_bytes()
         damage(folder / name, rng)
         if (folder / name).exists() and (folder / name).read_bytes() == before:
-            continue  # zeros upon zeros
+            continue  # zeros were replaced by zeros
         state, _ = restored(folder, **SMALL)
         assert state.step == 3
         warning = capsys.readouterr().err
         assert "warning" in warning
         assert str(folder / name.split("/")[0]) in warning
-        assert "step-00000006" not in names(folder)  # it can stand in the way of no later save
+        assert "step-00000006" not in names(folder)  # it is removed, so it cannot prevent a later save
 
 
 def state_json(**changes: Any) -> Callable[[Path], object]:
@@ -301,7 +301,7 @@ BEST_FORGERIES: dict[str, Callable[[Path], object]] = {
 
 
 def forge(folder: Path, change: Callable[[Path], object]) -> None:
-    """Change a folder as one who also writes its manifest."""
+    """Change a folder and write a new manifest, so that the folder looks sound."""
     shutil.copytree(folder, folder.parent / "copy")
     with new_folder(folder, {}) as new:
         for path in (folder.parent / "copy").iterdir():
@@ -328,7 +328,7 @@ def sound_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_forged_checkpoint_is_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], sound_run: Path, name: str, change: Callable[[Path], object]
 ) -> None:
-    """Its manifest is valid, its content is not what a training saves."""
+    """Its manifest is valid, but its content is not what a training saves."""
     shutil.copytree(sound_run, tmp_path / "run")
     forge(tmp_path / "run" / name, change)
     state, is_restored = restored(tmp_path / "run", **SMALL)
@@ -363,7 +363,7 @@ def test_a_failed_restore_changes_nothing(tmp_path: Path, sound_run: Path, name:
     assert (state.step, state.history, state.journal, state.micro_batch_size) == (2, [], [], 4)
 
 
-def test_whole_numbers_in_the_journal_stay_whole(tmp_path: Path) -> None:
+def test_integers_in_the_journal_stay_integers(tmp_path: Path) -> None:
     """A resumed training saves the same bytes as an undisturbed one."""
     state, _, _ = tiny.trained_state(1, **SMALL)
     state.journal.append((1, 1_700_000_000_000, {"train/micro_batch_size": 2, "a": 2.0}))
@@ -373,7 +373,7 @@ def test_whole_numbers_in_the_journal_stay_whole(tmp_path: Path) -> None:
     assert json.dumps(again.journal) == json.dumps(state.journal)
 
 
-def test_a_checkpoint_that_is_damaged_later_does_not_stop_a_save(tmp_path: Path) -> None:
+def test_a_checkpoint_damaged_after_it_was_written_does_not_prevent_the_next_save(tmp_path: Path) -> None:
     saved_run(tmp_path, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
     state, _ = restored(tmp_path, **SMALL)
     (tmp_path / "step-00000006/state.json").write_text("{")
@@ -383,7 +383,7 @@ def test_a_checkpoint_that_is_damaged_later_does_not_stop_a_save(tmp_path: Path)
 
 
 def test_a_save_after_a_fallback_keeps_sound_checkpoints(tmp_path: Path) -> None:
-    """Once the damaged one, newer by its number, counted as one of the two that are kept."""
+    """Regression: the damaged one, which has a higher number, counted as one of the two that are kept."""
     saved_run(tmp_path, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
     (tmp_path / "step-00000006" / "state.json").write_text("{")
     state, _ = restored(tmp_path, **SMALL)
@@ -402,7 +402,7 @@ def test_no_sound_checkpoint_is_an_integrity_error(tmp_path: Path, name: str) ->
     assert caught.value.exit_code == 4
 
 
-def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_environment_is_refused_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     other = {"threads": 2, "torch": "9.9"}
     with pytest.raises(ResourceError, match="threads was 1, is 2") as caught:
@@ -414,7 +414,7 @@ def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pyte
     assert "not bit for bit: threads was 1, is 2" in capsys.readouterr().err
 
 
-def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
+def test_an_inexact_resume_is_remembered_in_later_checkpoints(tmp_path: Path) -> None:
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     state, _, _ = tiny.trained_state(**SMALL)
     other = Checkpoints(tmp_path, {"threads": 2, "torch": "9.9"})
@@ -426,13 +426,15 @@ def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
     assert again.inexact == other.inexact == ["after step 3: threads was 1, is 2"]
 
 
-def test_the_key_names_what_determines_the_run() -> None:
+def test_the_key_depends_on_every_parameter() -> None:
     keys = {run_key(tiny.params(**changes).model_dump()) for changes in ({}, {"seed": 8}, {"train__lr": 1e-4}, {})}
     assert len(keys) == 3
 
 
-def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by a traceback for what it does not hold."""
+def test_a_checkpoint_of_an_earlier_version_is_refused_because_of_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a traceback for the keys that it lacks."""
     really = checkpoint.write_json
     monkeypatch.setattr(
         checkpoint, "write_json", lambda path, value: really(path, {k: v for k, v in value.items() if k != "inexact"})
@@ -442,16 +444,16 @@ def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, m
         restored(tmp_path, {"threads": 2, "torch": "9.9"}, **SMALL)
 
 
-def test_a_run_keeps_its_name(tmp_path: Path) -> None:
+def test_the_provisional_run_id_is_kept_unless_its_file_is_damaged(tmp_path: Path) -> None:
     name = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
     assert len(name) == 32
     assert Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id() == name
-    (tmp_path / "run.json").write_bytes(b"{}")  # damaged: another name, not a traceback
+    (tmp_path / "run.json").write_bytes(b"{}")  # damaged: a new id, not a traceback
     other = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
     assert name != other == Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
 
 
-def test_a_resumed_training_keeps_its_run_although_run_json_is_lost(tmp_path: Path) -> None:
+def test_a_resumed_training_keeps_its_run_id_if_run_json_is_lost(tmp_path: Path) -> None:
     """It would otherwise become a second run in the store, and the first would stay RUNNING."""
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     run_id = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
@@ -462,7 +464,7 @@ def test_a_resumed_training_keeps_its_run_although_run_json_is_lost(tmp_path: Pa
     assert checkpoints.provisional_run_id() == run_id
 
 
-def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:
+def test_a_finished_training_is_discarded_by_its_run_id(tmp_path: Path) -> None:
     for key, run_id in (("a", "one"), ("b", "two")):
         (tmp_path / key).mkdir()
         mark_finished(tmp_path / key, run_id, {"threads": 1})
