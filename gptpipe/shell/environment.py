@@ -15,8 +15,8 @@ VERBOSITIES = ("quiet", "normal", "verbose")
 def project_root() -> Path:
     """The main checkout, which contains the tracking store and the checkpoints.
 
-    DVC runs `--temp` and `--queue` experiments in a temporary copy, and sets DVC_ROOT to the main checkout. Without
-    DVC_ROOT, it is the nearest folder above with a `.dvc` folder, or else the current folder.
+    DVC runs `--temp` and `--queue` experiments in a temporary copy, and sets DVC_ROOT to the main checkout.
+    Without DVC_ROOT, it is the nearest folder above with a `.dvc` folder, or else the current folder.
     """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root)
@@ -38,7 +38,7 @@ def n_workers() -> int:
 
 
 def verbosity() -> str:
-    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal (the default), or verbose (a line for each step)."""
+    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal (the default), or verbose (every step)."""
     text = os.environ.get("GPTPIPE_VERBOSITY") or "normal"
     if text not in VERBOSITIES:
         raise ConfigError(f"GPTPIPE_VERBOSITY is {text!r}; set it to quiet, normal or verbose")

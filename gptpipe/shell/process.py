@@ -1,7 +1,7 @@
 """Start and end of a process: signals, the death of its parent, the lock of a stage, errors and exit codes.
 
-The top of this module imports only the standard library. Other imports take seconds, and a stage must arrange first
-that it ends with its parent.
+The top of this module imports only the standard library. Other imports take seconds, and a stage must arrange
+first that it ends with its parent.
 """
 
 import argparse
@@ -147,7 +147,8 @@ def _exit_after_parent() -> None:
 def _is_orphan(pid: int) -> bool:
     """Whether `dvc`, which started the process `pid`, has ended.
 
-    `dvc` and its stages are in one process group. The parent of an orphan is init or another process outside of it.
+    `dvc` and its stages are in one process group. The parent of an orphan is init or another process outside of
+    it.
     """
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,4 +1,4 @@
-"""The parsers that are fuzzed. Each finds its input, and what lies around it, in the present folder."""
+"""The parsers that are fuzzed. Each finds its input, and the files around it, in the current folder."""
 
 import base64
 import bz2
@@ -46,7 +46,7 @@ SENTENCES = [f"The {animal} sat on the mat, naïve as ever {i}." for i, animal i
 
 
 def _sign(folder: Path, name: str) -> None:
-    """Make the manifest of a folder name what the file holds now, as if a stage had written it."""
+    """Update the manifest of a folder to the current content of a file, as if a stage had written it."""
     manifest = read_manifest(folder)
     entry = FileEntry(sha256=sha256_of(folder / name), n_bytes=(folder / name).stat().st_size)
     changed = manifest.model_copy(update={"files": {**manifest.files, name: entry}})
@@ -170,7 +170,7 @@ def _parquet_seeds(_: Path) -> list[bytes]:
 
 
 def _parquet(content: bytes) -> None:
-    """What the pipeline runs in a process of its own."""
+    """The part that the pipeline runs in a separate process."""
     for texts in parquet_rows("input", io.BytesIO(content), "text", "strict", 64 << 20, 200):
         clean(texts, _collect_params())
 
@@ -234,7 +234,7 @@ def _tokenizer_folder(folder: Path) -> Path:
 def _tokenizer_seeds(name: str) -> Callable[[Path], list[bytes]]:
     def seeds(folder: Path) -> list[bytes]:
         content = (_tokenizer_folder(folder) / name).read_bytes()
-        if name == RANKS:  # a base of single bytes is needed; a few lines are enough to be changed
+        if name == RANKS:  # single bytes are required; a few more lines are enough to change
             return [content, content[:100], base64.b64encode(b"a") + b" 0\n"]
         return [content]
 
@@ -381,7 +381,7 @@ def _outbox_seeds(_: Path) -> list[bytes]:
 
 
 class _Writer:
-    """Takes what MLflow's entities take, without a store: that costs a second for each run."""
+    """Accepts the same arguments as MLflow's entities, without a store, which takes a second for each run."""
 
     run_id = "0" * 32
 
@@ -417,7 +417,9 @@ def _outbox(content: bytes) -> None:
     outbox.RunWriter = _Writer  # type: ignore[assignment,misc]
     folder = Path(".gptpipe", "outbox")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [outbox.with_checksum(line) + b"\n" for line in content.splitlines()]  # else only the checksum is tested
+    lines = [
+        outbox.with_checksum(line) + b"\n" for line in content.splitlines()
+    ]  # otherwise only the checksum would be tested
     (folder / f"{'0' * 32}.jsonl").write_bytes(b"".join(lines))
     outbox.send_outbox()
 

@@ -1,4 +1,4 @@
-"""The planted bugs. `old` occurs exactly once in `file`; `tests` fail once `new` stands in its place."""
+"""The planted bugs. `old` occurs exactly once in `file`; `tests` fail if it is replaced by `new`."""
 
 from dataclasses import dataclass
 
@@ -223,7 +223,7 @@ BUGS = (
         BATCHES,
         "window_tensor[:, 1:].contiguous()",
         "window_tensor[:, :-1].contiguous()",
-        ("tests/train/test_batches.py::test_targets_are_the_tokens_one_on",),
+        ("tests/train/test_batches.py::test_targets_are_the_next_tokens",),
     ),
     Bug(
         "each epoch has the same order",
@@ -302,28 +302,28 @@ BUGS = (
         CHECKPOINT,
         "        updates[parameter].state[parameter] = {key",
         "        _ = {key",
-        ("tests/train/test_checkpoint.py::test_restored_training_goes_on_bit_for_bit",),
+        ("tests/train/test_checkpoint.py::test_a_restored_training_continues_bit_for_bit",),
     ),
     Bug(
         "a checkpoint is used without a check",
         CHECKPOINT,
         "        verify(folder)\n        path = folder / _STATE\n",
         "        path = folder / _STATE\n",
-        ("tests/train/test_checkpoint.py::test_damage_is_found_and_the_checkpoint_before_is_used",),
+        ("tests/train/test_checkpoint.py::test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used",),
     ),
     Bug(
         "a resumed training repeats its last step",
         CHECKPOINT,
         "state.step, state.skipped = self.content.step, ",
         "state.step, state.skipped = self.content.step - 1, ",
-        ("tests/train/test_checkpoint.py::test_restored_training_goes_on_bit_for_bit",),
+        ("tests/train/test_checkpoint.py::test_a_restored_training_continues_bit_for_bit",),
     ),
     Bug(
         "another environment resumes without a word",
         CHECKPOINT,
         "if different and not allow_inexact:",
         "if False:",
-        ("tests/train/test_checkpoint.py::test_another_environment_refuses_unless_allowed",),
+        ("tests/train/test_checkpoint.py::test_another_environment_is_refused_unless_allowed",),
     ),
     Bug(
         "the best weights of a kept checkpoint are removed",
@@ -358,14 +358,14 @@ BUGS = (
         "gptpipe/train/step.py",
         "torch.manual_seed(_dropout_seed(plan.seed, state.step, ",
         "torch.manual_seed(_dropout_seed(plan.seed, 0, ",
-        ("tests/train/test_loop.py::test_each_micro_batch_and_each_step_has_dropout_of_its_own",),
+        ("tests/train/test_loop.py::test_each_micro_batch_of_each_step_has_its_own_dropout_seed",),
     ),
     Bug(
         "a gradient that is not finite is applied",
         "gptpipe/train/step.py",
         "    if not (math.isfinite(loss) and math.isfinite(norm)):\n",
         "    if not math.isfinite(loss):\n",
-        ("tests/train/test_loop.py::test_what_is_not_finite_stops_before_the_update",),
+        ("tests/train/test_loop.py::test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update",),
     ),
     Bug(
         "gradients are clipped after the update",
@@ -386,7 +386,7 @@ BUGS = (
         "gptpipe/train/results.py",
         'weights = checkpoints.load_best(summary["best_step"])',
         'weights = checkpoints.load_best(max(int(p.name[5:]) for p in checkpoints.folder.glob("best-*")))',
-        ("tests/train/test_session.py::test_the_model_it_leaves_is_the_best_not_the_last",),
+        ("tests/train/test_session.py::test_the_model_written_is_the_best_not_the_last",),
     ),
     # The record
     Bug(
