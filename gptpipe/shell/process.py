@@ -62,11 +62,8 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     Only one process at a time can run a stage in a workspace; a second one ends with exit code 5.
     """
     _end_with_parent()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
-    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     try:
-        run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+        run(lambda: _run_alone(name, main, description), advice="; `dvc repro` continues")
     except Stopped:
         pass  # the signal came after `run`: the work is complete
     except SystemExit as end:
@@ -80,7 +77,10 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
             signal.signal(signum, signal.SIG_DFL)  # from here on, nothing catches what `_stop` raises
 
 
-def _run_alone(name: str, main: Callable[[], None]) -> None:
+def _run_alone(name: str, main: Callable[[], None], description: str | None) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)  # not earlier: `run` catches what it raises
+    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 
