@@ -213,7 +213,7 @@ class _TextLog:
 
 def _clean(texts: list[str | Rejected], log: _TextLog, source: Source, params: CollectParams) -> pa.RecordBatch:
     """Clean a batch; log its texts, and return the candidates."""
-    cleaned = clean(texts, params)
+    cleaned = clean(texts, params, keep_trailing_spaces=source.keep_trailing_spaces)
     rejected = {i: text for i, text in enumerate(cleaned) if isinstance(text, Rejected)}
     contents = [text.encode() for text in cleaned if isinstance(text, str)]
     digests = b"".join([hashlib.sha256(content).digest() for content in contents])
