@@ -17,7 +17,7 @@ from sections import SHIPPED, tokenize_params
 
 from gptpipe.base.manifest import verify
 from gptpipe.base.parallel import map_in_order
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import shard_paths

@@ -59,11 +59,11 @@ def import_modules(names: Iterable[str]) -> None:
 
 def import_pipeline(*, trains: bool) -> None:
     """Import what the stages import at their start, and make shards smaller, so that there are several."""
-    names = ["collect.collect", "collect.batch", "tokenize.encode", "split.overlap", "split.split"]
+    names = ["collect.collect", "collect.shards", "tokenize.encode", "split.overlap", "split.split"]
     if trains:
         names += ["record.run", "train.session", "evaluate.registry", "evaluate.report"]
     import_modules(f"gptpipe.{name}" for name in names)
-    shards: Any = sys.modules["gptpipe.collect.batch"]
+    shards: Any = sys.modules["gptpipe.collect.shards"]
     shards.SHARD_BYTES = SHARD_BYTES
 
 

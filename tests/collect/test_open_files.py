@@ -429,20 +429,21 @@ def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: s
     ("work", "path"),
     [
         ("with streams.seekable(streams.buffered('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
-        ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
+        ("writer.add(pa.array(['some text'] * 1000)); writer.close()", "signatures.bin"),
     ],
 )
 def test_a_full_disk_is_a_resource_error(tmp_path: Path, work: str, path: str) -> None:
-    rows = {"id": ["0"] * 400, "source": ["a"] * 400, "text": ["some text"] * 400, "n_bytes": [9] * 400}
-    pq.write_table(pa.table(rows), tmp_path / "docs.parquet", write_page_checksum=True)
     program = f"""
 import io, resource, tempfile
 from pathlib import Path
-from gptpipe.collect import dedup, streams
+import pyarrow as pa
+from gptpipe.collect import streams
+from gptpipe.collect.near_duplicates import SignatureWriter
 from gptpipe.shell.errors import ResourceError
 tempfile.tempdir = "/tmp"
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
+    writer = SignatureWriter(Path())
     {work}
 except ResourceError as error:
     print(error)

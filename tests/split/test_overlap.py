@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sections import side_of, split_params
 
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import id_of
