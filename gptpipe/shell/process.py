@@ -42,11 +42,12 @@ def run(main: Callable[[], None], advice: str = "") -> None:
 
 def _run(main: Callable[[], None]) -> None:
     from gptpipe.shell.console import complain
-    from gptpipe.shell.environment import verbosity
+    from gptpipe.shell.environment import limit_busy_waiting, verbosity
     from gptpipe.shell.errors import GptpipeError
 
     try:
         verbosity()  # fail early on an invalid value
+        limit_busy_waiting()
         main()
     except GptpipeError as error:
         complain(f"error: {error}")
