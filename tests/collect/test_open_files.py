@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import read_source
 
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.params import CollectParams
