@@ -12,7 +12,10 @@ from gptpipe.shell.errors import InputError
 
 
 def read_source(params: CollectParams, digests: dict[str, str] | None = None) -> Texts:
-    """The lists of texts of the only source, read in this process. Raises InputError for a bad record, unless the source skips it."""
+    """The lists of texts of the only source, read in this process.
+
+    Raises InputError for a bad record, unless the source skips it.
+    """
     (source,) = params.sources
     for part in plan_parts(params, find_files(params.sources)):
         for texts in read_part(part, source, params, {} if digests is None else digests):
