@@ -23,7 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import read_source
 
+from gptpipe.collect import jsonl
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.parts import find_files
@@ -281,6 +283,7 @@ print(sum(len(text) for texts in read_source(params) for text in texts))
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "line.gz"],
         cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
@@ -452,10 +455,17 @@ except ResourceError as error:
     assert done.stdout.startswith(f"{path}: cannot write: File too large"), done.stderr
 
 
-def test_a_line_of_json_that_is_too_long_is_rejected(tmp_path: Path, texts) -> None:
-    line = json.dumps({"text": "x" * (2 << 20)})
+def test_a_line_of_json_that_is_too_long_is_rejected(
+    tmp_path: Path, texts, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "_LINE_BYTES", 100_000)
+    line = json.dumps({"text": "x" * 116_000})
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n{{"text": "two"}}\n')
-    assert texts(f"{tmp_path}/a.jsonl", "jsonl", max_document_bytes=1000) == ["one", "-line_too_long", "two"]
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: more than 116,000 bytes; split it"):
+        texts(f"{tmp_path}/a.jsonl", "jsonl", max_document_bytes=1000)
+    source = {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",), "on_bad": "skip"}
+    one, bad, two = chain.from_iterable(read_source(collect_params(source, max_document_bytes=1000)))
+    assert (one, bad.reason, two) == ("one", "line_too_long", "two")
 
 
 def test_a_pipe_is_never_opened(tmp_path: Path, texts) -> None:
