@@ -46,3 +46,14 @@ def test_a_manifest_takes_digests_from_records(tmp_path: Path, monkeypatch: pyte
     assert {name: entry.sha256 for name, entry in verify(tmp_path / "raw").files.items()} == {
         name: hashlib.sha256(name.encode()).hexdigest() for name in ("sub/a", "sub/b", "c")
     }
+
+
+def test_a_file_that_was_made_from_something_else_is_made_again(tmp_path: Path) -> None:
+    path, made = tmp_path / "shard", list[str]()
+
+    def make(key: str) -> None:
+        once([path], lambda: made.append(key) or path.write_bytes(b"rows"), key)
+
+    for key in ("one", "one", "two"):
+        make(key)
+    assert made == ["one", "two"]
