@@ -10,7 +10,7 @@ from gptpipe.collect.texts import Rejected, Texts
 
 _LINE_BYTES = 64 << 20  # of a line, and 16 times `max_document_bytes` more; it is in memory as a whole
 _MAX_KEYS = 10  # of an object, in a message
-_JSON = json.JSONDecoder(parse_int=str)  # Python refuses to convert integers of more than 4,300 digits
+_JSON = json.JSONDecoder(parse_int=float)  # Python refuses to convert integers of more than 4,300 digits
 
 
 def jsonl_texts(name: str, file: BinaryIO, start: int, key: str, params: CollectParams) -> Texts:

@@ -36,7 +36,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
 
 def is_file_name(pattern: str) -> bool:
     """Whether a pattern is the name of one file, which may contain the characters of a glob, as in `a[1].txt`."""
-    return not glob.has_magic(pattern) or Path(pattern).is_file()
+    return not glob.has_magic(pattern) or os.path.isfile(pattern)  # noqa: PTH113  False without permission
 
 
 def _match(pattern: str) -> tuple[list[str], list[str]]:

@@ -103,14 +103,17 @@ def needs_worker(source: Source) -> bool:
 
 
 def _guarded(name: str, lists: Texts, memory: int | None) -> Texts:
-    """The texts of a native parser, which may use so many bytes of `memory`, and _SECONDS for each list.
+    """The texts of a native parser. For each list it may take _SECONDS, and `memory` bytes more than it has.
 
-    This process is a worker of `map_in_order`, because it ends if the parser crashes.
+    This process is a worker of `map_in_order`, because it ends if the parser crashes. The limits do not apply to
+    what is done with the texts, whose errors would not name the file.
     """
-    with hidden_stderr(), memory_limit(name, memory), time_limit(_SECONDS) as restart:
-        for texts in lists:
-            restart()
-            yield texts
+    while True:
+        with hidden_stderr(), memory_limit(name, memory), time_limit(_SECONDS):
+            texts = next(lists, None)
+        if texts is None:
+            return
+        yield texts
 
 
 def dataset_name(source: HuggingFace) -> DatasetName:

@@ -42,11 +42,12 @@ def run(main: Callable[[], None], advice: str = "") -> None:
 
 def _run(main: Callable[[], None]) -> None:
     from gptpipe.shell.console import complain
-    from gptpipe.shell.environment import verbosity
+    from gptpipe.shell.environment import limit_busy_waiting, verbosity
     from gptpipe.shell.errors import GptpipeError
 
     try:
         verbosity()  # fail early on an invalid value
+        limit_busy_waiting()
         main()
     except GptpipeError as error:
         complain(f"error: {error}")
@@ -62,11 +63,8 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     Only one process at a time can run a stage in a workspace; a second one ends with exit code 5.
     """
     _end_with_parent()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
-    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     try:
-        run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+        run(lambda: _run_alone(name, main, description), advice="; `dvc repro` continues")
     except Stopped:
         pass  # the signal came after `run`: the work is complete
     except SystemExit as end:
@@ -80,7 +78,10 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
             signal.signal(signum, signal.SIG_DFL)  # from here on, nothing catches what `_stop` raises
 
 
-def _run_alone(name: str, main: Callable[[], None]) -> None:
+def _run_alone(name: str, main: Callable[[], None], description: str | None) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)  # not earlier: `run` catches what it raises
+    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 

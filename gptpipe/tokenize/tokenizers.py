@@ -14,6 +14,7 @@ from gptpipe.shell.console import say
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
 from gptpipe.tokenize.params import TokenizeParams
 
+_MANY_CHARACTERS = 10_000_000  # of training text: merging takes more than a few seconds
 # SHA-256 of GPT-2's encoder.json as OpenAI published it; tiktoken pins the same digest.
 _GPT2_DIGEST = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
@@ -51,7 +52,8 @@ def _announced(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         n_characters += len(text)
         yield text
-    say(f"tokenize: {n_characters:,} characters are read, merging pairs (at most a few minutes)")
+    if n_characters > _MANY_CHARACTERS:
+        say(f"tokenize: {n_characters:,} characters are read, merging pairs (at most a few minutes)")
 
 
 def named_tokenizer(name: str) -> Tokenizer:

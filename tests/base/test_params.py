@@ -153,7 +153,11 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
             "the expected tags: 'python-docs', 'python-code', 'text', 'jsonl', 'parquet', 'url', "
             "'huggingface'",
         ),
-        ("{kind: huggingface, dataset: a/b}", "collect.sources.0.huggingface.revision: missing"),
+        (
+            "{kind: huggingface, dataset: a/b}",
+            "collect.sources.0.huggingface.revision: is required for a dataset of the hub: the 40 hex digits of a "
+            "commit",
+        ),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),
         ("{kind: text, path: [a]}", "collect.sources.0.text.path: unknown key; did you mean `paths`?"),
         ("{kind: text, paths: a.txt}", "collect.sources.0.text.paths: Input should be a valid array, got 'a.txt'"),
@@ -182,7 +186,9 @@ def test_an_invalid_source_is_reported_with_its_key(tmp_path: Path, source: str,
 
 def test_an_invalid_item_is_reported_and_its_list_is_not(tmp_path: Path) -> None:
     text = SHIPPED.replace("- kind: python-docs ", "- {kind: huggingface, dataset: a/b} ")
-    assert faults(tmp_path, text) == ["collect.sources.0.huggingface.revision: missing"]
+    assert faults(tmp_path, text) == [
+        "collect.sources.0.huggingface.revision: is required for a dataset of the hub: the 40 hex digits of a commit"
+    ]
 
 
 @pytest.mark.parametrize("value", ["1e-05", "1e-5", "0.00001", "1.0E-5"])

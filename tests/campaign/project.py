@@ -59,11 +59,11 @@ def import_modules(names: Iterable[str]) -> None:
 
 def import_pipeline(*, trains: bool) -> None:
     """Import what the stages import at their start, and make shards smaller, so that there are several."""
-    names = ["collect.collect", "collect.batch", "tokenize.encode", "split.overlap", "split.split"]
+    names = ["collect.collect", "collect.shards", "tokenize.encode", "split.overlap", "split.split"]
     if trains:
         names += ["record.run", "train.session", "evaluate.registry", "evaluate.report"]
     import_modules(f"gptpipe.{name}" for name in names)
-    shards: Any = sys.modules["gptpipe.collect.batch"]
+    shards: Any = sys.modules["gptpipe.collect.shards"]
     shards.SHARD_BYTES = SHARD_BYTES
 
 
@@ -211,9 +211,12 @@ class TinyProject:
             return Running(pid, said, counters, started)
         code = 70
         try:
+            for signum in (signal.SIGINT, signal.SIGTERM):  # until the stage begins, signals end the process at once
+                signal.signal(signum, signal.SIG_DFL)
             os.setsid()
             self._become_a_process_of_the_project(said, environment or {})
             install(fault, self.path, counters, self.trace if trace else None)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             code = _run_to_the_end(act)
             if learned:
                 learned.write_text(json.dumps({"modules": list(sys.modules), "charts": _charts}))
@@ -226,8 +229,6 @@ class TinyProject:
         os.dup2(file, 2)
         os.chdir(self.path)
         os.environ |= {"DVC_ROOT": str(self.path), "TMPDIR": str(self.folder), "GPTPIPE_WORKERS": "1", **environment}
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Running:

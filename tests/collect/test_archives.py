@@ -13,10 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gptpipe.collect.batch import Rejected
 
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.archives import is_tar
-from gptpipe.collect.batch import Rejected
 from gptpipe.collect.file_kinds import Format, is_other_file
 from gptpipe.collect.open_files import open_files
 from gptpipe.collect.readers import read

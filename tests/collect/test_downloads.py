@@ -27,7 +27,7 @@ from gptpipe.collect.collect import collect
 from gptpipe.collect.downloads import download
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.parts import find_files
-from gptpipe.collect.tables import dataset_rows
+from gptpipe.collect.tables import DatasetName, dataset_rows
 from gptpipe.shell.errors import GptpipeError, InputError, IntegrityError, ResourceError
 
 MakeParams = Callable[..., CollectParams]
@@ -285,7 +285,8 @@ def test_a_huggingface_source_is_read(
     datasets: Any = importlib.import_module("datasets")
     asked, really = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
-    assert list(chain.from_iterable(dataset_rows("a", dataset["dataset"], None, "train", "a" * 40, "text"))) == stories
+    name = DatasetName("a", dataset["dataset"], None, "train", "a" * 40)
+    assert list(chain.from_iterable(dataset_rows(name, "text", 0, 1))) == stories
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]
     assert find_files(params.sources).digests == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
     params = collect_params({**dataset, "text_column": "none"})

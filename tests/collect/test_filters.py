@@ -163,13 +163,13 @@ jsonl, **words**: 2, allowed is at least 3
 
 > number 2
 
-jsonl, **duplicate**
-
-> a good line of words
-
 jsonl, **lone surrogates**
 
 > &#92;ud800&#124;&#96;x&#96;
+
+jsonl, **duplicate**
+
+> a good line of words
 """
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import os
 from collections.abc import Callable
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import find_candidates_with
 
 from gptpipe.base.manifest import verify
-from gptpipe.collect import open_files as opening
-from gptpipe.collect import readers as sources
+from gptpipe.collect import collect as collecting
+from gptpipe.collect import jsonl, open_files
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.shell.errors import InputError
@@ -31,8 +33,8 @@ NUMBERS = b" ".join(b"%d" % (i * i) for i in range(20_000))
 TABLE: dict[str, tuple[bytes, dict[str, int] | str]] = {
     "invalid utf-8": (b"fine until \xff here", "hostile: not UTF-8 at byte 11; "),
     "cut off utf-8": ("ends in a €".encode()[:-1], "hostile: not UTF-8 at byte 10; "),
-    "utf-16": ("some text".encode("utf-16"), "hostile: not UTF-8 at byte 0; "),
-    "utf-16 the other way round": (b"\xfe\xff\0a\0b", "hostile: not UTF-8 at byte 0; "),
+    "utf-16": ("some text".encode("utf-16"), {"documents": 1, "bytes": 9}),
+    "utf-16 the other way round": (b"\xfe\xff\0a\0b", {"documents": 1, "bytes": 2}),
     "utf-16 without a mark": ("some text".encode("utf-16-le"), {"rejected_binary": 1}),
     "nul": (b"some\0text", {"rejected_binary": 1}),
     "elf": (b"\x7fELF\x02\x01\x01\0\0", {"rejected_binary": 1}),
@@ -66,11 +68,16 @@ def collected(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> C
     return run
 
 
+def in_workers(monkeypatch: pytest.MonkeyPatch, constants: dict[str, int]) -> None:
+    """Change constants in the worker processes of stage collect, which read Parquet files."""
+    monkeypatch.setattr(collecting, "find_candidates", partial(find_candidates_with, constants=constants))
+
+
 def check(run: Callable[[], dict[str, int]], outcome: dict[str, int] | str, alone: bool, raw: Path) -> None:
     expected = {} if isinstance(outcome, str) else outcome
     if isinstance(outcome, str) or (alone and not expected.get("documents")):
         reasons = "".join(expected)[9:]
-        left = f"no document left of 1 (1 {reasons})" if reasons else "no document left of 0 (the sources are empty)"
+        left = f"no document left of 1 (1 {reasons})" if reasons else "no document left of 0: the sources are empty"
         words = outcome if isinstance(outcome, str) else left
         with pytest.raises(InputError) as caught:
             run()
@@ -96,7 +103,7 @@ def check(run: Callable[[], dict[str, int]], outcome: dict[str, int] | str, alon
 def test_a_hostile_text_file(
     collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, alone: bool
 ) -> None:
-    monkeypatch.setattr(opening, "_FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(open_files, "_FREE_BYTES", 1 << 20)
     content, outcome = TABLE[name]
     (tmp_path / "hostile").write_bytes(content)
     check(lambda: collected(alone), outcome, alone, tmp_path / "raw")
@@ -108,18 +115,24 @@ def test_a_hostile_text_file(
     [
         (b'{"text": "lone \\ud800"}', {"rejected_lone_surrogates": 1}),
         (b'{"text": 7}', {"rejected_no_text": 1}),
-        (b'{"text": "' + b"x" * (20 << 20) + b'"}', {"rejected_line_too_long": 1}),
+        (b'{"text": "' + b"x" * (2 << 20) + b'"}', "hostile, line 1: more than 1,048,576 bytes; split it"),
         (b'{"text": ', "hostile, line 1: not JSON: "),
         (b'{"text": "caf\xe9"}', "hostile: not UTF-8 at byte 13; "),
         (b"\x7fELF\x02\x01\x01\0\0", "hostile, line 1: not JSON: "),
         (b'{"text": "a\\u0000b"}', {"documents": 1, "bytes": 2}),
         (b"", {}),
     ],
-    ids=["lone surrogate", "no text", "20 MB", "not json", "invalid utf-8", "elf", "nul", "empty"],
+    ids=["lone surrogate", "no text", "2 MB", "not json", "invalid utf-8", "elf", "nul", "empty"],
 )
 def test_a_hostile_line_of_json(
-    collected, tmp_path: Path, line: bytes, outcome: dict[str, int] | str, alone: bool
+    collected,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: bytes,
+    outcome: dict[str, int] | str,
+    alone: bool,
 ) -> None:
+    monkeypatch.setattr(jsonl, "_LINE_BYTES", (1 << 20) - 16 * 1_000_000)  # 16 times `max_document_bytes` is added
     (tmp_path / "hostile").write_bytes(line)
     check(lambda: collected(alone, "jsonl"), outcome, alone, tmp_path / "raw")
 
@@ -190,7 +203,7 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\
 def test_a_hostile_parquet_file(
     collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: Any, options: Any, outcome: Any, alone: bool
 ) -> None:
-    monkeypatch.setattr(opening, "_FREE_BYTES", 1 << 20)
+    in_workers(monkeypatch, {"open_files._FREE_BYTES": 1 << 20})
     pq.write_table(pa.table({"text": texts}), tmp_path / "hostile", **options)
     check(lambda: collected(alone, "parquet"), outcome, alone, tmp_path / "raw")
 
@@ -207,14 +220,14 @@ def test_a_parquet_file_whose_rows_share_one_long_text_is_read_in_small_batches(
     tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2 KB of file contain 200 MB of text. With max_expansion raised it is one document, under a memory limit."""
-    monkeypatch.setattr(sources, "_MEMORY", 160 << 20)
+    in_workers(monkeypatch, {"readers._MEMORY": 160 << 20})
     pq.write_table(pa.table({"text": ["a" * 200_000] * 1000}), tmp_path / "hostile")
     counts = collected(True, "parquet", max_expansion=1_000_000)
     assert (counts["documents"], counts["rejected_duplicate"]) == (1, 999)
 
 
 def test_a_parquet_file_that_needs_too_much_memory(tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_MEMORY", 80 << 20)
+    in_workers(monkeypatch, {"readers._MEMORY": 80 << 20})
     pq.write_table(pa.table({"text": ["a" * (60 << 20)]}), tmp_path / "hostile", compression="zstd")
     with pytest.raises(InputError, match=r"hostile: needs more than \d+ MiB of memory to read: it is damaged"):
         collected(True, "parquet", max_expansion=1_000_000)

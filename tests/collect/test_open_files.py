@@ -23,7 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import read_source
 
+from gptpipe.collect import jsonl
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.parts import find_files
@@ -281,6 +283,7 @@ print(sum(len(text) for texts in read_source(params) for text in texts))
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "line.gz"],
         cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
@@ -429,20 +432,21 @@ def test_an_address_of_a_local_file_is_its_path(tmp_path: Path, texts, scheme: s
     ("work", "path"),
     [
         ("with streams.seekable(streams.buffered('a', io.BytesIO(bytes(300_000)), len)): pass", "/tmp"),
-        ("dedup.near_duplicates([Path('docs.parquet')], 0.7, Path('signatures'))", "signatures"),
+        ("writer.add(pa.array(['some text'] * 1000)); writer.close()", "signatures.bin"),
     ],
 )
 def test_a_full_disk_is_a_resource_error(tmp_path: Path, work: str, path: str) -> None:
-    rows = {"id": ["0"] * 400, "source": ["a"] * 400, "text": ["some text"] * 400, "n_bytes": [9] * 400}
-    pq.write_table(pa.table(rows), tmp_path / "docs.parquet", write_page_checksum=True)
     program = f"""
 import io, resource, tempfile
 from pathlib import Path
-from gptpipe.collect import dedup, streams
+import pyarrow as pa
+from gptpipe.collect import streams
+from gptpipe.collect.near_duplicates import SignatureWriter
 from gptpipe.shell.errors import ResourceError
 tempfile.tempdir = "/tmp"
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
+    writer = SignatureWriter(Path())
     {work}
 except ResourceError as error:
     print(error)
@@ -451,10 +455,17 @@ except ResourceError as error:
     assert done.stdout.startswith(f"{path}: cannot write: File too large"), done.stderr
 
 
-def test_a_line_of_json_that_is_too_long_is_rejected(tmp_path: Path, texts) -> None:
-    line = json.dumps({"text": "x" * (2 << 20)})
+def test_a_line_of_json_that_is_too_long_is_rejected(
+    tmp_path: Path, texts, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "_LINE_BYTES", 100_000)
+    line = json.dumps({"text": "x" * 116_000})
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n{{"text": "two"}}\n')
-    assert texts(f"{tmp_path}/a.jsonl", "jsonl", max_document_bytes=1000) == ["one", "-line_too_long", "two"]
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: more than 116,000 bytes; split it"):
+        texts(f"{tmp_path}/a.jsonl", "jsonl", max_document_bytes=1000)
+    source = {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",), "on_bad": "skip"}
+    one, bad, two = chain.from_iterable(read_source(collect_params(source, max_document_bytes=1000)))
+    assert (one, bad.reason, two) == ("one", "line_too_long", "two")
 
 
 def test_a_pipe_is_never_opened(tmp_path: Path, texts) -> None:

@@ -18,9 +18,10 @@ import pytest
 from reading import read_source
 
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.parts import find_files
+from gptpipe.collect.parts import Part, find_files
 from gptpipe.collect.paths import matching_files
-from gptpipe.collect.texts import Rejected
+from gptpipe.collect.readers import read_part
+from gptpipe.collect.texts import Piece, Rejected
 from gptpipe.shell.errors import InputError
 
 MakeParams = Callable[..., CollectParams]
@@ -35,7 +36,9 @@ def texts(tmp_path: Path, collect_params: MakeParams) -> Callable[..., list[str]
         options = {name: keys.pop(name) for name in ("encoding_errors", "max_document_bytes") if name in keys}
         (tmp_path / "file").write_bytes(content)
         params = collect_params({"kind": kind, "paths": (str(tmp_path / "file"),), **keys}, **options)
-        results = chain.from_iterable(read_source(params))
+        results = list(chain.from_iterable(read_source(params)))
+        if counts is not None:
+            counts["cut"] += sum(isinstance(text, Piece) for text in results)
         return [f"-{text.reason}" if isinstance(text, Rejected) else text for text in results]
 
     return read_one
@@ -145,11 +148,6 @@ def test_invalid_bytes_are_replaced_only_on_request(texts, kind: str, content: b
     assert texts(kind, content, encoding_errors="replace") == ["caf\ufffd"]
 
 
-def test_utf16_is_an_error_at_its_first_byte(texts) -> None:
-    with pytest.raises(InputError, match="file: not UTF-8 at byte 0;"):
-        texts("text", "some text".encode("utf-16"))
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -186,7 +184,7 @@ def test_jsonl_texts_are_read_and_other_lines_rejected(texts) -> None:
     assert texts("jsonl", b'{"body": "other"}', text_key="body") == ["other"]
 
 
-@pytest.mark.parametrize("line", [b"{", b"text", b'{"text": "a"} more', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize("line", [b"{", b"text", b'{"text": "a"} more', b"[" * 100_000])
 def test_an_error_names_the_line_that_is_not_json(texts, line: bytes) -> None:
     with pytest.raises(InputError, match="file, line 2: not JSON: "):
         texts("jsonl", b'{"text": "a"}\n' + line + b"\n")
@@ -265,7 +263,7 @@ def test_one_error_names_all_unreadable_files(tmp_path: Path, collect_params: Ma
         {"kind": "jsonl", "paths": (f"{tmp_path}/folder", "/dev/null")},
     )
     with pytest.raises(InputError) as caught:
-        find_files(params.sources).digests
+        find_files(params.sources)
     message = str(caught.value)
     for part in (
         f"{tmp_path}/pipe.txt: not a regular file; ",
@@ -387,7 +385,9 @@ def test_docstrings_and_code_of_an_installed_package(
         path.write_bytes(content.encode("latin-1"))
     monkeypatch.syspath_prepend(tmp_path)
     params = collect_params({"kind": "python-docs", "package": "pack"}, {"kind": "python-code", "package": "pack"})
-    docs, code = (list(chain.from_iterable(read(source, params, Counter(), {}))) for source in params.sources)
+    docs, code = (
+        list(chain.from_iterable(read_part(Part(i, ""), source, params, {}))) for i, source in enumerate(params.sources)
+    )
     assert docs == ["All of it.", "A class.", "Says \xe4."]
     assert code == [files["__init__.py"], files["a/deep.py"], files["b.py"]]
     assert not canary.exists()

@@ -64,6 +64,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path, fresh_st
     return root, run_id
 
 
+@pytest.mark.slow
 def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     root, run_id = recorded
     monkeypatch.chdir(root)

@@ -14,7 +14,7 @@ import tiny
 from sections import side_of, split_params
 
 from gptpipe.base.manifest import read_manifest, verify
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats import streams

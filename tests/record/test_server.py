@@ -246,6 +246,7 @@ def logged(key: str = "train/loss") -> dict[str, list[int]]:
     return {run.info.run_id: [m.step for m in client.get_metric_history(run.info.run_id, key)] for run in runs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mood", ["silent", "broken", "dumb", "slow", "forgetful"])
 def test_a_faulty_server_does_not_change_a_training_and_nothing_is_lost(
     middleman: Middleman, mood: str, project: Path, toy_split: Path, undisturbed: dict[str, str]

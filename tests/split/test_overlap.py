@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sections import side_of, split_params
 
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import id_of
@@ -208,15 +208,17 @@ def test_a_share_of_nothing_is_null_and_fails_the_limit(
 
 
 @pytest.mark.parametrize(
-    ("questions", "why"), [([" ".join(RUN)] * 2, r"2 no_text \(the first: .*, line 1\)"), ([], "no item")]
+    ("questions", "why"),
+    [
+        ([" ".join(RUN)] * 2, r".*questions\.jsonl: no line has the key `q`; the keys are question; set text_key"),
+        ([], "collect: no document left of 0: the sources are empty; add text, or check paths"),
+    ],
 )
 def test_a_benchmark_without_text_is_an_error(
     tmp_path: Path, report_on: Callable[..., dict[str, Any]], questions: list[str], why: str
 ) -> None:
     benchmark = write_benchmark(tmp_path, questions, key="question")
-    with pytest.raises(
-        InputError, match=rf"split\.benchmarks\.0: jsonl .*questions.jsonl: it has no text: {why}; check"
-    ):
+    with pytest.raises(InputError, match=rf"split\.benchmarks\.0: jsonl .*questions\.jsonl: {why}"):
         report_on([on_side("train", RUN)], benchmarks=(benchmark,))
 
 

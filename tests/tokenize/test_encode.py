@@ -12,7 +12,7 @@ import pytest
 from sections import side_of, split_params, tokenize_params
 
 from gptpipe.base.manifest import verify
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.formats.corpus import id_of, shard_paths
 from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.shell.errors import InputError, IntegrityError

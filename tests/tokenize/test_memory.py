@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sections import SHIPPED
 
-from gptpipe.collect import batch as shards
+from gptpipe.collect import shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 

@@ -21,6 +21,8 @@ from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.train import distributed
 
+pytestmark = pytest.mark.slow
+
 CHANGES = {"train__micro_batch_size": 1, "model__tie_embeddings": False}  # two micro-batches per rank
 
 
@@ -65,7 +67,6 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
     assert project.checkpoints()[-1] == "step-00000012"  # kept until evaluate is done
 
 
-@pytest.mark.slow
 def test_if_one_rank_runs_out_of_memory_all_ranks_halve_their_micro_batches(
     project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -209,7 +210,6 @@ train_and_exit(tiny.params(**{changes!r}), Path({split!r}), project, None, {{}})
 """
 
 
-@pytest.mark.slow
 def test_a_run_that_torchrun_restarts_after_a_kill_ends_like_an_undisturbed_one(
     project: Project, tmp_path: Path
 ) -> None:

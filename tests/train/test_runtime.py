@@ -148,6 +148,7 @@ def described(folder: Path, *changed_files: str, **environment: str) -> list[dic
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_everything_that_affects_the_bits_is_in_the_environment_of_a_checkpoint(tmp_path: Path) -> None:
     """Threads, libraries, whatever else changes how sums are rounded, and the code of a step."""
     shutil.copytree(ROOT / "gptpipe", tmp_path / "gptpipe")

@@ -425,6 +425,7 @@ def test_a_warmup_longer_than_the_training_is_a_config_error(project: Project) -
         project.train(tiny.params(train__epochs=1.0, train__max_steps=None, train__warmup_steps=100))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(

@@ -1,4 +1,4 @@
-"""Deduplication: `Seen`, and near-duplicates, of which one document in each cluster is kept."""
+"""Near-duplicates, of which one document in each cluster is kept."""
 
 import random
 from collections.abc import Callable
@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.batch import Batch, rows_of_shards
-from gptpipe.collect.dedup import near_duplicates
 
 from gptpipe.base.manifest import verify
-from gptpipe.collect import batch as shards
-from gptpipe.collect import dedup
+from gptpipe.collect import collect as collecting
+from gptpipe.collect import near_duplicates as near
+from gptpipe.collect import parts, shards
 from gptpipe.collect.collect import collect
+from gptpipe.collect.near_duplicates import SignatureWriter, SignedPart, near_duplicates
 from gptpipe.collect.params import CollectParams
-from gptpipe.formats.corpus import SCHEMA, id_of, shard_path, shard_paths, write_shard
+from gptpipe.formats.corpus import shard_paths
 
 MakeParams = Callable[..., CollectParams]
 
@@ -36,33 +36,19 @@ def jaccard(one: list[str], other: list[str]) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-def repeats(folder: Path, texts: list[str], similarity: float = 0.7) -> list[bool]:
-    values = [
-        {"id": id_of(text.encode()), "source": "text", "text": text, "n_bytes": len(text.encode())} for text in texts
-    ]
-    batch = Batch("text", 0, texts, pa.RecordBatch.from_pylist(values, SCHEMA), np.arange(len(texts)), {})
-    for number, (rows, _) in enumerate(rows_of_shards([batch])):
-        write_shard(shard_path(folder, number), rows)
-    return near_duplicates(shard_paths(folder), similarity, folder / "signatures").tolist()
+def signed(folder: Path, texts: list[str]) -> SignedPart:
+    writer = SignatureWriter(folder)
+    writer.add(pa.array(texts, pa.string()))
+    writer.close()
+    return SignedPart(folder, np.ones(len(texts), np.bool_))
 
 
-def test_seen_ids_are_found_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference is a set of complete ids; some begin or end with zeros."""
-    monkeypatch.setattr(dedup, "_MAX_RECENT", 50)
-    random_, seen, reference = random.Random(0), dedup.Seen(), set[str]()
-    ids = [f"{random_.choice(('00' * 6, 'ff' * 6))}{random_.randrange(900):04x}{'0' * 48}" for _ in range(2000)]
-    ids += [f"{i:02x}{'00' * 31}" for i in range(100)] * 2
-    for start in range(0, len(ids), 37):
-        some = ids[start : start + 37]
-        expected = [id_ in reference or id_ in some[:i] for i, id_ in enumerate(some)]
-        assert seen.add(some).tolist() == expected
-        reference.update(some)
-    assert len(reference) > 1000
-    seen.forget(ids[-1:])
-    fresh = "ab" * 32
-    assert seen.add([fresh, fresh]).tolist() == [False, True]
-    seen.forget([fresh])
-    assert seen.add([fresh]).tolist() == [False]
+def repeats(folder: Path, texts: list[str], similarity: float = 0.7, n_parts: int = 1) -> list[bool]:
+    """Whether each text is a duplicate of an earlier one; the texts are divided into parts of equal length."""
+    size = -(-len(texts) // n_parts)
+    parts_of_texts = [signed(folder / f"{i}", texts[i : i + size]) for i in range(0, len(texts), size)]
+    masks = near_duplicates(parts_of_texts, similarity, is_small=True)
+    return np.concatenate(masks).tolist()
 
 
 def test_near_duplicates_are_those_above_the_similarity(tmp_path: Path) -> None:
@@ -103,22 +89,44 @@ def test_two_documents_similar_to_a_third_are_in_one_cluster(tmp_path: Path) -> 
 
 
 def test_thousands_of_pairs_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several shards and chunks: pairs above 0.8 are found, different documents are kept."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
-    monkeypatch.setattr(dedup, "_ROWS", 300)
+    """Over several parts, ranges of keys and comparisons: pairs above 0.8 are found, different documents are kept."""
+    monkeypatch.setattr(near, "_SORTED", 300)
+    monkeypatch.setattr(near, "_COMPARED", 50)
     bases = [words(120, seed=i) for i in range(1000)]
     twins = [with_changes(base, 5 * (i % 20), 60) for i, base in enumerate(bases)]
     assert min(jaccard(*pair) for pair in zip(bases, twins, strict=True)) > 0.8
-    is_duplicate = repeats(tmp_path / "a", [" ".join(text) for text in bases + twins])
-    assert len(shard_paths(tmp_path / "a")) > 3
+    is_duplicate = repeats(tmp_path, [" ".join(text) for text in bases + twins], n_parts=7)
     assert not any(is_duplicate[:1000])
     assert sum(is_duplicate[1000:]) >= 995
+
+
+def test_parts_and_ranges_of_keys_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [" ".join(with_changes(words(60, seed=i % 10), i % 7)) for i in range(60)]
+    expected = repeats(tmp_path / "one", texts)
+    assert 30 < sum(expected) < 60
+    assert repeats(tmp_path / "five", texts, n_parts=5) == expected
+    monkeypatch.setattr(near, "_SORTED", 8)
+    monkeypatch.setattr(near, "_COMPARED", 3)
+    assert repeats(tmp_path / "ranges", texts, n_parts=4) == expected
+
+
+def test_only_kept_candidates_are_compared(tmp_path: Path) -> None:
+    """The first text was rejected as an exact duplicate, so the second is the first of its cluster."""
+    text = " ".join(words(50, seed=0))
+    part = signed(tmp_path / "a", [text, f"{text} more", "other words than these", f"{text} again"])
+    none = signed(tmp_path / "b", [])
+    part.is_kept[0] = False
+    masks = near_duplicates([none, part, none], 0.7, is_small=True)
+    assert [mask.tolist() for mask in masks] == [[], [False, False, False, True], []]
+    part.is_kept[:] = False
+    assert not any(mask.any() for mask in near_duplicates([part, none], 0.7, is_small=True))
 
 
 def test_collect_counts_them_and_any_number_of_workers_gives_the_same_bytes(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 5_000)
+    monkeypatch.setattr(parts, "PART_BYTES", 3_000)
     lines = [" ".join(words(60, seed=i)) for i in range(30)]
     for name, texts in (("a.txt", lines), ("b.txt", [f"{line} more" for line in lines[:10]] + lines[:5])):
         (tmp_path / name).write_text("\n".join(texts))
@@ -126,6 +134,7 @@ def test_collect_counts_them_and_any_number_of_workers_gives_the_same_bytes(
     params = collect_params(*sources, dedup="near")
     for workers in ("1", "2"):
         monkeypatch.setenv("GPTPIPE_WORKERS", workers)
+        monkeypatch.setattr(collecting, "_MANY_BYTES", 0 if workers == "2" else 1 << 30)
         counts = collect(params, tmp_path / workers)
     assert (counts["documents_in"], counts["documents"]) == (45, 30)
     assert (counts["rejected_duplicate"], counts["rejected_near_duplicate"]) == (5, 10)
