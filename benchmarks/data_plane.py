@@ -112,7 +112,7 @@ def measure(folder: Path, length: int, options: argparse.Namespace) -> Iterator[
 
 
 def write_texts(folders: list[Path], length: int, n_bytes: int) -> list[int]:
-    """Pieces of docstrings of `length` characters, chosen with a fixed seed. The first folder gets a quarter of the files.
+    """Pieces of docstrings of `length` characters, chosen with a fixed seed; a quarter of them in the first folder.
 
     Returns the bytes of text in each folder.
     """
