@@ -177,3 +177,12 @@ def test_marks_belong_to_their_letters(tmp_path: Path) -> None:
     one = "कि की कु कू के कै को कौ कं कः खि खी खु खू खे खै"
     other = "कौ को कै के कू कु की कि खै खे खू खु खी खि कः कं"
     assert repeats(tmp_path / "a", [one, other]) == [False, False]
+
+
+def test_clusters_are_joined_through_their_first_documents() -> None:
+    """Documents 3 and 0 are joined last: then 2 and 1, which are in the cluster of 3, follow."""
+    first_of_cluster = np.arange(5)
+    for one, other in ((2, 3), (1, 2), (0, 3)):
+        near._unite(first_of_cluster, np.array([one]), np.array([other]))
+    assert near._firsts(first_of_cluster, np.arange(5)).tolist() == [0, 0, 0, 0, 4]
+    assert (first_of_cluster != np.arange(5)).tolist() == [False, True, True, True, False]
