@@ -263,7 +263,7 @@ def test_one_error_names_all_unreadable_files(tmp_path: Path, collect_params: Ma
         {"kind": "jsonl", "paths": (f"{tmp_path}/folder", "/dev/null")},
     )
     with pytest.raises(InputError) as caught:
-        find_files(params.sources).digests
+        find_files(params.sources)
     message = str(caught.value)
     for part in (
         f"{tmp_path}/pipe.txt: not a regular file; ",
