@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.batch import Rejected
+from gptpipe.collect.texts import Rejected
 
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.archives import is_tar

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.batch import Rejected
+from gptpipe.collect.texts import Rejected
 
 from gptpipe.collect import tables
 from gptpipe.collect.cleaning import cut
