@@ -13,13 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.texts import Rejected
 
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.archives import is_tar
 from gptpipe.collect.file_kinds import Format, is_other_file
 from gptpipe.collect.open_files import open_files
 from gptpipe.collect.readers import read
+from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import InputError
 
 MIB = 1 << 20

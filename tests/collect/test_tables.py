@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.texts import Rejected
 
 from gptpipe.collect import tables
 from gptpipe.collect.cleaning import cut
 from gptpipe.collect.tables import Pieces, dataset_rows, not_utf8, parquet_rows
+from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import InputError
 
 
