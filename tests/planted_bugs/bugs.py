@@ -164,8 +164,8 @@ BUGS = (
     Bug(
         "two parts read the same document",
         "gptpipe/collect/ranges.py",
-        "            return offset + position + len(separator)\n",
-        "            return offset\n",
+        "                return first_byte + position + n\n",
+        "                return first_byte + position\n",
         ("tests/collect/test_parts.py::test_parts_of_text_files_contain_each_document_once",),
     ),
     Bug(
