@@ -12,8 +12,11 @@ def main() -> None:
 
     params = load_params()
     counts = collect(params.collect, Path("data/raw"), Path("reports/collect.md"))
-    n_rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
-    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {n_rejected:,} rejected", "quiet")
+    reasons = {name.removeprefix("rejected_"): n for name, n in counts.items() if name.startswith("rejected_")}
+    largest_first = sorted(reasons.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in largest_first)
+    rejected = f"{sum(reasons.values()):,} rejected" + (f" ({listed})" if listed else "")
+    say(f"collect: {counts['documents']:,} documents, {counts['bytes']:,} bytes; {rejected}", "quiet")
 
 
 if __name__ == "__main__":

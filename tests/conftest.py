@@ -48,6 +48,10 @@ SETTINGS = (
     "RAY_ADDRESS",
 )
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several workers with several threads each slow down
+# Most tests write small files that are synced to the disk one by one. In shared memory, syncing costs nothing.
+SHARED_MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 4 << 30
+if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))  # where pytest makes its temporary folders
 
 
 @pytest.hookimpl(tryfirst=True)

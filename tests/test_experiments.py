@@ -8,69 +8,124 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from toy_pipeline import copy_project, digests, environment, run
 
 pytestmark = pytest.mark.slow  # each test runs stages train and evaluate, mostly more than once
 
+CHANGE = ("-S", "train.max_steps=60")  # so many steps that a kill after the first checkpoint interrupts the training
+EDITED_FILE = "gptpipe/shell/errors.py"
+EDIT = "# a change that is in no commit\n"
 
-@pytest.mark.parametrize("how", [[], ["--temp"]], ids=["in place", "temp"])
-def test_an_experiment_reruns_train_and_evaluate_only_and_can_be_restored(
-    project_copy: Path, tmp_path: Path, how: list[str]
+
+class Experiment(NamedTuple):
+    """A project after an experiment in place that was not interrupted."""
+
+    project: Path
+    output: str  # of `dvc exp run`
+    digests: dict[str, str]
+    new_runs: set[str]  # ids of the finished runs that it added to the store
+
+
+@pytest.fixture(scope="module")
+def in_place(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    project = copy_project(reproduced, tmp_path_factory.mktemp("in_place") / "copy")
+    edit_without_commit(project)
+    before = finished_runs(project)
+    output = run(project, "dvc", "exp", "run", "-n", "tried", *CHANGE).stdout
+    return Experiment(project, output, digests(project), finished_runs(project) - before)
+
+
+def edit_without_commit(project: Path) -> None:
+    with (project / EDITED_FILE).open("a") as file:
+        file.write(EDIT)
+
+
+def test_an_experiment_in_place_reruns_train_and_evaluate_only_and_can_be_restored(in_place: Experiment) -> None:
+    check_only_train_and_evaluate_ran(in_place.output)
+    assert len(in_place.digests) > 20
+    (run_id,) = in_place.new_runs
+    assert tags_of_run(in_place.project, run_id)["dvc.exp_name"] == "tried"
+    check_restore(in_place.project, run_id, in_place.digests)
+
+
+def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill_and_can_be_restored(
+    project_copy: Path, in_place: Experiment
 ) -> None:
-    """The command in the run's MLflow description restores code, parameters, data and model, whatever changed since."""
-    project = project_copy
-    with (project / "gptpipe/shell/errors.py").open("a") as file:
-        file.write("# a change that is in no commit\n")
-    output = run(project, "dvc", "exp", "run", *how, "-n", "tried", "-S", "train.lr=1e-4").stdout
-    assert "Running stage 'train'" in output
-    assert "Running stage 'evaluate'" in output
+    """DVC removes the workspace of a failed experiment; the checkpoints and the store are in the project."""
+    edit_without_commit(project_copy)
+    before = finished_runs(project_copy)
+    command = ["dvc", "exp", "run", "--temp", *CHANGE, "-n"]
+    checkpoints = kill_in_training(project_copy, [*command, "first"])
+    check_only_train_and_evaluate_ran(run(project_copy, *command, "again").stdout)
+    assert not checkpoints.exists()  # stage evaluate removes those of a finished training
+    (run_id,) = finished_runs(project_copy) - before
+    assert tags_of_run(project_copy, run_id)["dvc.exp_name"] == "first"  # the killed run, which was resumed
+    run(project_copy, "dvc", "exp", "apply", "again")
+    assert digests(project_copy) == in_place.digests
+    check_restore(project_copy, run_id, in_place.digests)
+
+
+def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(project_copy: Path, in_place: Experiment) -> None:
+    """The queue runs again with two jobs: they resume the killed experiment and run a sweep of two learning rates."""
+    queue, run_all = ["dvc", "exp", "run", "--queue"], ["dvc", "exp", "run", "--run-all"]
+    run(project_copy, *queue, "-n", "first", "train", *CHANGE)
+    checkpoints = kill_in_training(project_copy, run_all)
+    wait_until_no_worker_runs(project_copy)
+    run(project_copy, *queue, "-n", "again", "train", *CHANGE)
+    run(project_copy, *queue, "-S", "train.lr=choice(1e-4,2e-4)")
+    run(project_copy, *run_all, "-j", "2")
+    assert (checkpoints / "finished.json").exists()
+    runs = finished_runs(project_copy)
+    assert len(runs) == 4  # the run of `reproduced`, the resumed one, and two of the sweep
+    shown = run(project_copy, "dvc", "exp", "show", "--json").stdout
+    assert all(run_id in shown for run_id in runs)
+    run(project_copy, "dvc", "exp", "apply", "again")
+    assert of_stages_up_to_train(digests(project_copy)) == of_stages_up_to_train(in_place.digests)
+
+
+def check_only_train_and_evaluate_ran(output: str) -> None:
     for stage in ("collect", "tokenize", "split"):
         assert f"Running stage '{stage}'" not in output
-    assert len(finished_runs(project)) == 2  # the run of `reproduced` and the experiment, in the project's one store
+    for stage in ("train", "evaluate"):
+        assert f"Running stage '{stage}'" in output
 
-    tags = tags_of_run(project, "tried")
-    assert tags["changed"] == "train.lr=0.0001"
-    assert tags["sweep"].endswith(": train.lr")
-    command = tags["mlflow.note.content"].split("    gptpipe restore ")[1].split()
-    if how:
-        run(project, "dvc", "exp", "apply", "tried")
-    outputs = digests(project)
+
+def check_restore(project: Path, run_id: str, outputs: dict[str, str]) -> None:
+    """The command in the run's MLflow description restores code, parameters, data and model, whatever changed since."""
+    tags = tags_of_run(project, run_id)
+    assert tags["changed"] == "train.max_steps=60"
+    assert tags["sweep"].endswith(": train.max_steps")
+    arguments = tags["mlflow.note.content"].split("    gptpipe restore ")[1].split()
     run(project, "git", "stash", "-q")
     run(project, "dvc", "checkout")
-    run(project, sys.executable, "-m", "gptpipe.commands.cli", "restore", *command)
+    run(project, sys.executable, "-m", "gptpipe.commands.cli", "restore", *arguments)
 
-    restored = tmp_path / f"copy-{command[0][:8]}"
-    assert (restored / "gptpipe/shell/errors.py").read_text().endswith("# a change that is in no commit\n")
-    of_evaluate = ("reports/eval", "reports/samples")
-    expected = {name: digest for name, digest in outputs.items() if not name.startswith(of_evaluate)}
-    assert len(expected) > 15
-    assert {name: digest for name, digest in digests(restored).items() if name in expected} == expected
+    restored = project.with_name(f"{project.name}-{arguments[0][:8]}")
+    assert (restored / EDITED_FILE).read_text().endswith(EDIT)
+    assert of_stages_up_to_train(digests(restored)) == of_stages_up_to_train(outputs)
     assert "Running stage 'train'" not in run(restored, "dvc", "repro").stdout
     assert digests(restored) == outputs
 
 
-def finished_runs(project: Path) -> list[str]:
+def of_stages_up_to_train(outputs: dict[str, str]) -> dict[str, str]:
+    """Digests without those of stage evaluate, which `gptpipe restore` leaves to `dvc repro`."""
+    of_evaluate = ("reports/eval", "reports/samples")
+    others = {name: digest for name, digest in outputs.items() if not name.startswith(of_evaluate)}
+    assert len(others) > 15
+    return others
+
+
+def finished_runs(project: Path) -> set[str]:
     with closing(sqlite3.connect(project / "mlflow.db")) as database:
-        return [row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")]
+        return {row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")}
 
 
-def tags_of_run(project: Path, name: str) -> dict[str, str]:
-    query = "select t.key, t.value from tags t join tags n using (run_uuid) where n.value = ?"
+def tags_of_run(project: Path, run_id: str) -> dict[str, str]:
     with closing(sqlite3.connect(project / "mlflow.db")) as database:
-        return dict(database.execute(query, (name,)).fetchall())
-
-
-LONGER = ["train", *(f"-Strain.{name}" for name in ("max_steps=600", "eval_every=200", "save_every=20"))]
-
-
-@pytest.fixture(scope="module")
-def longer(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The outputs of a longer training that is not interrupted."""
-    project = copy_project(reproduced, tmp_path_factory.mktemp("undisturbed") / "copy")
-    run(project, "dvc", "exp", "run", *LONGER)
-    return digests(project)
+        return dict(database.execute("select key, value from tags where run_uuid = ?", (run_id,)).fetchall())
 
 
 def kill_in_training(project: Path, command: list[str]) -> Path:
@@ -86,38 +141,11 @@ def kill_in_training(project: Path, command: list[str]) -> Path:
         os.kill(int(holder.split()[1]), signal.SIGKILL)
         experiment.wait(120)
     assert list(folder.glob("step-*"))
+    assert not (folder / "finished.json").exists()
     return folder
 
 
-def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill(
-    project_copy: Path, longer: dict[str, str]
-) -> None:
-    """DVC removes the workspace of a failed experiment; the checkpoints are in the project."""
-    command = ["dvc", "exp", "run", "--temp", *LONGER, "-n"]
-    folder = kill_in_training(project_copy, [*command, "first"])
-    run(project_copy, *command, "again")
-    assert (folder / "finished.json").exists()
-    assert len(finished_runs(project_copy)) == 2  # the run of `reproduced`, and the resumed one
-    run(project_copy, "dvc", "exp", "apply", "again")
-    assert len(longer) > 20
-    assert digests(project_copy) == longer
-
-
-def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(project_copy: Path, longer: dict[str, str]) -> None:
-    """The queue runs again with two jobs: they resume the killed experiment and run a sweep of two learning rates."""
-    queue, run_all = ["dvc", "exp", "run", "--queue"], ["dvc", "exp", "run", "--run-all"]
-    run(project_copy, *queue, "-n", "first", *LONGER)
-    folder = kill_in_training(project_copy, run_all)
-    # `--run-all` waits for ever if it starts while a worker of the queue is about to end.
-    statuses = (run(project_copy, "dvc", "queue", "status").stdout for _ in range(60))
+def wait_until_no_worker_runs(project: Path) -> None:
+    """`--run-all` waits forever if it starts while a worker of the queue is about to end."""
+    statuses = (run(project, "dvc", "queue", "status").stdout for _ in range(60))
     assert any("0 active, 0 idle" in status for status in statuses)
-    run(project_copy, *queue, "-n", "again", *LONGER)
-    run(project_copy, *queue, "-S", "train.lr=choice(1e-4,2e-4)")
-    run(project_copy, *run_all, "-j", "2")
-    assert (folder / "finished.json").exists()
-    runs = finished_runs(project_copy)
-    assert len(runs) == 4  # the run of `reproduced`, the resumed one, and two of the sweep
-    shown = run(project_copy, "dvc", "exp", "show", "--json").stdout
-    assert all(run_id in shown for run_id in runs)
-    run(project_copy, "dvc", "exp", "apply", "again")
-    assert digests(project_copy) == longer

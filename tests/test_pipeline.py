@@ -12,8 +12,9 @@ from browser import browser  # noqa: F401  (a fixture)
 from campaign.processes import RealProjects, try_out_for_real
 from toy_pipeline import digests, documents, run, set_params
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(reproduced: Path, tmp_path: Path) -> None:
     """The same files, the same record in MLflow, and nothing left behind."""
     assert len(digests(reproduced)) > 20
@@ -48,7 +49,6 @@ def test_the_model_names_all_its_ancestors(reproduced: Path) -> None:
     assert model["made_from"] == {**expected, "data/sources/animals.txt": source}
 
 
-@pytest.mark.slow
 def test_the_doctor_finds_no_fault_and_then_a_missing_file(project_copy: Path) -> None:
     def doctor() -> tuple[int, dict[str, str]]:
         result = run(project_copy, sys.executable, "-m", "gptpipe.commands.cli", "doctor", check=False)
@@ -99,7 +99,6 @@ def test_the_page_of_plots_is_drawn_without_a_network(project_copy: Path, browse
     }
 
 
-@pytest.mark.slow
 def test_evaluate_refuses_reports_that_stage_train_did_not_write(project_copy: Path) -> None:
     """It prints one line and exits with code 4. The recommended command helps, and trains nothing again."""
     outputs = digests(project_copy)
@@ -116,7 +115,6 @@ def test_evaluate_refuses_reports_that_stage_train_did_not_write(project_copy: P
     assert digests(project_copy) == outputs
 
 
-@pytest.mark.slow
 def test_the_doctor_repairs_a_lock_file_that_dvc_was_killed_while_writing(project_copy: Path) -> None:
     outputs = digests(project_copy)
     lock = (project_copy / "dvc.lock").read_bytes()

@@ -61,7 +61,7 @@ class ListRecord:
 
 
 class Project:
-    """A project's root with a split; trains in it."""
+    """A project's root with a split; trains in it, whatever DVC_ROOT was before."""
 
     def __init__(self, root: Path, split: Path) -> None:
         self.root, self.split = root, split
@@ -76,7 +76,9 @@ class Project:
             self.records.append(record)
             yield record
 
-        return train_model(params, self.split, self.root / "models/gpt", self.root / "reports", open_record)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DVC_ROOT", str(self.root))
+            return train_model(params, self.split, self.root / "models/gpt", self.root / "reports", open_record)
 
     def digests(self) -> dict[str, str]:
         return {name: sha256_of(self.root / name) for name in STEADY}

@@ -105,7 +105,7 @@ def _map_in_processes(
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for worker in workers:
-                    worker.kill()
+                    worker.stop()
     finally:  # after the end of all threads
         for worker in workers:
             worker.close()

@@ -50,6 +50,7 @@ class Worker(Generic[Item, Result]):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_modules_to_import(work))
         self._connection, connection_of_worker = context.Pipe()
+        self._is_busy = False
         try:
             with connection_of_worker, environment_of_workers():
                 arguments = (connection_of_worker, dict(os.environ), work)
@@ -61,9 +62,11 @@ class Worker(Generic[Item, Result]):
 
     def ask(self, item: Item) -> Result:
         """The result of `work`. Raises its error, or WorkerDied. Any thread may call it, but only one at a time."""
+        self._is_busy = True
         try:
             self._connection.send(item)
             result, error, trace = self._connection.recv()
+            self._is_busy = False
         except (EOFError, ConnectionError):
             self._process.join()
             raise WorkerDied(self._process.exitcode or 0) from None
@@ -72,12 +75,15 @@ class Worker(Generic[Item, Result]):
         answer: Result = result
         return answer
 
-    def kill(self) -> None:
-        """End the process now, whatever it does. A thread that waits in `ask` gets WorkerDied."""
-        self._process.kill()
+    def stop(self) -> None:
+        """End the process now, also in the middle of an item. A thread that waits in `ask` gets WorkerDied."""
+        if self._is_busy:
+            self._process.kill()
+        else:
+            self._connection.close()  # the process ends by itself, so that its libraries can clean up
 
     def close(self) -> None:
-        """Wait for the end of the killed process. No thread may be in `ask`."""
+        """Wait for the end of the stopped process. No thread may be in `ask`."""
         self._process.join()
         self._process.close()
         self._connection.close()

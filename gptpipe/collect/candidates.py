@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,18 +156,32 @@ def _write_candidates(part: Part, target: Path, params: CollectParams) -> dict[s
 
 
 def _batches(lists: Iterator[Sequence[str | Rejected]], max_texts: int) -> Iterator[list[str | Rejected]]:
-    """The texts in lists of about _BATCH_CHARACTERS, unless one text alone is longer."""
+    """The texts in lists of at most `max_texts`, and of fewer than 2 * _BATCH_CHARACTERS unless one text is longer."""
     batch: list[str | Rejected] = []
     n_characters = 0
-    for texts in lists:
-        for text in texts:
-            batch.append(text)
-            n_characters += len(text) if isinstance(text, str) else 0
-            if n_characters >= _BATCH_CHARACTERS or len(batch) >= max_texts:
-                yield batch
-                batch, n_characters = [], 0
+    for texts in chain.from_iterable(_divided(texts, max_texts) for texts in lists):
+        if len(batch) + len(texts) > max_texts:
+            yield batch
+            batch, n_characters = [], 0
+        batch += texts
+        n_characters += _n_characters(texts)
+        if n_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
     if batch:
         yield batch
+
+
+def _divided(texts: Sequence[str | Rejected], max_texts: int) -> Iterator[Sequence[str | Rejected]]:
+    """The list itself, or its texts one by one if a batch is too small for it."""
+    if len(texts) <= max_texts and _n_characters(texts) < _BATCH_CHARACTERS:
+        yield texts
+    else:
+        yield from ([text] for text in texts)
+
+
+def _n_characters(texts: Sequence[str | Rejected]) -> int:
+    return sum([len(text) for text in texts if not isinstance(text, Rejected)])
 
 
 class _TextLog:
@@ -194,7 +209,9 @@ class _TextLog:
         keys[is_candidate] = np.frombuffer(digests, np.uint64)[::4]
         sizes = np.zeros(len(texts), np.int64)
         sizes[is_candidate] = n_bytes
-        is_piece = np.fromiter((isinstance(text, Piece) for text in texts), np.uint8, len(texts))
+        is_piece = np.zeros(len(texts), np.uint8)
+        if Piece in set(map(type, texts)):
+            is_piece[:] = [isinstance(text, Piece) for text in texts]
         columns = [pa.array(values) for values in (keys, sizes, reasons, is_piece)]
         self._batches.append(pa.RecordBatch.from_arrays(columns, schema=_TEXT))
         self.n_texts += len(texts)

@@ -1,7 +1,8 @@
 """Filters of lines and documents, under their names in params.yaml.
 
 They are those of Gopher (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and of C4 (Raffel et
-al., 2020, arXiv:1910.10683, section 2.2).
+al., 2020, arXiv:1910.10683, section 2.2), made for English. Ends of sentences are recognized in every script that
+marks them: Unicode's property Sentence_Terminal, and the shad of Tibetan. Words are what spaces separate.
 """
 
 import re
@@ -10,13 +11,18 @@ from collections.abc import Iterable, Iterator
 from math import inf
 from typing import Any
 
+import regex
+
 from gptpipe.collect.params import FilterParams
 
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
-_LINE_END = (".", "!", "?", '"', "\u201d", "\u2019")
-_SENTENCE_END = re.compile("[.!?][\"')\\]\u201d\u2019]*(?=\\s|$)")
+_TERMINALS = regex.findall(r"(?V1)[\p{Sentence_Terminal}\u0f0d\u0f0e--[.!?]]", "".join(map(chr, range(0x20000))))
+_CLOSING = "\"')\\]\u201d\u2019\xbb\u203a\u300d\u300f\uff09"  # quotation marks and brackets
+_LINE_END = (".", "!", "?", '"', "\u201d", "\u2019", "\xbb", "\u203a", "\u300d", "\u300f", *_TERMINALS)
+# A space follows the marks of ASCII, which also occur inside numbers and names, but not those of Chinese.
+_SENTENCE_END = re.compile(f"[.!?][{_CLOSING}]*(?=\\s|$)|[{''.join(_TERMINALS)}]+")
 
 _NAMES = (  # of the filters that compare a value of the text with a limit, the cheapest first
     "words",

@@ -123,12 +123,12 @@ def _fields(column: str, top: str) -> list[str]:
     return column[len(top) :].split(".")[1:]
 
 
-def _texts(name: str, column: str, row: int, contents: Any, errors: str, max_bytes: int | None) -> Texts:
-    """The texts of a batch; `row` is the number of rows before it."""
+def _texts(name: str, column: str, n_before: int, contents: Any, errors: str, max_bytes: int | None) -> Texts:
+    """The texts of a batch; `n_before` is the number of rows before it."""
     texts: list[str | Rejected] = []
     has_long = max_bytes is not None and contents.nbytes > max_bytes
     values = _views(contents) if has_long else contents.to_numpy(zero_copy_only=False)
-    for row, content in enumerate(values, row + 1):  # noqa: B020  counts on
+    for row, content in enumerate(values, n_before + 1):
         try:
             if content is None:
                 texts.append(Rejected("no_text", f"{name}, row {row}"))
@@ -187,7 +187,7 @@ def _check_column(name: str, schema: pa.Schema, column: str, groups: list[Any]) 
         fields = _first_names(f"{column}.{child.name}" for child in field.type)
         raise InputError(f"{name}: column `{column}` is a struct; set text_column of the source to one of {fields}")
     type_ = getattr(field.type, "storage_type", field.type)
-    if not _is_text(type_) and not _is_without_values(column, groups):
+    if not (_is_text(type_) or pa.types.is_null(type_) or _is_without_values(column, groups)):
         raise InputError(f"{name}: column `{column}` contains {type_}, not text; set text_column of the source")
 
 
@@ -308,6 +308,7 @@ class DatasetName(NamedTuple):
 
 def dataset_shards(source: DatasetName) -> int:
     """The number of files that the dataset is read from."""
+    optional_module("datasets", "huggingface")  # an error of its import is not one of the user's data
     with read_errors(source.address), _dataset_errors(source.address):
         return max(1, int(_dataset(source).num_shards))
 

@@ -82,14 +82,18 @@ def split_words(texts: list[str], *, signs: bool = False) -> Words:
     if signs:
         joined = _NO_SIGN.sub(" ", joined)
     content, kinds = _characters(joined.replace("\n", " ").replace("\0", "\n"), signs)
-    before = np.concatenate([[_SEPARATOR], kinds[:-1]])
+    before = np.empty_like(kinds)
+    before[:1], before[1:] = _SEPARATOR, kinds[:-1]
     is_in_word = kinds != _SEPARATOR
-    goes_on = (kinds == _WORD) & (before == _WORD) | (kinds == _ATTACHED) & (before != _SEPARATOR)
-    starts = np.flatnonzero(is_in_word & ~goes_on)
-    ends = np.flatnonzero(is_in_word & ~np.concatenate([goes_on[1:], [False]])) + 1
+    begins = is_in_word & ((kinds != _WORD) | (before != _WORD)) & ((kinds != _ATTACHED) | (before == _SEPARATOR))
+    is_end = np.empty_like(begins)  # of a word, at its last character
+    is_end[:-1], is_end[-1:] = is_in_word[:-1] & (begins[1:] | ~is_in_word[1:]), is_in_word[-1:]
+    starts, ends = np.flatnonzero(begins), np.flatnonzero(is_end) + 1
+    first_words = np.searchsorted(starts, np.flatnonzero(content == ord("\n")))  # of each text but the first
+    n_words = np.diff(first_words, prepend=0, append=len(starts))
     return Words(
         hashes=RunHasher(content.astype(np.uint64), _CHARACTER_BASE)(starts, ends),
-        texts=np.searchsorted(np.flatnonzero(content == ord("\n")), starts),
+        texts=np.repeat(np.arange(len(n_words)), n_words),
         lengths=_LENGTHS[kinds[starts]],
     )
 
@@ -150,6 +154,11 @@ class RunHasher:
 
     def __call__(self, starts: Indices, ends: Indices) -> Hashes:
         return np.asarray((self._sums[ends] - self._sums[starts]) * self._inverse_powers[starts], np.uint64)
+
+    def of_length(self, n: int) -> Hashes:
+        """Hashes of all runs of n values."""
+        n_runs = max(0, len(self._sums) - n)
+        return np.asarray((self._sums[n:] - self._sums[:n_runs]) * self._inverse_powers[:n_runs], np.uint64)
 
 
 @lru_cache(32)

@@ -96,7 +96,7 @@ def _p_value(best: "pd.Series[float]", other: "pd.Series[float]") -> float:
 
 
 def _draw(groups: dict[str, pd.DataFrame]) -> Figure:
-    """Losses over steps, tokens and time: the mean of each group, and a band from its lowest to its highest run."""
+    """Losses over steps, tokens and time: the mean of each group, and a band from lowest to highest."""
     figure = Figure((14, 4 * len(_CURVES)), layout="constrained")
     rows = figure.subplots(len(_CURVES), len(_X_AXES), sharey="row")
     for panels, metric in zip(rows, _CURVES, strict=True):

@@ -13,18 +13,12 @@ from gptpipe.shell.environment import project_root
 from gptpipe.shell.errors import InputError, ResourceError
 
 _DVC = (sys.executable, "-m", "dvc")  # works without an activated environment too
-_STAGES = (
-    "collect",
-    "tokenize",
-    "split",
-    "train",
-)  # dvc.lock is saved while evaluate runs, so that stage is not in it
+_STAGES = ("collect", "tokenize", "split", "train")  # evaluate is not in dvc.lock, which is saved while it runs
 _PATCH = "code.patch"
 
 
 def restore(run_id: str, folder: Path) -> None:
-    """Make a git worktree of the run's commit in `folder`, with the run's changes, its dvc.lock, data and
-    model.
+    """Make a git worktree of the run's commit in `folder`, with its changes, its dvc.lock, data and model.
 
     Data and model come from DVC's cache of this project. Raises InputError, ResourceError.
     """

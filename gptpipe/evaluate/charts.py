@@ -50,7 +50,10 @@ def bar_chart(x: str, values: Mapping[str, float]) -> str:
 
 
 def _svg(draw: Callable[[Axes], None], x: str, y: str) -> str:
-    """The SVG of what `draw` draws. Equal input gives equal bytes. Text stays text; ids and metadata are removed."""
+    """The SVG of what `draw` draws.
+
+    Equal input gives equal bytes. Text stays text; ids and metadata are removed.
+    """
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": x + y,

@@ -129,7 +129,7 @@ def _metrics_of_side(scores: Scores, stream: Stream) -> Metrics:
 def _tables(
     scores: Mapping[Side, Scores], streams: Mapping[Side, Stream], by_source: Mapping[Side, Mapping[str, Metrics]]
 ) -> dict[str, pd.DataFrame]:
-    """The tables that charts are drawn from, by the name of their CSV file; the column `split` names the side."""
+    """The tables that charts are drawn from, by the name of their CSV file; column `split` is the side."""
     sources = [
         {"split": side, "source": source, **metrics}
         for side, metrics_of_sources in by_source.items()

@@ -46,8 +46,9 @@ def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> f
 def xz_bits_per_byte(train: Stream, held_out: Mapping[Side, Stream], tokenizer: Tokenizer) -> dict[Side, float]:
     """Bits per byte that `xz -9e` needs for each held-out text if it has compressed the training text before.
 
-    This is the compressed size of both together minus that of the training text. Only the last 64 MB of the training
-    text are used, because xz looks no further back. Each text has its own thread; xz releases the interpreter's lock.
+    This is the compressed size of both together minus that of the training text. Only the last 64 MB of the
+    training text are used, because xz looks no further back. Each text has its own thread; xz releases the
+    interpreter's lock.
     """
     tokens_per_byte = len(train.tokens) / max(1, train.n_bytes)
     n_train = min(len(train.tokens), max(1, int(_XZ_WINDOW * tokens_per_byte)))

@@ -1,8 +1,8 @@
 """The record of an evaluation: metrics in the run of the training, the model in the registry, and the champion.
 
-An interruption at any point is safe: repeat the evaluation. Runs, logged models and versions are looked up before they
-are created, and each is created in one transaction together with the tag by which it is found. A rerun therefore ends
-with one FINISHED run, and with one logged model and one version for each model digest.
+An interruption at any point is safe: repeat the evaluation. Runs, logged models and versions are looked up
+before they are created, and each is created in one transaction together with the tag by which it is found. A
+rerun therefore ends with one FINISHED run, and with one logged model and one version for each model digest.
 """
 
 import math
@@ -80,11 +80,12 @@ def record_evaluation(
     charts: dict[str, str],
     model: Path,
 ) -> str:
-    """Log the metrics, the report and the charts (title -> SVG) to the run of the training, and register `model`.
+    """Log metrics, report and charts (title -> SVG) to the run of the training, and register `model`.
 
-    Returns a line that says which version is the champion. Metrics are logged at the model's step, so that they lie on
-    the curves of the training. If the store does not know the run (in a fresh clone), a new run is created and tagged
-    with the old id. If the store fails, the returned line says so; the reports are on disk anyway.
+    Returns a line that says which version is the champion. Metrics are logged at the model's step, so that they
+    lie on the curves of the training. If the store does not know the run (in a fresh clone), a new run is
+    created and tagged with the old id. If the store fails, the returned line says so; the reports are on disk
+    anyway.
     """
     try:
         with store_errors():
@@ -197,7 +198,7 @@ def _version_of(client: MlflowClient, digest: str) -> ModelVersion | None:
 def _logged_model_of(
     client: MlflowClient, run: Run, digest: str, registered: ModelVersion | None
 ) -> LoggedModel | None:
-    """The logged model of a version, in any experiment, or else the one with this digest in the run's experiment."""
+    """The logged model of a version, in any experiment, or else that of this digest in the run's experiment."""
     if registered:
         try:
             return client.get_logged_model(str(registered.source).removeprefix(_LOGGED))
@@ -218,7 +219,7 @@ def _is_complete(logged: LoggedModel, digest: str, folder: Path) -> bool:
 
 
 def stored_model(location: str, folder: Path) -> Path:
-    """The model folder at an artifact location: in place if it is on this machine, else downloaded to `folder`."""
+    """The model folder at an artifact location: in place if it is on this machine, else a copy in `folder`."""
     parts = urlsplit(location)
     if parts.scheme in ("", "file"):
         return Path(url2pathname(parts.path), "artifacts", _MODEL_FOLDER)
@@ -272,7 +273,10 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | None, test_digest: str) -> str:
-    """Move the alias only to a version that is better on the same test documents. Returns a line for the user."""
+    """Move the alias only to a version that is better on the same test documents.
+
+    Returns a line for the user.
+    """
     outcome = f"registered {MODEL_NAME} version {number}"
     client.set_model_version_tag(MODEL_NAME, number, "test_digest", test_digest)
     if bits_per_byte is None:

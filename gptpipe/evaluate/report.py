@@ -31,7 +31,10 @@ class TrainingReports:
 
 
 def read_training_reports(reports: Path, model: Path) -> TrainingReports:
-    """Read the reports of stage train and check each SHA-256 against the model's manifest. Raises IntegrityError."""
+    """Read the reports of stage train and check each SHA-256 against the model's manifest.
+
+    Raises IntegrityError.
+    """
     digests = verify(model).counts.get("reports")
     if not isinstance(digests, dict):
         raise IntegrityError(f"{model / MANIFEST}: it does not list the reports of its training; run `dvc repro`")

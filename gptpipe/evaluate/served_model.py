@@ -25,10 +25,10 @@ class Generator(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """The prompts with their continuations, in a column `text`. A continuation stops at the end of a document.
+        """The prompts with their continuations, in a column `text`. Each stops at the end of a document.
 
-        MLflow's server has checked the types of `params` and dropped unknown ones. It answers MlflowException with
-        status 400.
+        MLflow's server has checked the types of `params` and dropped unknown ones. It answers MlflowException
+        with status 400.
         """
         options = dict(params or {})
         max_new_tokens = int(options.pop("max_new_tokens"))

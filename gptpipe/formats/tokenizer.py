@@ -26,14 +26,19 @@ RANKS = "ranks.tiktoken"
 ENCODING = "encoding.json"
 END_OF_TEXT = "<|endoftext|>"
 
-# How a trained encoding cuts text into pieces: words with a leading space, up to two digits, runs of punctuation.
-# This is GPT-4's pattern (cl100k_base) with two digits instead of three, which would fill a small vocabulary.
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+# How a trained encoding cuts text into pieces: words with a leading space or sign, single digits, runs of punctuation.
+# Combining marks belong to words. This is Qwen 3.5's pattern. llama.cpp knows it as `qwen35`; a model with a pattern
+# that it does not know cannot be converted to GGUF.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
-# The patterns that are accepted: ours, GPT-2's, GPT-4's and GPT-4o's. The pieces of any text join to the same text.
-# Other patterns may lose text, or make tiktoken panic.
+# The patterns that are accepted: ours, that of earlier models of this project, GPT-2's, GPT-4's and GPT-4o's. The
+# pieces of any text join to the same text. Other patterns may lose text, or make tiktoken panic.
 PATTERNS = (
     PATTERN,
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     tiktoken_ext.openai_public.r50k_pat_str,
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",

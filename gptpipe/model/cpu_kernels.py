@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-    """Sum of the cross entropies of targets (R,), in nats, for the logits `hidden @ weight.T`, (R, D) and (V, D).
+    """Sum of the cross entropies of targets (R,), in nats; logits: `hidden @ weight.T`, (R, D) and (V, D).
 
     The gradient includes `z_loss` times the sum of squared log normalizers; the value does not.
     """
@@ -28,8 +28,8 @@ def tanh_gelu(x: Tensor) -> Tensor:
 class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`. The forward pass also computes the gradients.
 
-    Only `ROWS` rows of the logits are in memory at a time. A plain loss keeps all (R, V) logits, their log softmax and
-    the gradients of both (Wijmans et al., 2024, arXiv:2411.09009).
+    Only `ROWS` rows of the logits are in memory at a time. A plain loss keeps all (R, V) logits, their log
+    softmax and the gradients of both (Wijmans et al., 2024, arXiv:2411.09009).
     """
 
     ROWS = 1024  # a quarter of this saves memory, but costs an eighth of the speed
@@ -43,7 +43,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[rows, None]  # (r, 1)
             logits = hidden[rows] @ weight.T  # (r, V)
             gradient = logits.softmax(-1)
-            # The largest probability is 1 / sum(exp(logits - max)). Unlike that of the target, it cannot underflow.
+            # The largest probability is 1 / sum(exp(logits - max)). Unlike that of the target, it cannot
+            # underflow.
             log_sum = logits.amax(-1) - gradient.amax(-1).log()
             total += log_sum.sum() - logits.gather(-1, target).sum()
             if z_loss:
@@ -63,8 +64,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 class TanhGELU(torch.autograd.Function):
     """See `tanh_gelu`. The forward pass also computes the derivative.
 
-    0.5 x (1 + tanh(z / 2)) is x sigmoid(z), with z = sqrt(8 / pi) (x + 0.044715 x^3). On a CPU this takes 60% of the
-    time of torch's kernel, whose tanh is slow. The tensor is processed in parts that fit in the cache.
+    0.5 x (1 + tanh(z / 2)) is x sigmoid(z), with z = sqrt(8 / pi) (x + 0.044715 x^3). On a CPU this takes 60%
+    of the time of torch's kernel, whose tanh is slow. The tensor is processed in parts that fit in the cache.
     """
 
     LINEAR, CUBIC = math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)

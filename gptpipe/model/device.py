@@ -32,8 +32,9 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, instead of returning it to the system.
 
-    Every step allocates and frees the same large blocks. If they are new to the process, the first access to each page
-    is a page fault, which costs a tenth of the default run's step. Has no effect with other C libraries.
+    Every step allocates and frees the same large blocks. If they are new to the process, the first access to
+    each page is a page fault, which costs a tenth of the default run's step. Has no effect with other C
+    libraries.
     """
     if sys.platform != "linux":
         return

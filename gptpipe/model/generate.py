@@ -33,9 +33,9 @@ class Sampling:
 def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:
     """Continue prompts (B, T), T >= 1, by `max_new_tokens`; yields the next token of each prompt, (B,) int64.
 
-    Uses its own random generator, so sampling does not change training. When the context is full, its older half is
-    dropped. Of a prompt longer than the context, only the end is used. Raises ResourceError if the cache does not fit
-    in memory, NumericError if the logits are not finite.
+    Uses its own random generator, so sampling does not change training. When the context is full, its older
+    half is dropped. Of a prompt longer than the context, only the end is used. Raises ResourceError if the
+    cache does not fit in memory, NumericError if the logits are not finite.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     was_training = model.training

@@ -25,7 +25,10 @@ from gptpipe.model.params import ModelParams
 
 @dataclass
 class KVCache:
-    """Keys and values of past tokens: one (B, K, capacity, H) tensor each per layer. The first `length` are filled."""
+    """Keys and values of past tokens: one (B, K, capacity, H) tensor each per layer.
+
+    The first `length` are filled.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -33,7 +36,7 @@ class KVCache:
 
 
 def rotary_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embeddings, (T, H) each (Su et al., 2021, arXiv:2104.09864, eq. 34)."""
+    """Cosines and sines of rotary positions, (T, H) each (Su et al., 2021, arXiv:2104.09864, eq. 34)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (H/2,)
     angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequencies).repeat(1, 2)  # (T, H)
     return angles.cos(), angles.sin()
@@ -48,8 +51,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def document_mask(tokens: Tensor, end_of_text: int) -> Tensor:
     """Attention mask (B, 1, T, T) of tokens (B, T): True where a token may attend to another.
 
-    A token attends to itself and to earlier tokens of the same document. An end-of-text token is the last token of its
-    document.
+    A token attends to itself and to earlier tokens of the same document. An end-of-text token is the last token
+    of its document.
     """
     ends = (tokens == end_of_text).long()
     document = ends.cumsum(1) - ends  # (B, T)
@@ -106,7 +109,7 @@ class Attention(nn.Module):
 
 
 def _append(cache: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Append keys and values of T new tokens; returns all keys, all values and a causal mask (T, length + T)."""
+    """Append keys and values of T new tokens; returns all of them and a causal mask (T, length + T)."""
     T = k.shape[2]
     end = cache.length + T
     cache.keys[layer][:, :, cache.length : end] = k
@@ -188,11 +191,11 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's normal weights; residual outputs are scaled down with depth (Radford et al., 2019, section 2.3).
+        """GPT-2's weights; residual outputs are scaled down with depth (Radford et al., 2019, section 2.3).
 
-        Llama and Qwen3 without tied embeddings differ in two matrices. The embedding has a standard deviation of 1, the
-        scale that the norms produce. The head is zero, so that all tokens are equally probable at first (Yang et al.,
-        2022, arXiv:2203.03466, appendix D.2).
+        Llama and Qwen3 without tied embeddings differ in two matrices. The embedding has a standard deviation
+        of 1, the scale that the norms produce. The head is zero, so that all tokens are equally probable at
+        first (Yang et al., 2022, arXiv:2203.03466, appendix D.2).
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -238,8 +241,9 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, *, z_loss: float = 0.0, end_of_text: int | None = None) -> Tensor:
         """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32.
 
-        `z_loss` times the mean squared log normalizer contributes to the gradient only, not to the returned value
-        (Chowdhery et al., 2022, arXiv:2204.02311, section 5). With `end_of_text`, attention stays inside documents.
+        `z_loss` times the mean squared log normalizer contributes to the gradient only, not to the returned
+        value (Chowdhery et al., 2022, arXiv:2204.02311, section 5). With `end_of_text`, attention stays inside
+        documents.
         """
         mask = None if end_of_text is None else document_mask(tokens, end_of_text)
         hidden = self.hidden(tokens, mask=mask).flatten(0, 1)  # (B * T, D)
@@ -266,7 +270,10 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def n_multiplied(self) -> int:
-        """The number of weights that take part in a matrix product for every token. Embedding look-ups do not count."""
+        """The number of weights that take part in a matrix product for every token.
+
+        Embedding look-ups do not count.
+        """
         tables = [] if self.params.tie_embeddings else [self.embedding]
         if self.params.architecture == "gpt2":
             tables.append(self.position_embedding)
@@ -276,8 +283,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs of a forward and a backward pass at full context, as used for model FLOPs utilisation.
 
-        Attention counts all T x T pairs, including masked ones. Recomputation by activation checkpointing is not
-        counted (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
+        Attention counts all T x T pairs, including masked ones. Recomputation by activation checkpointing is
+        not counted (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
         """
         params = self.params
         attention = params.n_layer * params.n_head * params.resolved_head_dim * params.context_length

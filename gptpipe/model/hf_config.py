@@ -1,4 +1,4 @@
-"""config.json of a model folder in Hugging Face layout, and the section `model` of params.yaml that it describes."""
+"""config.json in Hugging Face layout, and the section `model` of params.yaml that it describes."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ from gptpipe.shell.errors import InputError
 
 CONFIG = "config.json"
 
-# Limits on the values in config.json, which may come from anywhere. The config.json of Llama 3.1 405B has 0.1 MB, and
-# the longest context of a published model of these architectures is 1 million positions.
+# Limits on the values in config.json, which may come from anywhere. The config.json of Llama 3.1 405B has 0.1
+# MB, and the longest context of a published model of these architectures is 1 million positions.
 MAX_JSON_BYTES = 1 << 20
 _MAX_VOCAB_SIZE = 1 << 31
 _MAX_CONTEXT_LENGTH = 1 << 21
@@ -139,7 +139,10 @@ def _gpt2_values(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama_values(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Values of the section `model` by name, also for Qwen3. Raises InputError, KeyError, TypeError, AttributeError."""
+    """Values of the section `model` by name, also for Qwen3.
+
+    Raises InputError, KeyError, TypeError, AttributeError.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
@@ -157,8 +160,8 @@ def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:
 def path_inside(folder: Path, name: str) -> Path:
     """The path of a file in a model folder. Raises InputError if it is a link that leads out of the folder.
 
-    Two kinds of links are allowed. In a Hugging Face cache, `snapshots/<revision>` consists of links to `blobs`. In a
-    folder with a manifest, which pins the content of its files, DVC may replace files by links.
+    Two kinds of links are allowed. In a Hugging Face cache, `snapshots/<revision>` consists of links to
+    `blobs`. In a folder with a manifest, which pins the content of its files, DVC may replace files by links.
     """
     home, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
     allowed = [home]

@@ -1,4 +1,4 @@
-"""Names and shapes of weights: those of our network, and those that the Hugging Face ecosystem uses for them."""
+"""Names and shapes of weights: those of our network, and those in Hugging Face layout."""
 
 from collections.abc import Mapping
 from typing import TypeVar

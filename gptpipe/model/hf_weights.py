@@ -1,7 +1,7 @@
 """Weights in the Hugging Face layout: save them, check them, load them, and start a training from them.
 
-A model folder may come from anywhere. Before anything is allocated, the sizes in config.json are compared with the
-shapes in the headers of the safetensors files and with the free memory.
+A model folder may come from anywhere. Before anything is allocated, the sizes in config.json are compared with
+the shapes in the headers of the safetensors files and with the free memory.
 """
 
 import math
@@ -37,7 +37,10 @@ _COMPUTED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 def save_model(
     folder: Path, params: ModelParams, vocab_size: int, end_of_text: int, weights: dict[str, Tensor]
 ) -> None:
-    """Write model.safetensors, config.json and generation_config.json; `weights` are the parameters by our names."""
+    """Write model.safetensors, config.json and generation_config.json;
+
+    `weights` are the parameters by our names.
+    """
     stored = {name: value.detach().cpu().contiguous() for name, value in to_hf(weights, params).items()}
     write_bytes(folder / WEIGHTS, save(stored, metadata={"format": "pt"}))
     write_json(folder / CONFIG, config_of(params, vocab_size, end_of_text))
@@ -48,8 +51,8 @@ def save_model(
 def load_model(folder: Path) -> GPT:
     """The network of a model folder, in float32 on the CPU. The caller has verified the folder.
 
-    Raises InputError for a folder that cannot be read, IntegrityError if its weights do not fit its config.json,
-    ResourceError if the model does not fit in memory.
+    Raises InputError for a folder that cannot be read, IntegrityError if its weights do not fit its
+    config.json, ResourceError if the model does not fit in memory.
     """
     config = read_config(folder)
     params, vocab_size = params_of(config, folder), config["vocab_size"]
@@ -66,8 +69,8 @@ def load_model(folder: Path) -> GPT:
 def load_weights(model: GPT, folder: Path) -> None:
     """Copy the weights of a folder into a network that they fit.
 
-    If the folder has more learned positions, the first `context_length` are used. Raises InputError, IntegrityError,
-    ResourceError.
+    If the folder has more learned positions, the first `context_length` are used. Raises InputError,
+    IntegrityError, ResourceError.
     """
     _check_tensors(stored_tensors(folder), model, folder)
     with memory_errors(lambda: f"{folder}: out of memory; free some memory, or choose a smaller model"):
@@ -126,9 +129,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name; reads only the header. Raises OSError, ValueError, SafetensorError.
+    """The tensors of a safetensors file by name, from its header.
 
     The library checks that types, shapes and offsets agree with each other and with the size of the file.
+    Raises OSError, ValueError, SafetensorError.
     """
     with path.open("rb") as file:
         n_bytes = int.from_bytes(file.read(8), "little")
@@ -146,7 +150,10 @@ class _Index(BaseModel):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: a single one, or the shards that its index lists. Raises InputError."""
+    """The safetensors files of a folder: a single one, or the shards that its index lists.
+
+    Raises InputError.
+    """
     index = folder / f"{WEIGHTS}.index.json"
     names = _shard_names(index) if os.path.lexists(index) else [WEIGHTS]
     paths = [path_inside(folder, name) for name in names]
@@ -225,7 +232,7 @@ def _check_tensors(stored: dict[str, StoredTensor], model: GPT, folder: Path) ->
 
 
 def _tensor_faults(stored: dict[str, StoredTensor], model: GPT) -> list[str]:
-    """Tensors that are missing, that have another shape or an unsupported type, or that the network does not have."""
+    """Tensors that are missing or unknown, or that have another shape or an unsupported type."""
     params = model.params
     outlines = {name: parameter.detach().to("meta") for name, parameter in model.named_parameters()}
     expected = {name: tuple(tensor.shape) for name, tensor in to_hf(outlines, params).items()}
@@ -246,7 +253,10 @@ def _tensor_faults(stored: dict[str, StoredTensor], model: GPT) -> list[str]:
 
 
 def _copy_weights(model: GPT, folder: Path) -> None:
-    """Copy the weights of a folder into a network, after `_check_tensors`. Raises InputError, IntegrityError."""
+    """Copy the weights of a folder into a network, after `_check_tensors`.
+
+    Raises InputError, IntegrityError.
+    """
     try:
         stored: dict[str, Tensor] = {}
         for path in weight_files(folder):

@@ -1,4 +1,4 @@
-"""What the record says about a run besides its metrics: parameters, tags, data sets, packages and changed code."""
+"""What the record says about a run besides its metrics: parameters, tags, data, packages, changed code."""
 
 import hashlib
 import json
@@ -68,8 +68,8 @@ _SECRET_NAMES = (
 def describe_run(params: Section, split: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
     """The content of a `create` operation. `split` is the manifest of the split that the run uses.
 
-    Secrets stay out: of the environment variables it contains only DVC's names of the experiment, and files that may
-    contain secrets are left out.
+    Secrets stay out: of the environment variables it contains only DVC's names of the experiment, and files
+    that may contain secrets are left out.
     """
     patch, left_out = changed_code()
     tags = _tags(params, environment)
@@ -120,10 +120,10 @@ def _dataset(split: Manifest, side: str) -> dict[str, str]:
 
 
 def changed_code() -> tuple[str | None, list[str]]:
-    """The differences from git's HEAD as a patch, and the changed files left out because they may contain secrets.
+    """The differences from git's HEAD as a patch, and the files left out because they may contain secrets.
 
-    The patch contains staged new files. A renamed file is left out if its old or its new name looks like that of a
-    secret. The patch is None if git does not answer.
+    The patch contains staged new files. A renamed file is left out if its old or its new name looks like that
+    of a secret. The patch is None if git does not answer.
     """
     listed = git("diff", "--name-status", "-z", "-M", "HEAD", "--", ".")
     if listed is None:
@@ -141,7 +141,10 @@ def changed_code() -> tuple[str | None, list[str]]:
 
 
 def may_hold_secrets(path: str) -> bool:
-    """Whether a path looks like that of a secret. `.dvc/config` does, because it may contain a remote's password."""
+    """Whether a path looks like that of a secret.
+
+    `.dvc/config` does, because it may contain a remote's password.
+    """
     parts = path.lower().split("/")
     if parts[-2:] == [".dvc", "config"]:
         return True

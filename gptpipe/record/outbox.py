@@ -1,8 +1,9 @@
-"""The outbox: operations that the tracking store has not taken yet, kept in `.gptpipe/outbox/`, one file per run.
+"""The outbox: operations that the tracking store has not taken yet, in `.gptpipe/outbox/`, a file per run.
 
-The next command that logs sends them. What can never be sent does not block the rest. It is moved to a file beside it,
-which a warning names: `RUN.jsonl.damaged` contains lines that are not operations, `RUN.jsonl.refused` contains
-operations that the store always refuses. Each line begins with a checksum, so that a flipped bit is noticed.
+The next command that logs sends them. What can never be sent does not block the rest. It is moved to a file
+beside it, which a warning names: `RUN.jsonl.damaged` contains lines that are not operations,
+`RUN.jsonl.refused` contains operations that the store always refuses. Each line begins with a checksum, so that
+a flipped bit is noticed.
 """
 
 import hashlib
@@ -61,7 +62,10 @@ def outbox_folder() -> Path:
 
 
 def keep(path: Path, operations: list[Operation]) -> bool:
-    """Append operations to a file of the outbox. Returns whether they are on disk; a full disk stops no training."""
+    """Append operations to a file of the outbox.
+
+    Returns whether they are on disk; a full disk stops no training.
+    """
     if not operations:
         return True
     try:
@@ -143,5 +147,5 @@ def _to_lines(operations: list[Operation]) -> bytes:
 
 
 def with_checksum(operation: bytes) -> bytes:
-    """A line of an outbox file: the first 16 hex digits of the operation's SHA-256, a space, the operation as JSON."""
+    """A line of an outbox file: 16 hex digits of the operation's SHA-256, a space, the operation as JSON."""
     return hashlib.sha256(operation).hexdigest()[:16].encode() + b" " + operation

@@ -1,6 +1,7 @@
-"""The record of a training. It never waits for the store during the training, and survives failures of the store.
+"""The record of a training. It does not wait for the store, and survives failures of the store.
 
-A separate thread sends the operations in order. What the store has not taken when the training ends goes to the outbox.
+A separate thread sends the operations in order. What the store has not taken when the training ends goes to the
+outbox.
 """
 
 import threading
@@ -52,7 +53,8 @@ class RunRecord:
             self._monitors.append(GPUMonitor())
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-        # Wait for the run's id if possible. SQLite answers or refuses in any case; a server may not answer at all.
+        # Wait for the run's id if possible. SQLite answers or refuses in any case; a server may not answer at
+        # all.
         self._has_tried.wait(None if tracking_uri().startswith("sqlite:") else _START_SECONDS)
 
     @property

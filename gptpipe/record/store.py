@@ -34,8 +34,9 @@ MAX_TAG_CHARACTERS = 5000  # MLflow's limits
 _MAX_PARAM_CHARACTERS = 6000
 _LOCKED_SECONDS = 5.0  # maximal wait for a SQLite store that another program has locked
 
-# A saved view of MLflow's runs page that shows the main metrics, because MLflow shows none by default. The view is in
-# the page's menu, and a link above the runs opens it. Its format is that of MLflow 3.17; other versions ignore it.
+# A saved view of MLflow's runs page that shows the main metrics, because MLflow shows none by default. The view
+# is in the page's menu, and a link above the runs opens it. Its format is that of MLflow 3.17; other versions
+# ignore it.
 _COLUMNS = (
     "metrics.`test/bits_per_byte`",
     "metrics.`val/bits_per_byte`",
@@ -76,7 +77,7 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIS
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn any failure of a store into a StoreError with a message of one line, without user names and passwords."""
+    """Turn any failure of a store into a StoreError of one line, without user names and passwords."""
     try:
         yield
     except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError, ValueError) as error:
@@ -92,8 +93,8 @@ def without_credentials(text: str) -> str:
 def connect(*, to_write: bool = False) -> MlflowClient:
     """A client of the store. Creates the store and the experiment if they do not exist. Raises StoreError.
 
-    Several processes may connect to a fresh store at once; a lock lets one of them create it. With `to_write`, fails
-    within seconds if another program has locked a SQLite store; MLflow would wait for minutes.
+    Several processes may connect to a fresh store at once; a lock lets one of them create it. With `to_write`,
+    fails within seconds if another program has locked a SQLite store; MLflow would wait for minutes.
     """
     uri = tracking_uri()
     is_sqlite = uri.startswith("sqlite:///")
@@ -185,7 +186,10 @@ class RunWriter:
         self._stored_steps: dict[str, set[int]] = {}  # by metric
 
     def write(self, operation: Operation) -> None:
-        """Write an operation; a repetition changes nothing. Raises RefusedError, or StoreError if a retry may help."""
+        """Write an operation; a repetition changes nothing.
+
+        Raises RefusedError, or StoreError if a retry may help.
+        """
         kind, content = operation
         with store_errors():
             client = self._connect()
@@ -265,7 +269,7 @@ def create_run(client: MlflowClient, description: dict[str, Any], name: str, run
 
 
 def update_description(client: MlflowClient, run_id: str) -> None:
-    """Write the run's description in the UI: its headline metrics, its red flags, and how to restore the run."""
+    """Write the run's description in the UI: headline metrics, red flags, and how to restore the run."""
     data = client.get_run(run_id).data
     names = [f"{side}/{name}" for side in ("test", "val") for name in ("bits_per_byte", "perplexity", "token_accuracy")]
     rows = "".join(f"| {name} | {data.metrics[name]:.4f} |\n" for name in names if name in data.metrics)

@@ -1,4 +1,4 @@
-"""Text sampled from the model: continuations of prompts and of held-out documents, compared with the real text."""
+"""Text sampled from the model: continuations of prompts and of held-out documents."""
 
 import codecs
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def load_generator(folder: Path) -> tuple[GPT, Tokenizer]:
 def continue_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces, up to the end of the document or `max_new_tokens` tokens."""
+    """Yield the continuation of a prompt in pieces, to the end of the document or for `max_new_tokens`."""
     device = model.embedding.weight.device
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_text]], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
@@ -84,7 +84,8 @@ def continue_documents(
 def overlap_scores(continuations: list[Continuation]) -> dict[str, float]:
     """Corpus BLEU (Papineni et al., 2002; 0 to 100) and mean ROUGE-L F1 (Lin, 2004; 0 to 1) of continuations.
 
-    Both count shared words. For open-ended text they are always low: use them to compare models, not to judge one.
+    Both count shared words. For open-ended text they are always low: use them to compare models, not to judge
+    one.
     """
     if not continuations:
         return {}

@@ -11,10 +11,10 @@ Metrics = dict[str, float]
 
 
 def compute_metrics(scores: Array, documents: pd.DataFrame) -> Metrics:
-    """Loss, perplexity, bits per byte and token accuracy of documents; `scores` are their columns of `by_document`.
+    """Loss, perplexity, bits per byte and token accuracy; `scores` are columns of `by_document`.
 
-    `loss` is in nats per token; `bits_per_byte` is the sum of nats / ln 2 / UTF-8 bytes of the documents. Standard
-    errors treat documents, not tokens, as independent.
+    `loss` is in nats per token; `bits_per_byte` is the sum of nats / ln 2 / UTF-8 bytes of the documents.
+    Standard errors treat documents, not tokens, as independent.
     """
     nats, hits, n_tokens = scores
     n_bytes = documents["n_bytes"].to_numpy(dtype=np.float64)
@@ -51,7 +51,7 @@ def calibration_table(by_confidence: Array) -> pd.DataFrame:
 
 
 def calibration_error(table: pd.DataFrame) -> float:
-    """Expected calibration error: the mean gap between accuracy and confidence (Guo et al., 2017, arXiv:1706.04599)."""
+    """Expected calibration error: mean gap of accuracy and confidence (Guo et al., 2017, arXiv:1706.04599)."""
     gaps = (table["confidence"] - table["accuracy"]).abs()
     return float((gaps * table["n_tokens"]).sum() / max(1.0, table["n_tokens"].sum()))
 
@@ -59,8 +59,8 @@ def calibration_error(table: pd.DataFrame) -> float:
 def ratio(numerators: Array, denominators: Array) -> tuple[float, float]:
     """sum(numerators) / sum(denominators), and its standard error over the units, here documents.
 
-    The error is linearised for a ratio of means (Cochran, Sampling Techniques, 1977, section 6.4). With a single unit
-    it is unknown and returned as 0.
+    The error is linearised for a ratio of means (Cochran, Sampling Techniques, 1977, section 6.4). With a
+    single unit it is unknown and returned as 0.
     """
     total = denominators.sum()
     if total == 0:

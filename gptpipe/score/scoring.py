@@ -1,4 +1,4 @@
-"""Score every token of a stream except the first, each exactly once, in consecutive windows of the context length.
+"""Score every token of a stream but the first, each once, in consecutive windows of the context length.
 
 The last window may be shorter. Nothing is sampled, and the batch size affects only rounding.
 """
@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over tokens. Each array has three rows: negative log-likelihoods in nats, hits, and the number of tokens.
+    """Sums over tokens. Each array has three rows: negative log-likelihoods in nats, hits, and tokens.
 
     A token is a hit if it is the model's most probable token.
     """
@@ -42,10 +42,11 @@ def score(
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
-    """Score a stream, or part i of n of it: `part` is (i, n). The scores of all parts add up to those of the stream.
+    """Score a stream, or part i of n of it: `part` is (i, n). The scores of all parts add up.
 
-    The parts take turns of one batch each. After each turn, `advance` is called with the number of tokens that all
-    parts together score in it. Memory: the logits of one batch, three numbers per document, and as many per position.
+    The parts take turns of one batch each. After each turn, `advance` is called with the number of tokens that
+    all parts together score in it. Memory: the logits of one batch, three numbers per document, and as many per
+    position.
     """
     context = model.params.context_length
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
@@ -89,7 +90,7 @@ def _add(sums: Array, columns: npt.NDArray[np.int64], first: Array, hits: Array)
 def _score_windows(
     model: GPT, tokens: npt.NDArray[np.unsignedinteger], precision: torch.dtype
 ) -> tuple[Array, Array, Array]:
-    """Score tokens[1:] in windows of equal length: nats, whether the most probable token is right, its probability."""
+    """Score tokens[1:] in windows of equal length: nats, whether the top token is right, its probability."""
     chunk = torch.from_numpy(tokens.astype(np.int64)).to(model.embedding.weight.device)
     targets = chunk[1:]
     n_windows = max(1, len(targets) // model.params.context_length)

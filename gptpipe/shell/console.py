@@ -73,7 +73,10 @@ class Progress:
         self._live.stop()
 
     def advance(self, n: int = 1, note: str | None = None, course: Sequence[float] = ()) -> None:
-        """Count `n` units as done. `note` is printed after the count; a terminal also shows `course` as a sparkline."""
+        """Count `n` units as done.
+
+        `note` is printed after the count; a terminal also shows `course` as a sparkline.
+        """
         self._done += n
         if note is not None:
             self._note = note

@@ -15,8 +15,8 @@ VERBOSITIES = ("quiet", "normal", "verbose")
 def project_root() -> Path:
     """The main checkout, which contains the tracking store and the checkpoints.
 
-    DVC runs `--temp` and `--queue` experiments in a temporary copy, and sets DVC_ROOT to the main checkout. Without
-    DVC_ROOT, it is the nearest folder above with a `.dvc` folder, or else the current folder.
+    DVC runs `--temp` and `--queue` experiments in a temporary copy, and sets DVC_ROOT to the main checkout.
+    Without DVC_ROOT, it is the nearest folder above with a `.dvc` folder, or else the current folder.
     """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root)
@@ -38,7 +38,7 @@ def n_workers() -> int:
 
 
 def verbosity() -> str:
-    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal (the default), or verbose (a line for each step)."""
+    """GPTPIPE_VERBOSITY: quiet (warnings, errors, results), normal (the default), or verbose (every step)."""
     text = os.environ.get("GPTPIPE_VERBOSITY") or "normal"
     if text not in VERBOSITIES:
         raise ConfigError(f"GPTPIPE_VERBOSITY is {text!r}; set it to quiet, normal or verbose")
@@ -51,6 +51,18 @@ def uses_ray() -> bool:
     if engine not in ("local", "ray"):
         raise ConfigError(f"GPTPIPE_ENGINE is {engine!r}; set it to local or ray")
     return engine == "ray"
+
+
+def limit_busy_waiting() -> None:
+    """Let idle threads of OpenMP sleep soon, so that a training beside another busy process is not slowed many times.
+
+    Call it before torch is imported. By default, threads wait for the next parallel section in a loop, which keeps
+    a core busy, for 200 ms in the runtimes of Intel and LLVM. A thread that another process has displaced then holds
+    up all others. Results do not depend on it. Values of the user stay.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # iterations, some 10 microseconds; GNU's runtime
+        os.environ.setdefault("KMP_BLOCKTIME", "1")  # milliseconds; the runtimes of Intel and LLVM (macOS)
 
 
 class RankInfo(NamedTuple):

@@ -6,7 +6,8 @@ A message is one line: what is wrong, where, and how to fix it.
 import re
 import signal
 
-# C0 and C1 controls except tab and newline, line and paragraph separators, bidirectional overrides, lone surrogates.
+# C0 and C1 controls except tab and newline, line and paragraph separators, bidirectional overrides, lone
+# surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_REASON = 300  # characters of a library's message
 
@@ -71,9 +72,10 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, bidirectional overrides and lone surrogates shown as escapes such as `\\x1b`.
+    """`text` with control characters, bidirectional overrides and lone surrogates as escapes like `\\x1b`.
 
-    Otherwise, text from documents, models, files and servers could control the terminal. Tabs and newlines stay.
+    Otherwise, text from documents, models, files and servers could control the terminal. Tabs and newlines
+    stay.
     """
     return _UNPRINTABLE.sub(_escape, text)
 

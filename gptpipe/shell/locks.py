@@ -19,9 +19,9 @@ _LOCK_SECONDS = 3.0  # to wait for another writer, which may finish soon
 def one_writer(target: Path) -> Iterator[None]:
     """Hold the lock of `target`, so that no other process that uses this lock writes it.
 
-    The lock is the file `.NAME.lock` beside `target`; it contains the name of the process that holds it. The operating
-    system releases the lock when the process ends, even by SIGKILL. Raises ResourceError if another process still
-    holds the lock after three seconds.
+    The lock is the file `.NAME.lock` beside `target`; it contains the name of the process that holds it. The
+    operating system releases the lock when the process ends, even by SIGKILL. Raises ResourceError if another
+    process still holds the lock after three seconds.
     """
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)

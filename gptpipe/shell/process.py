@@ -1,7 +1,7 @@
 """Start and end of a process: signals, the death of its parent, the lock of a stage, errors and exit codes.
 
-The top of this module imports only the standard library. Other imports take seconds, and a stage must arrange first
-that it ends with its parent.
+The top of this module imports only the standard library. Other imports take seconds, and a stage must arrange
+first that it ends with its parent.
 """
 
 import argparse
@@ -42,11 +42,12 @@ def run(main: Callable[[], None], advice: str = "") -> None:
 
 def _run(main: Callable[[], None]) -> None:
     from gptpipe.shell.console import complain
-    from gptpipe.shell.environment import verbosity
+    from gptpipe.shell.environment import limit_busy_waiting, verbosity
     from gptpipe.shell.errors import GptpipeError
 
     try:
         verbosity()  # fail early on an invalid value
+        limit_busy_waiting()
         main()
     except GptpipeError as error:
         complain(f"error: {error}")
@@ -62,11 +63,8 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
     Only one process at a time can run a stage in a workspace; a second one ends with exit code 5.
     """
     _end_with_parent()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
-    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     try:
-        run(lambda: _run_alone(name, main), advice="; `dvc repro` continues")
+        run(lambda: _run_alone(name, main, description), advice="; `dvc repro` continues")
     except Stopped:
         pass  # the signal came after `run`: the work is complete
     except SystemExit as end:
@@ -80,7 +78,10 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
             signal.signal(signum, signal.SIG_DFL)  # from here on, nothing catches what `_stop` raises
 
 
-def _run_alone(name: str, main: Callable[[], None]) -> None:
+def _run_alone(name: str, main: Callable[[], None], description: str | None) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)  # not earlier: `run` catches what it raises
+    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
     from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 
@@ -147,7 +148,8 @@ def _exit_after_parent() -> None:
 def _is_orphan(pid: int) -> bool:
     """Whether `dvc`, which started the process `pid`, has ended.
 
-    `dvc` and its stages are in one process group. The parent of an orphan is init or another process outside of it.
+    `dvc` and its stages are in one process group. The parent of an orphan is init or another process outside of
+    it.
     """
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

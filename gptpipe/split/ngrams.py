@@ -63,26 +63,32 @@ class Runs:
         is_examined = lengths >= self._n_prefix * WORD_LENGTH
         is_short = is_examined & (lengths < self._ngram_length)
         short_starts, short_ends = first_words[is_short], text_ends[is_short]
-        starts, ends = self._ngrams()
+        starts, ngrams = self._ngrams(n)
 
-        self.hashes = np.concatenate([self._hash(starts, ends), self._hash(short_starts, short_ends)])
-        self.texts = words.texts[np.concatenate([starts, short_starts])]
+        self.hashes = np.concatenate([ngrams, self._hash(short_starts, short_ends)])
+        self.texts = np.concatenate([words.texts[starts], words.texts[short_starts]])
         self.prefixes = np.zeros(len(self.hashes), np.uint64)
         self.prefixes[len(starts) :] = self._hash(short_starts, short_starts + self._n_prefix)
         self.examined = words.texts[first_words[is_examined]]
 
-    def _ngrams(self) -> tuple[Indices, Indices]:
-        """Start and end of each n-gram: indices of words."""
+    def _ngrams(self, n: int) -> tuple[Indices, Hashes]:
+        """Start and hash of each n-gram."""
+        if self._positions[-1] == len(self._text_of_word) * WORD_LENGTH:  # no word counts less than one
+            return self._runs_of_length(n)
         starts = np.arange(len(self._text_of_word))
-        if self._positions[-1] == len(starts) * WORD_LENGTH:  # no word counts less
-            ends = starts + self._ngram_length // WORD_LENGTH
-        else:
-            ends = np.searchsorted(self._positions, self._positions[:-1] + self._ngram_length)
-        return self._inside_texts(starts, ends)
+        ends = np.searchsorted(self._positions, self._positions[:-1] + self._ngram_length)
+        starts, ends = self._inside_texts(starts, ends)
+        return starts, self._hash(starts, ends)
+
+    def _runs_of_length(self, n: int) -> tuple[Indices, Hashes]:
+        """Start and hash of each run of n words, however much these count."""
+        hashes = self._hash.of_length(n)
+        is_inside = self._text_of_word[: len(hashes)] == self._text_of_word[n - 1 :]
+        return np.flatnonzero(is_inside), hashes[is_inside]
 
     def _inside_texts(self, starts: Indices, ends: Indices) -> tuple[Indices, Indices]:
-        """The runs that end in the text in which they start."""
-        n_inside = np.searchsorted(ends, len(self._text_of_word), side="right")  # ends are in ascending order
+        """The runs that end in the text in which they start. Ends must be in ascending order."""
+        n_inside = np.searchsorted(ends, len(self._text_of_word), side="right")
         starts, ends = starts[:n_inside], ends[:n_inside]
         is_inside = self._text_of_word[starts] == self._text_of_word[ends - 1]
         return starts[is_inside], ends[is_inside]
@@ -92,10 +98,10 @@ class Runs:
 
         Only runs that begin like a short text are compared with the short texts, of each length that is possible.
         """
-        starts = np.arange(len(self._text_of_word))
-        starts, ends = self._inside_texts(starts, starts + self._n_prefix)
-        is_prefix, _ = prefixes.find(self._hash(starts, ends))
-        starts, ends = starts[is_prefix], ends[is_prefix]
+        starts, hashes_of_prefixes = self._runs_of_length(self._n_prefix)
+        is_prefix, _ = prefixes.find(hashes_of_prefixes)
+        starts = starts[is_prefix]
+        ends = starts + self._n_prefix
         found, texts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while len(starts):
             is_match, indices = hashes.find(self._hash(starts, ends))

@@ -23,6 +23,7 @@ from gptpipe.shell.errors import InputError
 from gptpipe.shell.process import ended_by_signals
 from gptpipe.tokenize.params import TokenizeParams
 from gptpipe.tokenize.tokenizers import build_tokenizer
+from gptpipe.tokenize.training_text import affordable
 
 _SMALL_BYTES = 1 << 26  # of text: below, starting worker processes costs more than it saves
 
@@ -43,7 +44,8 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, fractions: Frac
 
         def make_tokenizer() -> None:
             share = params.training_bytes / max(1, parent.counts["bytes"])
-            texts = _training_texts(shards, fractions, seed, share, is_small)
+            read = partial(_training_texts, shards, fractions, seed, share, is_small)
+            texts = affordable(read) if params.is_trained else ()
             with ended_by_signals():
                 tokenizer = build_tokenizer(params, texts)
             tokenizer.save(tokenizer_folder)

@@ -3,16 +3,18 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tiktoken
 import tiktoken_ext.openai_public
 
 from gptpipe.formats.tokenizer import END_OF_TEXT, PATTERN, PATTERNS, Tokenizer, byte_letters
+from gptpipe.shell.console import say
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
 from gptpipe.tokenize.params import TokenizeParams
 
+_MANY_CHARACTERS = 10_000_000  # of training text: merging takes more than a few seconds
 # SHA-256 of GPT-2's encoder.json as OpenAI published it; tiktoken pins the same digest.
 _GPT2_DIGEST = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
@@ -33,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     import rustbpe  # late: only training needs it, and a served model may not have it
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - 1, pattern=PATTERN)
+    trainer.train_from_iterator(_announced(texts), vocab_size=vocab_size - 1, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
         raise InputError(
@@ -42,6 +44,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     special = {END_OF_TEXT: len(ranks)}
     return Tokenizer(tiktoken.Encoding("trained", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
+
+
+def _announced(texts: Iterable[str]) -> Iterator[str]:
+    """The texts; says when they are read, because rustbpe lets no other thread print while it merges."""
+    n_characters = 0
+    for text in texts:
+        n_characters += len(text)
+        yield text
+    if n_characters > _MANY_CHARACTERS:
+        say(f"tokenize: {n_characters:,} characters are read, merging pairs (at most a few minutes)")
 
 
 def named_tokenizer(name: str) -> Tokenizer:

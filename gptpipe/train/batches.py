@@ -1,7 +1,8 @@
 """Which windows of the train stream an optimizer step sees: a pure function of (seed, epoch, step).
 
-There is no loader and no state. A keyed permutation puts the windows of an epoch in random order, and any position of
-it can be asked for at once; so a resumed training, and any number of data-parallel ranks, see the same order.
+There is no loader and no state. A keyed permutation puts the windows of an epoch in random order, and any
+position of it can be asked for at once; so a resumed training, and any number of data-parallel ranks, see the
+same order.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ _ROUNDS = 6  # of a balanced Feistel network; four already pass for a random per
 class Permutation:
     """A bijection on range(n) drawn by a key, computed position by position in O(1) memory.
 
-    A Feistel network permutes the next power of four; what falls outside range(n) is sent through it again until it
-    falls inside (cycle walking, Black and Rogaway, 2002), on average fewer than four times.
+    A Feistel network permutes the next power of four; what falls outside range(n) is sent through it again
+    until it falls inside (cycle walking, Black and Rogaway, 2002), on average fewer than four times.
     """
 
     def __init__(self, n: int, key: str) -> None:
@@ -48,8 +49,8 @@ class Permutation:
 class Batches:
     """Windows of `context_length` tokens, cut every `stride` tokens, in batches of `batch_size` windows.
 
-    Every window is seen once per epoch; a batch may hold the end of one epoch and the start of the next. The last
-    window is moved back so that it ends with the stream.
+    Every window is seen once per epoch; a batch may hold the end of one epoch and the start of the next. The
+    last window is moved back so that it ends with the stream.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Batches:
         return np.minimum(starts, self._last_start)
 
     def at(self, step: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of a step or a part of it, int64 (B, T) each; targets are the tokens one position on."""
+        """Tokens and targets of a step or part of it, int64 (B, T) each; targets are the next tokens."""
         windows = np.stack([self.tokens[s : s + self.context_length + 1] for s in self.starts_at(step)[part]])
         window_tensor = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
         return window_tensor[:, :-1].contiguous(), window_tensor[:, 1:].contiguous()

@@ -6,8 +6,9 @@
                              with its step and time) and state.json (everything else)
     finished.json            the training is finished; see gptpipe/base/finished_training.py
 
-Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one is
-removed only after the newer one has been read back. A folder appears and disappears under its name in one operation.
+Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one
+is removed only after the newer one has been read back. A folder appears and disappears under its name in one
+operation.
 """
 
 import hashlib
@@ -61,7 +62,10 @@ _ENTRY: TypeAdapter[Entry] = TypeAdapter(tuple[int, int, dict[str, int | FiniteF
 
 
 def run_key(determinants: dict[str, Any]) -> str:
-    """Name of the checkpoint folder: a digest of what the user decides. The environment is compared on restore."""
+    """Name of the checkpoint folder: a digest of what the user decides.
+
+    The environment is compared on restore.
+    """
     return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
 
 
@@ -74,7 +78,10 @@ class Checkpoints:
         self._run_id: str | None = None
 
     def provisional_run_id(self) -> str:
-        """The provisional id of this training's run. Created and saved at the first call, so it survives a kill."""
+        """The provisional id of this training's run.
+
+        Created and saved at the first call, so it survives a kill.
+        """
         if self._run_id is None:
             path = self.folder / _RUN
             with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
@@ -85,7 +92,10 @@ class Checkpoints:
         return self._run_id
 
     def save(self, state: TrainState) -> None:
-        """Make the state durable, then drop what is no longer needed. All ranks must call, and rank 0 writes."""
+        """Make the state durable, then drop what is no longer needed.
+
+        All ranks must call, and rank 0 writes.
+        """
         tensors = _tensors(state)
         if not is_writer():
             return
@@ -111,8 +121,8 @@ class Checkpoints:
     def restore(self, state: TrainState, *, allow_inexact: bool) -> bool:
         """Load the newest sound checkpoint into `state`; returns False if there is no checkpoint.
 
-        If a checkpoint is damaged, warns and falls back to the previous one. Raises IntegrityError if none is sound,
-        and ResourceError if this environment cannot continue bit for bit, unless `allow_inexact`.
+        If a checkpoint is damaged, warns and falls back to the previous one. Raises IntegrityError if none is
+        sound, and ResourceError if this environment cannot continue bit for bit, unless `allow_inexact`.
         """
         if is_writer():
             self._remove_leftovers()
@@ -134,7 +144,10 @@ class Checkpoints:
         return False
 
     def _remove_leftovers(self) -> None:
-        """Remove partial folders and lock files of a killed training. The caller's lock on the folder covers them."""
+        """Remove partial folders and lock files of a killed training.
+
+        The caller's lock on the folder covers them.
+        """
         leftovers = [*self.folder.glob(".*.partial/"), *self.folder.glob(".*.lock")]
         for leftover in leftovers:
             with disk_errors(leftover):
@@ -203,7 +216,10 @@ class Checkpoints:
                 _discard(best)
 
     def _check_environment(self, content: "_Content", allow_inexact: bool) -> None:
-        """Raises ResourceError in another environment. With `allow_inexact`, records the differences instead."""
+        """Raises ResourceError in another environment.
+
+        With `allow_inexact`, records the differences instead.
+        """
         saved = content.environment
         different = [
             f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
@@ -263,7 +279,7 @@ def _entry(line: bytes) -> Entry:
 
 
 def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
-    """Raises ValueError unless the parts of a checkpoint agree with each other and with the name of its folder."""
+    """Raises ValueError unless the parts of a checkpoint agree with each other and with its folder's name."""
     if name != _folder_name(content.step):
         raise ValueError(f"{_STATE} is of step {content.step}, not of the step in the folder's name")
     validated = [validation.step for validation in content.history]
@@ -286,7 +302,7 @@ def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
 
 
 def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
-    """Raises ValueError unless the tensors are those that `_tensors` makes of this training, each in shape and type."""
+    """Raises ValueError unless names, shapes and types of the tensors are those that `_tensors` makes."""
     optimizers = {
         parameter: optimizer
         for optimizer in state.optimizers
@@ -333,7 +349,7 @@ def _discard(folder: Path) -> None:
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """Weights, optimizer state by parameter name, and torch's generators (the only ones that training draws from)."""
+    """Weights, optimizer state by parameter name, and torch's generators (training draws from no others)."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         tensors[f"model.{name}"] = gather(parameter.detach()).cpu()

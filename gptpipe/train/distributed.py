@@ -1,4 +1,4 @@
-"""Training by several processes, as torchrun starts them: every rank runs the same program on its part of each batch.
+"""Training by several processes of torchrun: every rank runs the same program on its part of each batch.
 
 With one process all of this does nothing. Rank 0 alone writes: to the disk, the record and the console.
 """
@@ -92,7 +92,10 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceO
 
 
 def batch_slice(params: TrainParams) -> slice:
-    """This rank's sequences of a batch. Raises ConfigError unless all ranks get equal numbers of micro-batches."""
+    """This rank's sequences of a batch.
+
+    Raises ConfigError unless all ranks get equal numbers of micro-batches.
+    """
     rank, n_ranks = rank_info()[:2]
     size = params.micro_batch_size or 1
     if params.batch_size % (n_ranks * size):
@@ -105,7 +108,7 @@ def batch_slice(params: TrainParams) -> slice:
 
 
 def shard(model: GPT) -> None:
-    """Split weights, gradients and optimizer state over the ranks (FSDP: Zhao et al., 2023, arXiv:2304.11277)."""
+    """Split weights, gradients and optimizer state over ranks (FSDP: Zhao et al., 2023, arXiv:2304.11277)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -116,7 +119,10 @@ def shard(model: GPT) -> None:
 
 
 def unsharded(model: GPT) -> GPT:
-    """The model with all its weights, for everything but training. A sharded one is copied; all ranks must call."""
+    """The model with all its weights, for everything but training.
+
+    A sharded one is copied; all ranks must call.
+    """
     if not is_sharded(model.embedding.weight):
         return model
     with torch.random.fork_rng(devices=[]), model.embedding.weight.device:
@@ -142,9 +148,10 @@ def fitting_on_all_ranks(
 ) -> int:
     """The micro-batch size, halved until every rank has memory for one pass and `n_spare` bytes beside it.
 
-    A rank that runs out of memory within a step would leave the others waiting, so this is tried before the first one.
-    `n_own` is a rank's number of sequences in a batch. Tries nothing with one process, and nothing with FSDP, whose
-    ranks need each other within the pass. Raises ResourceError if a single sequence does not fit.
+    A rank that runs out of memory within a step would leave the others waiting, so this is tried before the
+    first one. `n_own` is a rank's number of sequences in a batch. Tries nothing with one process, and nothing
+    with FSDP, whose ranks need each other within the pass. Raises ResourceError if a single sequence does not
+    fit.
     """
     while isinstance(loss, nn.parallel.DistributedDataParallel):
         with loss.no_sync():
@@ -170,7 +177,7 @@ def _fits(model: GPT, loss: LossFunction, precision: torch.dtype, n_sequences: i
 
 
 def warm_up(model: GPT, loss: LossFunction, precision: torch.dtype, micro_batch_size: int) -> None:
-    """Run one pass of DDP: it sums in another order after its first pass, so a resumed training would differ."""
+    """Run one pass of DDP: its first pass sums in another order, so a resumed training would differ."""
     if isinstance(loss, nn.parallel.DistributedDataParallel):
         _run_pass(model, loss, precision, micro_batch_size)
         model.zero_grad(set_to_none=True)

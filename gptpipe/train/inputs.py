@@ -32,8 +32,8 @@ class Inputs:
 def load_inputs(params: RunParams, split: Path) -> Inputs:
     """Verify the split and choose the runtime. From here on torch computes deterministically.
 
-    Raises IntegrityError, InputError for too few tokens, and ConfigError for values that do not fit the data or the
-    machine.
+    Raises IntegrityError, InputError for too few tokens, and ConfigError for values that do not fit the data or
+    the machine.
     """
     section = params.train
     be_deterministic()

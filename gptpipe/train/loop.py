@@ -35,9 +35,10 @@ class Events(Protocol):
 def train(state: TrainState, batches: Batches, plan: Plan, events: Events) -> None:
     """Advance `state` to the last step of the plan, or until patience runs out; a restored state continues.
 
-    Validates at step 0, every `eval_every` steps and at the end; saves every `save_every` steps and at the end. After
-    a roll-back, the batches since the last save and the one that failed are skipped. Raises what `optimizer_step`
-    raises, except NumericError if `on_spike` is `rollback`, and NumericError for a validation loss that is not finite.
+    Validates at step 0, every `eval_every` steps and at the end; saves every `save_every` steps and at the end.
+    After a roll-back, the batches since the last save and the one that failed are skipped. Raises what
+    `optimizer_step` raises, except NumericError if `on_spike` is `rollback`, and NumericError for a validation
+    loss that is not finite.
     """
     params = plan.params
     _validate_if_due(state, plan, events)

@@ -17,8 +17,8 @@ _USABLE = 0.9  # share of the free memory that an estimate may fill
 def estimated_bytes(model: GPT, n_sequences: int, *, holds_all_logits: bool) -> int:
     """An estimate of the memory of training: weights, gradients, optimizer state, activations of `n_sequences`.
 
-    Activations after Korthikanti et al., 2022 (arXiv:2205.05198, section 4.1), with attention that keeps no T x T
-    matrix; all in float32.
+    Activations after Korthikanti et al., 2022 (arXiv:2205.05198, section 4.1), with attention that keeps no T x
+    T matrix; all in float32.
     """
     params = model.params
     per_block = 2 * params.n_embd if model.activation_checkpointing else 12 * params.n_embd + 5 * params.n_inner
@@ -52,7 +52,10 @@ def fitting_micro_batch_size(params: TrainParams, model: GPT, n_free: int, *, ho
 
 
 def halved(micro_batch_size: int, n_sequences: int) -> int:
-    """The largest size up to half of it that divides `n_sequences`. Raises ResourceError for a single sequence."""
+    """The largest size up to half of it that divides `n_sequences`.
+
+    Raises ResourceError for a single sequence.
+    """
     if micro_batch_size == 1:
         raise ResourceError(
             "train: out of memory with single sequences; lower the model's size or model.context_length, or set "

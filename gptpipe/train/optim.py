@@ -59,7 +59,8 @@ class Muon(torch.optim.Optimizer):
 
     The update is scaled by 0.2 * sqrt(max(rows, columns)), which gives it AdamW's root mean square, so that one
     learning rate and weight decay serve both (Liu et al., 2025, arXiv:2502.16982, eq. 4). Matrices of one shape
-    are updated together. A parameter may be several matrices, one below the other: `heights` has the rows of each.
+    are updated together. A parameter may be several matrices, one below the other: `heights` has the rows of
+    each.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _updates(nesterov: list[Tensor], heights: list[int]) -> Sequence[Tensor]:
-    """Scaled directions, each for matrices of these heights, or for as many of the only height as there are rows."""
+    """Scaled directions for matrices of these heights, one below the other; a single height repeats."""
     if len(heights) == 1:
         directions = _scaled(torch.cat(nesterov).view(-1, heights[0], nesterov[0].shape[1]))
         return torch.split(directions.flatten(0, 1), [len(x) for x in nesterov])
@@ -104,7 +105,10 @@ def _scaled(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimizer]:
-    """The optimizers that together update every parameter once. Weight decay is for matrices, not for vectors."""
+    """The optimizers that together update every parameter once.
+
+    Weight decay is for matrices, not for vectors.
+    """
     named = dict(model.named_parameters())  # tied weights appear once
     hidden = {name: p for name, p in named.items() if p.dim() == 2 and name.startswith("blocks.")}
     muon = hidden if params.optimizer == "muon" else {}
@@ -129,10 +133,10 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
 def _lr_scales(model: GPT, params: TrainParams) -> dict[str, float]:
     """Factors of the learning rate, by parameter name.
 
-    With Muon, an untied input embedding takes larger steps than the matrices inside the blocks, and the output matrix
-    smaller ones: the embedding's weights are about 1, not 0.02 (see `GPT._initialise`), and a row is updated only when
-    its token occurs. Learning rates by the role of a matrix: Yang et al., 2022, arXiv:2203.03466, table 3; of
-    embeddings: Hayou and Liu, 2025, arXiv:2506.15025.
+    With Muon, an untied input embedding takes larger steps than the matrices inside the blocks, and the output
+    matrix smaller ones: the embedding's weights are about 1, not 0.02 (see `GPT._initialise`), and a row is
+    updated only when its token occurs. Learning rates by the role of a matrix: Yang et al., 2022,
+    arXiv:2203.03466, table 3; of embeddings: Hayou and Liu, 2025, arXiv:2506.15025.
     """
     starts_large = model.params.architecture != "gpt2" and not model.params.tie_embeddings and params.init_from is None
     if params.optimizer != "muon" or not starts_large:

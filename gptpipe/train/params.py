@@ -74,7 +74,7 @@ class TrainParams(Section):
         return max_steps
 
     def n_steps(self, n_windows: int) -> int:
-        """Optimizer steps of the whole training: the smaller of `max_steps` and `epochs` over `n_windows` windows."""
+        """Optimizer steps of the whole training: the smaller of `max_steps` and `epochs` over all windows."""
         limits = [] if self.max_steps is None else [self.max_steps]
         if self.epochs is not None:
             limits.append(max(1, math.ceil(self.epochs * n_windows / self.batch_size)))

@@ -48,7 +48,7 @@ def red_flags(history: Sequence[Validation], n_steps: int) -> dict[str, str]:
 
 
 def _falls_too_slowly(history: Sequence[Validation]) -> bool:
-    """Whether validation loss moved by under 2% in all, or still falls at over 0.7 of its first rate after little fall.
+    """Whether validation loss moved by under 2% in all, or fell little and still at over 0.7 of its first rate.
 
     The rates are those of the first and the last third.
     """

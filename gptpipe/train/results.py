@@ -44,7 +44,7 @@ def write_model(
 
 
 def _card(params: RunParams, summary: dict[str, Any], split: Manifest) -> str:
-    """The model card: what training knows, before anything is evaluated, under the header that model hubs read."""
+    """The model card: what training knows before the evaluation, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
     ancestors = [(one_line(name), digest) for name, digest in sorted(split.lineage("split").items())]
     values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
@@ -57,7 +57,7 @@ def samples_table(samples: list[Sample]) -> bytes:
 
 
 def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> dict[str, str]:
-    """Write the summary, the samples, and the curves of steps and validations; returns their names and SHA-256."""
+    """Write summary, samples, and the curves of steps and validations; returns their names and SHA-256."""
     contents = {
         "train.json": to_json(summary),
         "train.samples.json": samples_table(state.samples),
@@ -70,7 +70,10 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
 
 
 def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
-    """The content of reports/train.json. `inexact` lists where the training continued in another environment."""
+    """The content of reports/train.json.
+
+    `inexact` lists where the training continued in another environment.
+    """
     best = state.best
     assert best is not None  # the loop validates at step 0
     metrics = next(metrics for step, metrics in _validation_metrics(state) if step == best.step)

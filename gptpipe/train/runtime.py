@@ -19,8 +19,8 @@ from gptpipe.shell.errors import ConfigError
 from gptpipe.train.distributed import LossFunction
 from gptpipe.train.params import TrainParams
 
-# Compiling takes about a minute. It pays off from this much work: half an hour of each CPU thread at 3e10 FLOP/s, or
-# three minutes of a GPU at 1e14 FLOP/s (not measured).
+# Compiling takes about a minute. It pays off from this much work: half an hour of each CPU thread at 3e10
+# FLOP/s, or three minutes of a GPU at 1e14 FLOP/s (not measured).
 _CPU_THREAD_FLOPS, _GPU_FLOPS = 1800 * 3e10, 180 * 1e14
 
 
@@ -52,7 +52,7 @@ class Runtime:
 
     @property
     def holds_all_logits(self) -> bool:
-        """Whether a step holds the logits of all its tokens at once, or of some rows at a time: see `GPT.loss`."""
+        """Whether a step holds the logits of all its tokens at once, not of some rows: see `GPT.loss`."""
         return self.is_compiled or self.device.type != "cpu" or self.precision != torch.float32
 
 
@@ -95,7 +95,8 @@ def resolve_runtime(params: TrainParams, flops: float, model: ModelParams) -> Ru
 def _compiling_pays_off(params: TrainParams, device: torch.device, flops: float, model: ModelParams) -> bool:
     """Whether compiling takes less time than it saves.
 
-    On a CPU it saves a twelfth of the steps' time or more, but nothing for GPT-2, whose eager kernels are as fast.
+    On a CPU it saves a twelfth of the steps' time or more, but nothing for GPT-2, whose eager kernels are as
+    fast.
     """
     if rank_info().n_ranks > 1 and (device.type == "cpu" or params.parallel == "fsdp"):  # never tried
         return False
@@ -113,7 +114,10 @@ def _has_compiler() -> bool:
 
 
 def be_deterministic() -> None:
-    """Make equal parameters, data and machines give equal bits. An operation that cannot do so raises an error."""
+    """Make equal parameters, data and machines give equal bits.
+
+    An operation that cannot do so raises an error.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # It fills new memory with NaN at every step, to reveal reads of unwritten memory. Training makes none.

@@ -71,9 +71,10 @@ OpenRecord = Callable[[str, Manifest, dict[str, Any]], AbstractContextManager[Re
 def train_model(params: RunParams, split: Path, model_folder: Path, reports: Path, open_record: OpenRecord) -> Metrics:
     """Train a model on `split`; write it to `model_folder`, its curves and summary to `reports`.
 
-    Continues a stopped training of the same parameters and data. If that training is finished, only writes the results
-    again. Returns the metrics of the best validation. Under torchrun, every rank calls this function and rank 0 writes.
-    Raises Interrupted after a signal, once the state is saved, and what the called modules raise.
+    Continues a stopped training of the same parameters and data. If that training is finished, only writes the
+    results again. Returns the metrics of the best validation. Under torchrun, every rank calls this function
+    and rank 0 writes. Raises Interrupted after a signal, once the state is saved, and what the called modules
+    raise.
     """
     distributed.batch_slice(params.train)  # fail early if the ranks cannot share a batch
     inputs = load_inputs(params, split)
@@ -91,7 +92,8 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
             summary = summarise(params, state, plan.n_steps, checkpoints.inexact)
-            # Read only once: if the store answers during the next lines, the id changes, and the files would disagree.
+            # Read only once: if the store answers during the next lines, the id changes, and the files would
+            # disagree.
             run_id = record.run_id
             if is_writer():
                 digests = write_reports(reports, state, summary)
@@ -115,6 +117,7 @@ def _new_state(params: RunParams, inputs: Inputs) -> tuple[TrainState, dict[str,
         initialise_from(model, folder)
         check_same_tokens(inputs.tokenizer, folder)
         digests = {path.name: sha256_of(path) for path in weight_files(folder)}
+        say(f"train: starts from {folder}; `dvc repro` does not notice changes there: run `dvc repro -f train` then")
     model.to(inputs.runtime.device)
     if rank_info().n_ranks > 1 and params.train.parallel == "fsdp":
         distributed.shard(model)
@@ -132,7 +135,10 @@ def _describe(params: RunParams, inputs: Inputs, model: GPT) -> str:
 
 
 def _checkpoint_folder(params: RunParams, inputs: Inputs, initial_weights: dict[str, str]) -> Path:
-    """The folder of this training's checkpoints. Its name is a digest of the parameters, the split and `init_from`."""
+    """The folder of this training's checkpoints.
+
+    Its name is a digest of the parameters, the split and `init_from`.
+    """
     determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
     determinants |= {"split": inputs.split.digest, "init_from": initial_weights}
     return project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
@@ -157,7 +163,10 @@ def _only_training_in(folder: Path) -> Iterator[None]:
 
 
 def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
-    """Restore the newest sound checkpoint; returns whether there was one. Raises what `Checkpoints.restore` raises."""
+    """Restore the newest sound checkpoint; returns whether there was one.
+
+    Raises what `Checkpoints.restore` raises.
+    """
     is_resumed = checkpoints.restore(state, allow_inexact=allow_inexact())
     folder = checkpoints.folder
     if distributed.from_first((folder.name, state.step)) != (folder.name, state.step):
@@ -173,7 +182,10 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
 
 
 def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: bool) -> Plan:
-    """Build the loss and choose the size of the micro-batches. Raises ResourceError if single sequences do not fit."""
+    """Build the loss and choose the size of the micro-batches.
+
+    Raises ResourceError if single sequences do not fit.
+    """
     section, runtime, model = params.train, inputs.runtime, state.model
     with _memory_errors(state):
         loss = loss_function(model, section, inputs.tokenizer.end_of_text, is_compiled=runtime.is_compiled)

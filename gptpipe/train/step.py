@@ -44,9 +44,9 @@ class Plan:
 def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     """Update the weights once, from `batch_size` sequences (B, T) in micro-batches; returns the metrics to log.
 
-    The gradient is that of the mean over all tokens of the step, whatever the size of the micro-batches. If memory
-    runs out, halves `state.micro_batch_size`. Raises NumericError, before any update, for a non-finite loss or gradient
-    norm, or for a spike; and ResourceError if not even single sequences fit into memory.
+    The gradient is that of the mean over all tokens of the step, whatever the size of the micro-batches. If
+    memory runs out, halves `state.micro_batch_size`. Raises NumericError, before any update, for a non-finite
+    loss or gradient norm, or for a spike; and ResourceError if not even single sequences fit into memory.
     """
     started = time.perf_counter()
     params, model = plan.params, state.model
@@ -82,9 +82,10 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
 
 
 def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, first: int) -> Tensor:
-    """Compute the gradients of the mean loss over this rank's (B, T) tokens; returns its part of the loss of all ranks.
+    """Compute the gradients of the mean loss over this rank's (B, T) tokens; returns its part of the loss.
 
-    `first` is the position in the batch of the first sequence. If memory runs out, repeats with smaller micro-batches.
+    `first` is the position in the batch of the first sequence. If memory runs out, repeats with smaller
+    micro-batches.
     """
     while True:
         try:
@@ -92,9 +93,8 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if (
-                rank_info().n_ranks > 1
-            ):  # the other ranks wait for this rank's gradients, so it cannot repeat the pass alone
+            # The other ranks wait for this rank's gradients, so it cannot repeat the pass alone.
+            if rank_info().n_ranks > 1:
                 raise ResourceError(
                     f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; "
                     f"{SMALLER_BATCHES}"
@@ -123,7 +123,10 @@ def _backward_once(state: TrainState, plan: Plan, tokens: Tensor, targets: Tenso
 
 
 def _without_averaging(loss: LossFunction) -> AbstractContextManager[object]:
-    """With DDP: do not average gradients over the ranks yet. The last micro-batch averages the accumulated sum."""
+    """With DDP: do not average gradients over the ranks yet.
+
+    The last micro-batch averages the accumulated sum.
+    """
     if isinstance(loss, nn.parallel.DistributedDataParallel):
         context: AbstractContextManager[object] = loss.no_sync()
         return context
@@ -139,7 +142,7 @@ def _check_finite(step: int, loss: float, norm: float) -> None:
 
 
 def _check_spike(step: int, loss: float, norm: float, recent: list[tuple[float, float]], sigmas: float | None) -> None:
-    """Raises SpikeError for a loss or a gradient norm more than `sigmas` standard deviations above recent steps."""
+    """Raises SpikeError for a loss or gradient norm over `sigmas` standard deviations above recent steps."""
     if sigmas is None or len(recent) < _MIN_RECENT:
         return
     losses, norms = np.array(recent).T

@@ -17,7 +17,8 @@ from sections import SHIPPED, tokenize_params
 
 from gptpipe.base.manifest import verify
 from gptpipe.base.parallel import map_in_order
-from gptpipe.collect import shards
+from gptpipe.collect import collect as collecting
+from gptpipe.collect import parts, shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import shard_paths
@@ -194,6 +195,7 @@ def ray_cluster() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.slow
 def test_ray_gives_the_same_results_when_a_worker_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
@@ -208,17 +210,20 @@ def test_ray_gives_the_same_results_when_a_worker_is_killed(
 
 
 @pytest.mark.filterwarnings("default")
-def test_tokenize_and_split_on_ray_give_the_same_bytes_when_a_worker_is_killed(
+@pytest.mark.slow
+def test_the_data_stages_on_ray_give_the_same_bytes_when_a_worker_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
     lines = "".join(f"document {i} of some {'long ' * (i % 50)}text\n" for i in range(2000))
     (tmp_path / "lines.txt").write_text(lines)
     source = {"kind": "text", "paths": (f"{tmp_path}/lines.txt",), "document": "line"}
     monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
-    params = CollectParams.model_validate({**dict(SHIPPED.collect), "dedup": "exact", "sources": (source,)})
+    monkeypatch.setattr(parts, "PART_BYTES", 30_000)
+    monkeypatch.setattr(collecting, "_MANY_BYTES", 0)
+    params = CollectParams.model_validate({**dict(SHIPPED.collect), "dedup": "near", "sources": (source,)})
     collect(params, tmp_path / "raw")
     assert len(shard_paths(tmp_path / "raw")) >= 6
-    trained = tokenize_params(vocab_size=300)
+    trained = tokenize_params(vocab_size=270)
     monkeypatch.setattr(encode, "_SMALL_BYTES", 0)
     monkeypatch.setattr(stage_split, "_SMALL_BYTES", 0)
     tokenize(tmp_path / "raw", tmp_path / "local/tokens", trained, SHIPPED.split.fractions, 1)
@@ -233,6 +238,8 @@ def test_tokenize_and_split_on_ray_give_the_same_bytes_when_a_worker_is_killed(
     really = encode._encode_shard_once
     monkeypatch.setattr(encode, "_encode_shard_once", killing_once)
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
+    collect(params, tmp_path / "ray/raw")
+    assert verify(tmp_path / "ray/raw").digest == verify(tmp_path / "raw").digest
     tokenize(tmp_path / "raw", tmp_path / "ray/tokens", trained, SHIPPED.split.fractions, 1)
     split(tmp_path / "ray/tokens", tmp_path / "ray/split", SHIPPED.split, 1)
     assert (tmp_path / "killed").exists()
@@ -241,6 +248,7 @@ def test_tokenize_and_split_on_ray_give_the_same_bytes_when_a_worker_is_killed(
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_errors_on_ray_are_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
     with pytest.raises(IntegrityError, match=r"manifest\.json: No such file") as caught:
@@ -263,6 +271,7 @@ def test_small_work_and_single_items_are_not_sent_to_ray(monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_closing_the_generator_ends_the_tasks_on_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
@@ -282,6 +291,7 @@ def test_closing_the_generator_ends_the_tasks_on_ray(
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_ray_gives_the_same_results_when_a_machine_is_lost(monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
     """The last test with this cluster, which has one machine less afterwards."""
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")

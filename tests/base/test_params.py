@@ -155,8 +155,8 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         ),
         (
             "{kind: huggingface, dataset: a/b}",
-            "collect.sources.0.huggingface.revision: is required for a dataset of the hub: "
-            "the 40 hex digits of a commit",
+            "collect.sources.0.huggingface.revision: is required for a dataset of the hub: the 40 hex digits of a "
+            "commit",
         ),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),
         ("{kind: text, path: [a]}", "collect.sources.0.text.path: unknown key; did you mean `paths`?"),

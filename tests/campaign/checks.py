@@ -1,15 +1,15 @@
-"""What must hold after a fault and a rerun. Nothing here uses the project's own code: it may be what is broken.
+"""What must hold after a fault and a rerun. Uses none of the project's own code, which may be what is broken.
 
-The promises, in short (the numbers are used in what a trial reports):
+The promises. Trials report their numbers:
 
-I1  Every artefact that can be seen has the SHA-256 that its manifest says.
-I2  After any fault, a rerun gives the same bytes and the same metric history as a run that was never disturbed.
+I1  Every visible artefact has the SHA-256 of its manifest.
+I2  After any fault, a rerun gives the same bytes and the same metric history as an undisturbed run.
 I4  No process, no held lock and no partial file is left behind.
-I5  The exit code and one line of text say what happened. No traceback.
-I7  After the rerun there is one FINISHED run and one registered version, and nothing was trained twice.
+I5  The exit code and one line of text describe the failure. There is no traceback.
+I7  After the rerun there are one FINISHED run and one registered version, and no step was trained twice.
 
-I3 (documents are counted and never on two sides) follows here from I2, since the manifest holds the counts. I6 (no code
-of data is executed) and I8 (bounded memory) have tests of their own.
+I3 (documents are counted, and none is on two sides) follows from I2, because the manifest contains the counts. I6 (no
+code in data is executed) and I8 (bounded memory) have separate tests.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Any
 
 from campaign.project import Ended
 
-# These hold times, ids of runs or of this machine.
+# These contain times, run ids, or facts about this machine.
 _VARYING = ("reports/report.html", "reports/mlflow_run.json")
 _MADE = ("data/raw", "data/tokens", "data/split", "models", "reports")
 _TIMED = "train/tokens_per_second"  # its values differ, its steps do not
@@ -32,14 +32,14 @@ CODES = {"SIGINT": {130, -2}, "SIGTERM": {143, -15}, "SIGKILL": {-9}}
 
 
 def artefacts(project: Path) -> dict[str, str]:
-    """SHA-256 of each file that the stages make and that must not differ between two runs."""
+    """SHA-256 of each file made by the stages that must be equal in two runs."""
     files = [file for name in _MADE for file in sorted((project / name).rglob("*")) if file.is_file()]
     names = {file.relative_to(project).as_posix(): file for file in files}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items() if name not in _VARYING}
 
 
 def broken_promises_of_files(project: Path, expected: dict[str, str], left: frozenset[str] = frozenset()) -> list[str]:
-    """I2, I1 and I4 for files: what differs from an undisturbed run, which leaves `left`, and what was left behind."""
+    """I2, I1 and I4 for files: differences from an undisturbed run, and files that only it may leave (`left`)."""
     found = artefacts(project)
     different = [
         f"I2: {name}: {'missing' if name not in found else 'unexpected' if name not in expected else 'other bytes'}"
@@ -54,7 +54,7 @@ def broken_promises_of_files(project: Path, expected: dict[str, str], left: froz
 
 
 def unsound(project: Path) -> list[str]:
-    """I1: folders that can be seen and are not what their manifest says."""
+    """I1: visible folders that differ from their manifest."""
     broken = []
     for manifest in sorted(project.glob("data/*/manifest.json")) + sorted(project.glob("models/*/manifest.json")):
         folder = manifest.parent
@@ -75,7 +75,7 @@ def unsound(project: Path) -> list[str]:
 
 
 def leftovers(project: Path) -> frozenset[str]:
-    """I4: names of files that only a stage at work may have, or one that is to be resumed."""
+    """I4: names of files that may exist only while a stage runs, or before it is resumed."""
     folders = [project / name for name in ("data", "models", "reports", ".gptpipe")]
     paths = [path for folder in folders for path in folder.rglob("*")] + list(project.glob(".*.partial"))
     return frozenset(path.relative_to(project).as_posix() for path in paths if _is_left_over(path))
@@ -88,14 +88,14 @@ def _is_left_over(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What MLflow's store holds of the project, as far as it must be equal after any fault."""
+    """The part of MLflow's store that must be equal after any fault."""
 
-    runs: list[str]  # statuses of runs, those left out that FAILED: that a run met an error is true for ever
-    metrics: dict[tuple[str, int], list[float]]  # each (key, step) of these runs -> values
+    runs: list[str]  # statuses of runs, without FAILED ones, which stay as a record of the error
+    metrics: dict[tuple[str, int], list[float]]  # (key, step) -> values, of these runs
     models: list[str]  # statuses of logged models
     versions: list[str]  # statuses of registered versions
     aliases: dict[str, str]
-    artifacts: list[str]  # names of files, ids left out
+    artifacts: list[str]  # names of files, without ids
 
     @classmethod
     def read(cls, project: Path) -> "Recorded":
@@ -125,7 +125,7 @@ class Recorded:
 
 
 def _artifact_names(project: Path, runs: list[str]) -> list[str]:
-    """MLflow's own temporary files are left out: a kill leaves some, under names that nobody reads."""
+    """Without MLflow's own temporary files: a kill leaves some, under names that nothing reads."""
     folders = [project / "mlartifacts" / run / "artifacts" for run in runs]
     files = [(folder, path) for folder in folders for path in folder.rglob("*") if path.is_file()]
     names = [path.relative_to(folder).as_posix() for folder, path in files]
@@ -163,7 +163,7 @@ def _minus(left: list[str], right: list[str]) -> list[str]:
 
 
 def broken_promises_of_an_end(ended: Ended, codes: set[int]) -> list[str]:
-    """I5: exit code and words of a process; I4: what it left running."""
+    """I5: the exit code and the output of a process. I4: processes that it left running."""
     broken = []
     last = (ended.said.strip().splitlines() or ["nothing said"])[-1][:300]
     if ended.code not in codes:

@@ -1,11 +1,11 @@
-"""`python -m tests.campaign`: run a campaign, write every result down at once, and sum up.
+"""`python -m tests.campaign`: run a campaign, append each result to a log, and print a summary.
 
     python -m tests.campaign                                    the long campaign: 1,000 kills, 1,000 damaged files, ...
-    python -m tests.campaign --kills 40 --only train kill       a slice: one kind of fault in one stage
-    python -m tests.campaign --trial '{"kind": ...}'            one trial again, as its result has it
-    python -m tests.campaign --summary                          the table of results so far
+    python -m tests.campaign --kills 40 --only train kill       only one kind of fault in one stage
+    python -m tests.campaign --trial '{"kind": ...}'            repeat one trial, copied from its result
+    python -m tests.campaign --summary                          a table of the results so far
 
-Exit code 1 if anything differed. A campaign that is stopped goes on where it was, with the same arguments.
+Exit code 1 if anything differed. To continue a stopped campaign, repeat the command with the same arguments.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _ENOUGH = 2 << 30  # bytes: a worker needs about 100 MB
 
 
 class Worker:
-    """A process of `campaign.worker` in a folder of its own."""
+    """A process of `campaign.worker` with its own folder."""
 
     def __init__(self, folder: Path, last_stage: str) -> None:
         paths = [str(ROOT), str(ROOT / "tests")]
@@ -58,7 +58,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker ended with code {self._process.wait()}; its words are above")
+            raise RuntimeError(f"the worker ended with code {self._process.wait()}; see its output above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -72,7 +72,7 @@ class Worker:
 
 @contextmanager
 def started_worker(last_stage: str = STAGES[-1]) -> Iterator[Worker]:
-    """A worker for all stages up to one, in shared memory if there is enough: fsync costs nothing there."""
+    """A worker for all stages up to `last_stage`. Uses shared memory if there is enough: fsync costs nothing there."""
     is_roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _ENOUGH
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=_SHARED_MEMORY if is_roomy else None) as folder:
         worker = Worker(Path(folder), last_stage)
@@ -104,20 +104,24 @@ def _options() -> argparse.Namespace:
     )
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--kills", **number, default=1000, help="signals at file operations and at random times")
-    parser.add_argument("--damage", **number, default=1000, help="damaged files among those that a stage reads")
+    parser.add_argument("--damage", **number, default=1000, help="damaged files that a stage reads")
     parser.add_argument("--cuts", **number, default=300, help="power cuts")
     parser.add_argument("--failures", **number, default=300, help="operations that fail: no space, I/O error")
-    parser.add_argument("--leftovers", **number, default=60, help="damaged files among what a kill left")
-    parser.add_argument("--races", **number, default=30, help="one stage twice at once")
+    parser.add_argument("--leftovers", **number, default=60, help="damaged files that a killed stage left")
+    parser.add_argument("--races", **number, default=30, help="the same stage twice at the same time")
     parser.add_argument(
         "--real", **number, default=40, help="trials with real processes: `dvc`, `dvc exp run`, orphans"
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="stages and kinds of trials; none: all")
-    parser.add_argument("--seed", type=int, default=1, help="of what is drawn at random")
-    parser.add_argument("--jobs", **number, default=2, help="workers at once")
-    parser.add_argument("--log", type=Path, default=Path("campaign-results.jsonl"), help="one result a line")
-    parser.add_argument("--trial", metavar="JSON", help="run this trial alone")
-    parser.add_argument("--summary", action="store_true", help="sum up the log and run nothing")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="stages and kinds of trials; default: all"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random choices")
+    parser.add_argument("--jobs", **number, default=2, help="number of workers")
+    parser.add_argument(
+        "--log", type=Path, default=Path("campaign-results.jsonl"), help="file of results, one per line"
+    )
+    parser.add_argument("--trial", metavar="JSON", help="run only this trial")
+    parser.add_argument("--summary", action="store_true", help="summarise the log without running anything")
     return parser.parse_args()
 
 
@@ -129,7 +133,7 @@ def _one(trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    """Give the trials that the log does not have to workers, each result to the log at once."""
+    """Run the trials that are not in the log yet, and append each result to the log at once."""
     done = {_name(result["trial"]) for result in _read(options.log)}
     todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     lock, is_planned = threading.Lock(), threading.Event()
@@ -192,7 +196,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def shown(result: dict[str, Any]) -> str:
-    """The command that repeats a trial, and its differences."""
+    """A differing result as text: the command that repeats the trial, and its differences."""
     again = f"differs: python -m tests.campaign --trial '{json.dumps(result['trial'])}'"
     return "\n".join([again, *(f"    {' '.join(line.split())}" for line in result["differences"])])
 
@@ -206,7 +210,7 @@ def _read(log: Path) -> list[dict[str, Any]]:
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """A table of trials and differences by kind and stage, and each kind of difference with one trial that shows it."""
+    """A table of trials and differences by kind and stage, and an example trial for each kind of difference."""
     trials, differing = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     examples: dict[str, tuple[int, dict[str, Any]]] = {}
     for result in results:
@@ -233,7 +237,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def _kind_of(difference: str) -> str:
-    """A difference without its numbers, ids and paths, so that those of one kind are counted together."""
+    """A difference without numbers, ids and paths, so that equal kinds are counted together."""
     promise, _, text = " ".join(difference.split()).partition(": ")
     text = re.sub(r"/[^ ]*/project/", "", text)
     text = re.sub(r"\b(?=\w*\d)[0-9a-f]{8,}\b|\d[\d.,e-]*", "#", text)

@@ -1,4 +1,4 @@
-"""Ways to damage a file, each as a disk, a copy that went wrong or a person would."""
+"""Ways to damage a file, as a disk, a failed copy or a person does."""
 
 import json
 import random
@@ -10,11 +10,11 @@ WAYS = ("flip", "cut", "empty", "zeros", "swap", "stale", "gone", "extra", "edit
 
 
 def damage(path: Path, way: str, chance: random.Random, older: Path | None = None) -> bool:
-    """Damage the file in one of `WAYS`; returns whether its folder is another than before.
+    """Damage the file in one of `WAYS`; returns whether its folder has changed.
 
-    flip: one bit. cut: a shorter file. empty: no content. zeros: a block that was never written. swap: with another
-    file of its folder. stale: the file of the same name in `older`, of another run. gone: removed. extra: a copy under
-    another name beside it. edit: one number of a text is another number, and all else is well-formed.
+    flip: one bit. cut: truncated. empty: no content. zeros: a block that was never written. swap: exchanged with
+    another file of its folder. stale: the file `older`, which has the same name in another run. gone: removed. extra: a
+    copy beside it under another name. edit: one digit of a text is changed, and the text stays well-formed.
     """
     content = path.read_bytes()
     changed = content
@@ -54,7 +54,7 @@ def damage(path: Path, way: str, chance: random.Random, older: Path | None = Non
 
 
 def _with_another_number(content: bytes, suffix: str, chance: random.Random) -> bytes:
-    """The text with one digit that is another digit; of a manifest, in `counts`, `made_from` or a digest."""
+    """The text with one digit changed; in a manifest, this is in `counts`, `made_from` or a digest."""
     if suffix not in (".json", ".csv", ".jsonl"):
         return content
     digits = [match.start() for match in re.finditer(rb"[0-9]", content)]
@@ -64,5 +64,5 @@ def _with_another_number(content: bytes, suffix: str, chance: random.Random) -> 
     digit = chance.choice([d for d in b"123456789" if d != content[place]])
     changed = content[:place] + bytes([digit]) + content[place + 1 :]
     if suffix == ".json":
-        json.loads(changed)  # still JSON: this is no damage that a parser finds
+        json.loads(changed)  # still valid JSON, so a parser does not detect it
     return changed

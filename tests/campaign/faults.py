@@ -1,8 +1,8 @@
-"""What can happen to a stage at one of its file operations.
+"""Faults at a file operation of a stage.
 
 A stage's operations are counted from 1: each open for writing, write, fsync, rename, removal and new folder below the
-project, and each commit to a SQL database. Most are seen by an audit hook, which CPython calls before it acts. Writes,
-fsync and commits have no audit event, so `install` replaces `open`, `os.fsync` and listens to SQLAlchemy.
+project, and each commit to a SQL database. An audit hook, which CPython calls before it acts, sees most of them.
+Writes, fsync and commits have no audit event, so `install` replaces `open` and `os.fsync`, and listens to SQLAlchemy.
 
 `install` cannot be undone: call it in a forked process only.
 """
@@ -28,18 +28,18 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at operation `at`; with `at` 0 nothing happens, and operations are counted."""
+    """A fault at operation `at`. With `at` 0, operations are only counted."""
 
     do: str = "count"  # count | signal | fail | short | cut
     at: int = 0
-    signals: tuple[str, ...] = ()  # signal: the first at operation `at`, each further one an operation later
+    signals: tuple[str, ...] = ()  # signal: the first one at operation `at`, each further one at the next operation
     error: str = "ENOSPC"  # fail, short: the name of the error
     for_ever: bool = False  # fail: all later operations fail too
     only: str = ""  # fail: the kind of operations that fail; empty: all kinds
 
 
 class Counters:
-    """Numbers that a forked process and its parent share, also after a SIGKILL."""
+    """Numbers that a forked process shares with its parent, which can read them after a SIGKILL."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -60,7 +60,7 @@ class Counters:
 
 
 class _Watcher:
-    """Counts the operations below `root` and lets the fault happen at its turn."""
+    """Counts the operations below `root` and causes the fault at its operation."""
 
     def __init__(self, fault: Fault, root: Path, counters: Counters, trace: Path | None) -> None:
         self.fault, self.counters = fault, counters
@@ -68,9 +68,9 @@ class _Watcher:
         self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if trace else None
         self.lock = threading.Lock()
         self.local = threading.local()
-        self.short = False  # whether the write that comes next is a short one
+        self.short = False  # whether the last write was a short one
 
-    def meet(self, kind: str, path: str, other: str = "") -> None:
+    def before_operation(self, kind: str, path: str, other: str = "") -> None:
         """Called before each operation. Raises the error of the fault, or ends the process."""
         if getattr(self.local, "busy", False) or not path.startswith(self.root):
             return
@@ -97,7 +97,7 @@ class _Watcher:
                 _raise(fault.error, kind, path)
         elif fault.do == "short" and fault.at > 0 and (is_now or self.short):
             if kind == "write" and not self.short:
-                self.short = True  # this write is cut in half; the next operation fails
+                self.short = True  # only half of this write is done; the next operation fails
                 self.local.halves = True
             else:
                 self.short = False
@@ -127,12 +127,12 @@ def read_trace(path: Path) -> list[tuple[str, str, str, bytes | None]]:
 
 
 def install(fault: Fault, root: Path, counters: Counters, trace: Path | None = None) -> None:
-    """Let `fault` happen in this process, at its operation below the folder `root`."""
+    """Cause `fault` in this process, at its operation below the folder `root`."""
     watcher = _Watcher(fault, root, counters, trace)
     _watch_audit_events(watcher)
     _watch_writes(watcher)
     _watch_fsync(watcher)
-    if "sqlalchemy" in sys.modules:  # imported before the fork, or not used
+    if "sqlalchemy" in sys.modules:  # if it is used, it was imported before the fork
         _watch_commits(watcher)
     if "torch" in sys.modules:
         _count_optimizer_steps(counters)
@@ -153,17 +153,19 @@ def _watch_audit_events(watcher: _Watcher) -> None:
         if event == "open":
             path, _, flags = arguments
             if isinstance(flags, int) and flags & _WRITES and not isinstance(path, int):
-                watcher.meet("open", _absolute(path))
+                watcher.before_operation("open", _absolute(path))
         elif event == "os.rename":
-            watcher.meet("rename", _absolute(arguments[0], arguments[2]), _absolute(arguments[1], arguments[3]))
+            watcher.before_operation(
+                "rename", _absolute(arguments[0], arguments[2]), _absolute(arguments[1], arguments[3])
+            )
         elif event in _REMOVALS:
-            watcher.meet(_REMOVALS[event], _absolute(arguments[0], arguments[1]))
+            watcher.before_operation(_REMOVALS[event], _absolute(arguments[0], arguments[1]))
         elif event == "os.mkdir":
             path = _absolute(arguments[0], arguments[2])
-            if not os.path.isdir(path):  # noqa: PTH112  `exist_ok` is no operation
-                watcher.meet("mkdir", path)
+            if not os.path.isdir(path):  # noqa: PTH112  with `exist_ok`, this is not an operation
+                watcher.before_operation("mkdir", path)
         elif event == "os.truncate" and not isinstance(arguments[0], int):
-            watcher.meet("open", _absolute(arguments[0]))
+            watcher.before_operation("open", _absolute(arguments[0]))
 
     sys.addaudithook(hook)
 
@@ -180,7 +182,7 @@ def _watch_writes(watcher: _Watcher) -> None:
 
     class WatchedFile(io.FileIO):
         def write(self, content: Any) -> int | None:  # type: ignore[override]
-            watcher.meet("write", _absolute(self.name))
+            watcher.before_operation("write", _absolute(self.name))
             if watcher.takes_half():
                 return super().write(memoryview(content).cast("B")[: max(1, len(content) // 2)])
             return super().write(content)
@@ -212,7 +214,7 @@ def _watch_fsync(watcher: _Watcher) -> None:
 
     def fsync(file: Any) -> None:
         number = file if isinstance(file, int) else file.fileno()
-        watcher.meet("fsync", os.readlink(f"/proc/self/fd/{number}"))  # noqa: PTH115
+        watcher.before_operation("fsync", os.readlink(f"/proc/self/fd/{number}"))  # noqa: PTH115
         original(number)
 
     os.fsync = fsync
@@ -223,7 +225,7 @@ def _watch_commits(watcher: _Watcher) -> None:
     from sqlalchemy.engine import Engine
 
     def before_commit(connection: Any) -> None:
-        watcher.meet("commit", _absolute(connection.engine.url.database or ""))
+        watcher.before_operation("commit", _absolute(connection.engine.url.database or ""))
 
     event.listen(Engine, "commit", before_commit)
 

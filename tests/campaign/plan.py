@@ -1,4 +1,4 @@
-"""Which trials a campaign consists of: every operation of every stage first, then what is drawn at random."""
+"""The trials of a campaign: first every operation of every stage, then random choices."""
 
 import random
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _SIGNALS = (["SIGKILL"], ["SIGTERM"], ["SIGINT"], ["SIGTERM", "SIGTERM"], ["SIGI
 def plan(hello: dict[str, Any], counts: dict[str, int], only: set[str], seed: int) -> list[Trial]:
     """`counts[kind]` trials of each kind, for the stages and kinds in `only` (all if it is empty).
 
-    `hello` is what a worker says first: the number of operations of each stage, and the files that it reads.
+    `hello` is the first answer of a worker: the number of operations of each stage, and the files that it reads.
     """
     chance = random.Random(seed)
     makers = {
@@ -38,7 +38,7 @@ def plan(hello: dict[str, Any], counts: dict[str, int], only: set[str], seed: in
 
 
 def _kills(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
-    """In five: three SIGKILL at an operation, one other signal at an operation, one at a random time or twice."""
+    """Of five: three SIGKILL at an operation, one other signal at an operation, one at a random time or twice."""
     at_operations = _everywhere(hello, chance)
     others = _everywhere(hello, chance)
     stages = [*hello["operations"]]
@@ -49,7 +49,7 @@ def _kills(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
         yield {"kind": "kill", "stage": stage, "at": at, "signals": chance.choice(_SIGNALS[1:])}
         stage = chance.choice(stages)
         if chance.random() < 0.5:
-            time = round(chance.uniform(0, 1.05), 3)  # of the time that the stage takes undisturbed
+            time = round(chance.uniform(0, 1.05), 3)  # as a fraction of the time of an undisturbed run
             yield {"kind": "kill", "stage": stage, "at": time, "signals": chance.choice(_SIGNALS)}
         else:
             first, second = (chance.randint(1, hello["operations"][stage]) for _ in range(2))
@@ -70,7 +70,7 @@ def _failures(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
 
 
 def _damages(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
-    """Every file in every way, again and again: bit flips and cuts fall on another place each time."""
+    """Every file in every way, repeatedly: bit flips and cuts have another place each time."""
     number = 0
     while hello["reads"]:
         all_of_them = [
@@ -78,7 +78,7 @@ def _damages(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
             for stage, names in hello["reads"].items()
             for name in names
             for way in WAYS
-            if (name, way) != ("reports/mlflow_run.json", "stale")  # the id of another run is as good as that of this
+            if (name, way) != ("reports/mlflow_run.json", "stale")  # any valid run id is accepted there
         ]
         chance.shuffle(all_of_them)
         for stage, name, way in all_of_them:
@@ -109,7 +109,7 @@ def _races(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
 
 
 def _everywhere(hello: dict[str, Any], chance: random.Random) -> Iterator[tuple[str, int]]:
-    """Every operation of every stage in random order, the stages in turns; then all of them again."""
+    """Every operation of every stage in random order, repeatedly."""
 
     def of_stage(stage: str, n: int) -> list[tuple[str, int]]:
         return [(stage, at) for at in chance.sample(range(1, n + 1), n)]

@@ -1,14 +1,13 @@
-"""What a disk may hold after a power cut: a crash-consistency model in the manner of ALICE (Pillai et al., OSDI 2014).
+"""What a disk may contain after a power cut: a crash-consistency model like ALICE (Pillai et al., OSDI 2014).
 
-The model knows files and folders as a disk does: a folder is a table of names, a file is content, and both become
-durable on their own.
+In the model, a folder is a table of names and a file is content. Each becomes durable separately:
 
-- Content is durable from the fsync of the file on. Later writes may be lost, or be there in part.
-- A name is durable from the fsync of its folder on. Until then a new name, a rename or a removal may be undone, each
-  without the others: disks reorder.
+- Content is durable after an fsync of the file. Later writes may be lost completely or in part.
+- A name is durable after an fsync of its folder. Until then, a new name, a rename or a removal may be undone, each
+  independently of the others, because disks reorder operations.
 
-So a file that is renamed without an fsync may be there and be empty, and a file that is written and synced may have no
-name. SQLite's own files and MLflow's artifacts are left as they are: that they last is not this project's promise.
+So a file renamed without an fsync may exist and be empty, and a file that was written and synced may have no name.
+SQLite's own files and MLflow's artifacts are left unchanged, because this project does not promise their durability.
 """
 
 import os
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Record = tuple[str, str, str, bytes | None]
-MODES = ("lost", "empty", "mixed")  # nothing unsynced is kept | names are kept, contents are not | drawn for each
+MODES = ("lost", "empty", "mixed")  # unsynced changes: all lost | names kept, contents lost | chosen at random for each
 
 
 @dataclass(eq=False)
@@ -39,16 +38,16 @@ _Node = _File | _Folder
 
 @dataclass(eq=False)
 class _Change:
-    """A new name (with its node) or a lost name (with None), of one folder or two; happens whole or not at all."""
+    """New names (with their node) and removed names (with None) in one or two folders; an atomic change."""
 
     names: list[tuple[_Folder, str, _Node | None]]
     is_durable: bool = False
 
 
 def cut_power(project: Path, before: Path, trace: list[Record], mode: str, chance: random.Random) -> None:
-    """Make `project`, where a process was just killed, what a power cut at that moment could have left.
+    """Change `project`, where a process was just killed, to what a power cut at that moment could have left.
 
-    `before` holds the project's files as they were when the process started, all of them durable.
+    `before` contains the project's files at the start of the process, all of them durable.
     """
     disk = _Disk(project, before)
     for record in trace:
@@ -65,7 +64,7 @@ def _watched(folder: Path) -> list[str]:
 
 
 def _is_excluded(name: str) -> bool:
-    """At the project's top: what is no concern of the model."""
+    """Whether a name in the project's root is outside the model."""
     return name.startswith((".git", ".dvc", "mlflow.db", ".mlflow.db", "mlartifacts")) and name != ".gptpipe"
 
 
@@ -130,7 +129,7 @@ class _Disk:
         self.changes.append(_Change(list(names)))
 
     def read_live_contents(self, project: Path) -> None:
-        """What files hold at the moment of the cut; of a file that has no name by then, only what is durable counts."""
+        """Read what files contain at the moment of the cut. A file without a name has only its durable content."""
 
         def visit(folder: _Folder, path: Path) -> None:
             for name, node in folder.live.items():
@@ -142,7 +141,7 @@ class _Disk:
         visit(self.root, project)
 
     def decide(self, mode: str, chance: random.Random) -> None:
-        """Apply the changes of names that last: the durable ones, and of the others what `mode` says."""
+        """Apply the changes of names that survive: the durable ones, and others according to `mode`."""
         for change in self.changes:
             if change.is_durable or mode == "empty" or (mode == "mixed" and chance.random() < 0.5):
                 for folder, name, node in change.names:

@@ -1,6 +1,6 @@
-"""Trials with real processes: `dvc repro`, `dvc exp run`, and a stage whose parent dies while it still imports.
+"""Trials with real processes: `dvc repro`, `dvc exp run`, and a stage whose parent is killed.
 
-They take seconds to a minute each, so a campaign has few of them. Each starts with a project in which nothing has run.
+Each takes seconds to a minute, so a campaign has few of them. Each starts in a project in which nothing has run.
 """
 
 import os
@@ -32,12 +32,12 @@ from campaign.project import TINY, set_params
 
 Trial = dict[str, Any]
 _EXPERIMENT = ("-S", "train.lr=1e-3")
-_ENOUGH = 120  # seconds for a process that must end
-_SECOND_WRITER = 8  # seconds, start of Python included, in which a second writer must say who is at work
+_ENOUGH = 120  # seconds; the limit for a process that must end
+_SECOND_WRITER = 8  # seconds, with the start of Python, within which a second writer must name the first
 
 
 class State(NamedTuple):
-    """What a project holds after undisturbed runs."""
+    """The content of a project after undisturbed runs."""
 
     files: dict[str, str]
     record: Recorded
@@ -49,14 +49,14 @@ def _state(project: Path) -> State:
 
 
 class RealProjects:
-    """A project before its first run, and what an undisturbed run makes of it and of an experiment on it."""
+    """A project before its first run, and the results of an undisturbed run and of an experiment on it."""
 
     def __init__(self, folder: Path, reproduced: Path | None = None) -> None:
         """`reproduced`: a project of `make_project` after `dvc repro`, if there is one already."""
         self.folder = folder
         (folder / "fresh").mkdir()
         self.fresh = make_project(folder / "fresh")
-        self.seconds = 12.0  # that `dvc repro` takes
+        self.seconds = 12.0  # the time that `dvc repro` takes
         if reproduced is None:
             set_params(self.fresh, TINY)
             commit(self.fresh)
@@ -90,7 +90,7 @@ def _projects() -> RealProjects:
 
 
 def remove_projects() -> None:
-    """Remove what the trials of this process made."""
+    """Remove the projects that the trials of this process made."""
     if _projects.cache_info().currsize:
         shutil.rmtree(_projects().folder)
         _projects.cache_clear()
@@ -108,9 +108,9 @@ def try_out_for_real(trial: Trial, projects: RealProjects | None = None) -> dict
 
 
 def orphan(projects: RealProjects, trial: Trial) -> list[str]:
-    """The parent of stage collect is killed, some milliseconds after the start; the stage is started again at once.
+    """Kill the parent of stage collect soon after its start, and start the stage again at once.
 
-    The corpus is large enough that both would write at the same time.
+    The corpus is so large that both would write at the same time.
     """
     with removed_after(projects.copy()) as project:
         texts = (documents().replace("day", f"day {i},") for i in range(trial.get("copies", 200)))
@@ -128,12 +128,12 @@ def orphan(projects: RealProjects, trial: Trial) -> list[str]:
         parent.wait()
         differences = _until_it_runs(project, collect)
         _, alive = psutil.wait_procs(children, timeout=10)
-        differences += [f"I4: process {process.pid} lives on without its parent" for process in alive]
+        differences += [f"I4: process {process.pid} still runs without its parent" for process in alive]
         return differences + broken_promises_of_files(project, expected)
 
 
 def _until_it_runs(project: Path, command: list[str]) -> list[str]:
-    """Run a command; while it says that another process is at work (code 5), run it again."""
+    """Run a command, and repeat it while it reports that another process is writing (code 5)."""
     deadline = time.monotonic() + _ENOUGH
     while True:
         started = time.monotonic()
@@ -142,7 +142,7 @@ def _until_it_runs(project: Path, command: list[str]) -> list[str]:
         if ended.returncode == 0:
             return []
         words = (ended.stderr.strip().splitlines() or [""])[-1]
-        if ended.returncode not in (5, 255) or time.monotonic() > deadline:  # 255: what `dvc` makes of it
+        if ended.returncode not in (5, 255) or time.monotonic() > deadline:  # 255: the exit code of `dvc` in this case
             return [f"I5: exit code {ended.returncode}: {words}"]
         if ended.returncode == 5 and seconds > _SECOND_WRITER:
             return [f"I4: the second writer waited {seconds:.0f} s: {words}"]
@@ -150,7 +150,7 @@ def _until_it_runs(project: Path, command: list[str]) -> list[str]:
 
 
 def repro(projects: RealProjects, trial: Trial) -> list[str]:
-    """A signal to `dvc`, the stage or the whole group, at a time during `dvc repro`; then `dvc repro` again."""
+    """Send a signal to `dvc`, the stage or the whole group during `dvc repro`; then run `dvc repro` again."""
     with removed_after(projects.copy()) as project:
         killed = _start(project, "dvc", "repro")
         _signal(killed, trial, projects.seconds)
@@ -159,7 +159,7 @@ def repro(projects: RealProjects, trial: Trial) -> list[str]:
 
 
 def experiment(projects: RealProjects, trial: Trial) -> list[str]:
-    """The same during an experiment, in place, in a workspace of its own (`--temp`) or queued; then the same again."""
+    """The same during an experiment in place, in a temporary workspace (`--temp`) or queued; then repeat it."""
     with removed_after(projects.copy()) as project:
         run(project, "dvc", "repro")
         commit(project)
@@ -181,7 +181,7 @@ def experiment(projects: RealProjects, trial: Trial) -> list[str]:
 
 
 def _wait_for_the_queue(project: Path) -> None:
-    """DVC waits for ever if it is told to go on while a worker is about to end."""
+    """DVC waits forever if `--run-all` starts while a worker is about to end."""
     for _ in range(60):
         said = run(project, "dvc", "queue", "status", check=False).stdout
         if "0 active, 0 idle" in said or "Worker status" not in said:
@@ -190,7 +190,7 @@ def _wait_for_the_queue(project: Path) -> None:
 
 
 def two(projects: RealProjects, trial: Trial) -> list[str]:
-    """Two `dvc repro` at once in one workspace: DVC or a stage stops the second, or it waits."""
+    """Run `dvc repro` twice at the same time in one workspace: the second one is refused, or waits."""
     with removed_after(projects.copy()) as project:
         first = _start(project, "dvc", "repro")
         time.sleep(trial["at"] * projects.seconds)
@@ -201,7 +201,7 @@ def two(projects: RealProjects, trial: Trial) -> list[str]:
 
 
 def lock_file(projects: RealProjects, trial: Trial) -> list[str]:
-    """dvc.lock is damaged, as by a kill while DVC rewrites it. The doctor helps, and nothing else is needed."""
+    """Truncate dvc.lock, as a kill does while DVC rewrites it. `gptpipe doctor --fix` is enough to continue."""
     with removed_after(projects.copy()) as project:
         run(project, "dvc", "repro")
         path = project / "dvc.lock"
@@ -212,7 +212,7 @@ def lock_file(projects: RealProjects, trial: Trial) -> list[str]:
 
 
 def side_by_side(projects: RealProjects, _: Trial) -> list[str]:
-    """Two experiments at once by `--run-all -j 2`, of which one is known from a run alone."""
+    """Run two experiments at the same time with `--run-all -j 2`; the result of one of them is known."""
     with removed_after(projects.copy()) as project:
         run(project, "dvc", "repro")
         commit(project)
@@ -236,7 +236,7 @@ REAL_KINDS: dict[str, Callable[[RealProjects, Trial], list[str]]] = {
 
 
 def real_trials(n: int, only: set[str], seed: int) -> list[Trial]:
-    """`n` trials: of ten, four orphans, three kills of `dvc repro`, two of experiments, one of the rest in turns."""
+    """`n` trials. Of ten: four orphans, three kills of `dvc repro`, two of experiments, one of the other kinds."""
     chance = random.Random(seed)
     rest = [
         {"kind": "two", "at": 0.3},
@@ -264,7 +264,7 @@ def real_trials(n: int, only: set[str], seed: int) -> list[Trial]:
 
 
 def _start(project: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
-    """A process in a group of its own, so that a signal to the group is not one to us."""
+    """Start a process in its own group, so that a signal to the group does not reach this process."""
     return subprocess.Popen(
         command,
         cwd=project,
@@ -276,7 +276,7 @@ def _start(project: Path, *command: str, **variables: str) -> subprocess.Popen[b
 
 
 def _signal(started: subprocess.Popen[bytes], trial: Trial, seconds: float) -> None:
-    """Send the signal once; to a stage when one is at work. Then wait until the process that we started has ended."""
+    """Send the signal once, and wait for the end of the process that was started."""
     time.sleep(trial["at"] * seconds)
     number = signal.Signals[trial["signal"]]
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -297,14 +297,14 @@ def _compare(project: Path, expected: State) -> list[str]:
         for process in psutil.process_iter(["pid", "cwd"])
         if str(process.info["cwd"] or "").startswith(str(project))
     ]
-    differences = [f"I4: process {pid} is left in the project" for pid in left]
+    differences = [f"I4: process {pid} is still running in the project" for pid in left]
     differences += broken_promises_of_files(project, expected.files, expected.left)
     return differences + broken_promises_of_the_record(project, expected.record)
 
 
 @contextmanager
 def removed_after(project: Path) -> Iterator[Path]:
-    """The project; removed at the end, with every process that is still at work in it."""
+    """Yields the project; removes it at the end, and kills every process that still runs in it."""
     try:
         yield project
     finally:

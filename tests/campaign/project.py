@@ -1,4 +1,4 @@
-"""The tiny project, its states between the stages, and how one stage is run in a process forked from this one."""
+"""The tiny project, its states between the stages, and how a stage runs in a process forked from this one."""
 
 import atexit
 import importlib
@@ -31,8 +31,8 @@ SAVE_EVERY = 2  # steps
 TINY = {**SECTIONS, "train.max_steps": 8, "train.eval_every": 2, "train.save_every": SAVE_EVERY}
 SHARD_BYTES = 1500  # of text per shard, so that a dozen documents make several
 _NOT_SHARED = ("stages", "code_model", "__", "campaign", "tests", "mlflow.store.db_migrations.env")
-LIMIT = 60  # seconds that a run of a stage may take
-# What a run changes below the project; all else stays as it is.
+LIMIT = 60  # seconds; the limit for a run of a stage
+# What a run changes in the project.
 CHANGED = (
     "data/raw",
     "data/tokens",
@@ -49,7 +49,7 @@ CHANGED = (
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import modules once for all forks. No thread may start here: a fork would lose it."""
+    """Import modules once for all forks. No thread may start here, because a fork would lose it."""
     for name in sorted(names):
         if name not in sys.modules and not name.startswith(_NOT_SHARED):
             with suppress(Exception), warnings.catch_warnings():
@@ -58,7 +58,7 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def import_pipeline(*, trains: bool) -> None:
-    """Import what the stages import at their start, and cut the corpus into more shards than its size would give."""
+    """Import what the stages import at their start, and make shards smaller, so that there are several."""
     names = ["collect.collect", "collect.shards", "tokenize.encode", "split.overlap", "split.split"]
     if trains:
         names += ["record.run", "train.session", "evaluate.registry", "evaluate.report"]
@@ -68,7 +68,7 @@ def import_pipeline(*, trains: bool) -> None:
 
 
 def remember_packages() -> None:
-    """Read once what is installed: each training lists all packages, and MLflow does, which takes seconds."""
+    """Read once which packages are installed. Each training and MLflow list them, which takes seconds."""
     for module in (importlib.metadata, sys.modules.get("importlib_metadata")):
         if module is not None:
             kind: Any = module.Distribution
@@ -100,7 +100,7 @@ def _cached_by_arguments(draw: Callable[..., str]) -> Callable[..., str]:
 
 
 def learn(path: Path) -> None:
-    """Take over what a run of a stage imported and drew."""
+    """Import the modules that a run of a stage imported, and keep the charts that it drew."""
     learned = json.loads(path.read_text())
     import_modules(learned["modules"])
     _charts.update(learned["charts"])
@@ -131,10 +131,10 @@ class Ended:
 
 
 class TinyProject:
-    """A project of a dozen documents in `folder/project`, whose states are kept in `folder/states`.
+    """A project of a dozen documents in `folder/project`. Its states are saved in `folder/states`.
 
-    It is always at this one path, since MLflow's store holds absolute paths. All processes below are children of this
-    one, also those that lose their parent.
+    Its path never changes, because MLflow's store contains absolute paths. All processes that it starts are children of
+    this one, even if they lose their parent.
     """
 
     def __init__(self, folder: Path, text: str | None = None, **params: object) -> None:
@@ -156,7 +156,7 @@ class TinyProject:
         _copy_changed(self.path, self.states / state)
 
     def restore(self, state: str) -> None:
-        """The project as it was saved; whatever a trial left goes."""
+        """Restore a saved state of the project, and remove what a trial left."""
         for entry in sorted(self.path.iterdir()):
             if entry.name not in ("params.yaml", "dvc.yaml", "data", ".git", ".gitignore", ".dvc", ".dvcignore"):
                 _remove(entry)
@@ -168,12 +168,12 @@ class TinyProject:
         (self.path / "reports").mkdir(exist_ok=True)
 
     def remove_outs(self, stage: str) -> None:
-        """As DVC does before it runs a stage."""
+        """Remove the outputs of a stage, as DVC does before it runs the stage."""
         for name in self.outs[stage]:
             _remove(self.path / name)
 
     def call(self, module: str, function: str) -> Ended:
-        """Call a function of the project's code without arguments, in a process of its own."""
+        """Call a function of the project's code without arguments, in a separate process."""
         return self._fork(lambda: getattr(importlib.import_module(module), function)(), Fault()).wait()
 
     def run(self, stage: str, fault: Fault | None = None, **options: Any) -> Ended:
@@ -211,9 +211,12 @@ class TinyProject:
             return Running(pid, said, counters, started)
         code = 70
         try:
+            for signum in (signal.SIGINT, signal.SIGTERM):  # until the stage begins, signals end the process at once
+                signal.signal(signum, signal.SIG_DFL)
             os.setsid()
             self._become_a_process_of_the_project(said, environment or {})
             install(fault, self.path, counters, self.trace if trace else None)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             code = _run_to_the_end(act)
             if learned:
                 learned.write_text(json.dumps({"modules": list(sys.modules), "charts": _charts}))
@@ -226,8 +229,6 @@ class TinyProject:
         os.dup2(file, 2)
         os.chdir(self.path)
         os.environ |= {"DVC_ROOT": str(self.path), "TMPDIR": str(self.folder), "GPTPIPE_WORKERS": "1", **environment}
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Running:
@@ -238,7 +239,7 @@ class Running:
         self._status: int | None = None
 
     def wait_until_stopped(self) -> bool:
-        """Wait until the process has stopped itself by SIGSTOP; returns False if it ended before."""
+        """Wait until SIGSTOP has stopped the process; returns False if it ended before."""
         _, status = os.waitpid(self.pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
             self._status = status
@@ -248,7 +249,10 @@ class Running:
         os.kill(self.pid, signal.SIGCONT)
 
     def wait(self, *, reap_all: bool = True) -> Ended:
-        """Raises TimeoutError where it takes too long; it is killed then. `reap_all`: no other process is at work."""
+        """Wait for the end. Raises TimeoutError after `LIMIT` seconds and kills the process.
+
+        `reap_all`: also wait for its orphans; possible only if no other stage runs.
+        """
         while self._status is None:
             found, status = os.waitpid(self.pid, os.WNOHANG)
             if found:
@@ -261,7 +265,9 @@ class Running:
             else:
                 time.sleep(0.002)
         seconds, code = time.monotonic() - self._started, os.waitstatus_to_exitcode(self._status)
-        said = self._said.read_text(errors="replace") if self._said.exists() else ""  # killed before it opened it
+        said = (
+            self._said.read_text(errors="replace") if self._said.exists() else ""
+        )  # it may be killed before it opens the file
         self._said.unlink(missing_ok=True)
         orphans = _end_orphans() if reap_all else ()
         return Ended(code, said, self.counters.operations, self.counters.optimizer_steps, seconds, orphans)
@@ -271,14 +277,14 @@ class Running:
         time.sleep(seconds)
         for name in signals:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.Signals[name])  # not reaped before wait(): the number is no other process
+                os.kill(self.pid, signal.Signals[name])  # no other process can have this number before wait()
             time.sleep(0.05 if len(signals) > 1 else 0)
 
 
 def _end_orphans() -> tuple[int, ...]:
-    """Processes that a stage left behind, after a moment in which they may end on their own.
+    """Kill the processes that a stage left behind and that do not end within 5 seconds; returns their numbers.
 
-    They are children of this process by then, which is a subreaper.
+    They have become children of this process, which is a subreaper.
     """
     deadline = time.monotonic() + 5
     while (left := _children()) and time.monotonic() < deadline:
@@ -298,7 +304,7 @@ def _children() -> tuple[int, ...]:
 
 
 def _run_to_the_end(act: Callable[[], object]) -> int:
-    """Act as a program does, up to the end of the interpreter; returns the exit code."""
+    """Run `act` and what follows it in a program, up to the end of the interpreter; returns the exit code."""
     code = _code_of(act)
     code = _code_of(threading._shutdown) or code  # type: ignore[attr-defined]
     code = _code_of(atexit._run_exitfuncs) or code
@@ -319,7 +325,7 @@ def _code_of(act: Callable[[], object]) -> int:
 
 
 def _outs(path: Path) -> dict[str, list[str]]:
-    """What each stage makes, from dvc.yaml."""
+    """The outputs of each stage, from dvc.yaml."""
     stages = YAML(typ="safe", pure=True).load(path)["stages"]
     outs: dict[str, list[str]] = {}
     for name, stage in stages.items():

@@ -1,4 +1,4 @@
-"""The short campaign: some of every kind of fault in every stage. `python -m tests.campaign` has all of them."""
+"""The short campaign: a few faults of every kind in every stage. `python -m tests.campaign` runs many more."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from campaign.plan import plan
 from campaign.project import STAGES
 
 SEED = 14
-# Trials of each kind, by how long the stage takes.
+# Number of trials of each kind; fewer for the slow stages.
 QUICK = {"kill": 5, "cut": 4, "fail": 4, "damage": 6, "leftover": 2, "race": 1}
 TRAIN = {"kill": 5, "cut": 2, "fail": 2, "damage": 4, "leftover": 2, "race": 1}
 EVALUATE = {"kill": 4, "cut": 0, "fail": 2, "damage": 5, "leftover": 1, "race": 1}
@@ -17,7 +17,7 @@ COUNTS = {**dict.fromkeys(STAGES, QUICK), "train": TRAIN, "evaluate": EVALUATE}
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", QUICK)
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_a_fault_and_a_rerun_all_is_as_if_nothing_had_been(worker: Worker, stage: str, kind: str) -> None:
+def test_a_rerun_after_a_fault_ends_like_an_undisturbed_run(worker: Worker, stage: str, kind: str) -> None:
     trials = plan(worker.hello, {kind: COUNTS[stage][kind]}, {stage, kind}, SEED)
     results = map(worker.try_out, trials)
     if differing := [shown(result) for result in results if result["differences"]]:

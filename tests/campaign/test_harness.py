@@ -1,4 +1,4 @@
-"""The harness itself: what its faults do, and that its checks can fail."""
+"""Tests of the harness: its faults have the described effect, and its checks can fail."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def _write(path: Path, *, sync_file: bool = True, sync_folder: bool = True) -> N
 
 
 def in_a_fork(act: object, fault: Fault, root: Path, trace: Path | None = None) -> tuple[int, int]:
-    """Exit code of a process that acts under a fault (1 for an OSError), and its operations."""
+    """The exit code of a process that acts under a fault (1 for an OSError), and its number of operations."""
     counters = Counters()
     pid = os.fork()
     if not pid:
@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def contents_after_cuts(root: Path, name: str, after: int) -> set[bytes | None]:
-    """What `data/file` may contain after a power cut at operation `after`; None where it does not exist."""
+    """What `data/file` may contain after a power cut at operation `after`; None if it does not exist."""
     before, killed, trace = (root.parent / other for other in ("before", "killed", "trace"))
     for folder in (root, before, killed):
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,8 +82,8 @@ def contents_after_cuts(root: Path, name: str, after: int) -> set[bytes | None]:
     return contents
 
 
-def test_a_power_cut_shows_each_way_to_write_a_file_wrongly(root: Path) -> None:
-    """All or nothing at every moment, and everything once it is done: only the project's way guarantees both."""
+def test_a_power_cut_reveals_each_wrong_way_to_write_a_file(root: Path) -> None:
+    """Only the project's way is atomic at every moment, and durable afterwards."""
     outcomes = {}
     for name, write in WRITERS.items():
         _, n_operations = in_a_fork(partial(write, root / "data/file"), Fault(), root)
@@ -96,8 +96,8 @@ def test_a_power_cut_shows_each_way_to_write_a_file_wrongly(root: Path) -> None:
     assert not outcomes["under its final name"][0]
 
 
-def test_every_operation_is_met_once(root: Path) -> None:
-    """open, write, fsync, rename, fsync of the folder: five, and each can end the process."""
+def test_every_operation_is_counted_once(root: Path) -> None:
+    """Five operations: open, write, fsync, rename, fsync of the folder. A kill is possible before each."""
 
     def act() -> None:
         write_bytes(root / "data/file", b"content")
@@ -127,7 +127,7 @@ def test_every_operation_can_fail(root: Path, how: str, error: str) -> None:
         assert leftovers(root) == set()
 
 
-def test_damage_is_damage(tmp_path: Path) -> None:
+def test_every_kind_of_damage_changes_the_folder(tmp_path: Path) -> None:
     for way in WAYS:
         folder = tmp_path / way
         older = folder / "older"
@@ -140,7 +140,7 @@ def test_damage_is_damage(tmp_path: Path) -> None:
         assert {file.name: file.read_text(errors="replace") for file in folder.iterdir() if file.is_file()} != before
 
 
-def test_the_checks_see_what_is_wrong(root: Path) -> None:
+def test_the_checks_report_what_is_wrong(root: Path) -> None:
     with new_folder(root / "data/raw", {}) as folder:
         write_bytes(folder.path / "a", b"content")
     manifest = root / "data/raw/manifest.json"

@@ -1,4 +1,4 @@
-"""A stage whose parent is killed, with real processes. The long campaign has more trials of this kind."""
+"""A stage whose parent is killed, with real processes. `python -m tests.campaign` has more trials of this kind."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ def projects(tmp_path_factory: pytest.TempPathFactory, reproduced: Path) -> Real
     return RealProjects(tmp_path_factory.mktemp("real"), reproduced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0.15, 0.6, 1.0])
-def test_a_stage_whose_parent_is_killed_does_not_disturb_the_next(projects: RealProjects, at: float) -> None:
+def test_a_stage_whose_parent_is_killed_does_not_disturb_the_next_run(projects: RealProjects, at: float) -> None:
     assert try_out_for_real({"kind": "orphan", "at": at}, projects)["differences"] == []

@@ -1,6 +1,6 @@
-"""One function for each kind of trial: a fault, a rerun, and what differs then from a run that was never disturbed.
+"""One function for each kind of trial: a fault, a rerun, and the differences from an undisturbed run.
 
-A trial is a plain dict, so that it can be written down and repeated:
+A trial is a plain dict, so that it can be logged and repeated:
 
     {"kind": "kill", "stage": "train", "at": 37, "signals": ["SIGKILL"]}
 """
@@ -41,7 +41,7 @@ from campaign.project import (
 )
 
 Trial = dict[str, Any]
-# Files that each stage reads and must not believe; evaluate also reads what training left in reports/.
+# Files that each stage reads and must check. Stage evaluate also reads what stage train wrote to reports/.
 READS = {
     "tokenize": ("data/raw",),
     "split": ("data/raw", "data/tokens"),
@@ -61,7 +61,7 @@ READS = {
 
 @dataclass(frozen=True)
 class Expected:
-    """What an undisturbed run of a stage leaves."""
+    """The results of an undisturbed run of a stage."""
 
     files: dict[str, str]
     record: Recorded
@@ -69,10 +69,10 @@ class Expected:
 
 
 class Laboratory:
-    """The tiny project before and after each stage, what an undisturbed run makes, and trials on it."""
+    """The tiny project before each stage, the results of an undisturbed run, and trials on it."""
 
     def __init__(self, folder: Path, last_stage: str = STAGES[-1]) -> None:
-        """`last_stage`: no stage after it is tried; what it does not need is not imported."""
+        """Stages after `last_stage` are not tried, and what only they need is not imported."""
         self.stages = STAGES[: STAGES.index(last_stage) + 1]
         import_pipeline(trains="train" in self.stages)
         self.project = TinyProject(folder)
@@ -82,7 +82,7 @@ class Laboratory:
         self._build()
 
     def _build(self) -> None:
-        """Run each stage undisturbed; train and evaluate twice, the first time to learn what they import."""
+        """Run each stage undisturbed. Run train and evaluate twice, the first time to learn what they import."""
         project, learned = self.project, self.project.folder / "learned"
         self.optimizer_steps = 0
         for stage in self.stages:
@@ -97,7 +97,7 @@ class Laboratory:
                     remember_packages()
                     remember_charts()
                 project.restore(stage)
-            ended = project.run(stage, Fault("cut"), trace=True)  # at operation 0: never
+            ended = project.run(stage, Fault("cut"), trace=True)  # at operation 0, which means never
             _demand(ended)
             if stage == "train":
                 training = read_trace(project.trace)
@@ -111,7 +111,7 @@ class Laboratory:
             self._build_rarer_states(training)
 
     def _build_rarer_states(self, training: list[Record]) -> None:
-        """A training that was stopped after its third checkpoint; one whose record waits in the outbox."""
+        """Save two more states: a training killed after its third checkpoint, and one whose record is in the outbox."""
         project, third = self.project, f"step-{3 * SAVE_EVERY:08d}"
         named = next(i for i, (_, _, new_name, _) in enumerate(training, 1) if new_name.endswith(third))
         project.restore("train")
@@ -124,7 +124,7 @@ class Laboratory:
 
     @property
     def older(self) -> Path:
-        """Files of another run, of another corpus and seed; made when first needed."""
+        """The project of another run, with another corpus and other parameters; made when first needed."""
         folder = self.project.folder / "older"
         if not folder.exists():
             text = "\n\n\n".join(documents().split("\n\n\n")[:-1])
@@ -134,20 +134,20 @@ class Laboratory:
         return folder / "project"
 
     def try_out(self, trial: Trial) -> dict[str, Any]:
-        """Run a trial; returns it with its `differences`, of which there should be none."""
+        """Run a trial; returns it with its `differences`. There should be none."""
         chance = random.Random(str(sorted(trial.items())))
         started = time.monotonic()
         try:
             differences = _KINDS[trial["kind"]](self, trial, chance)
         except TimeoutError as error:
             differences = [f"I5: {error}"]
-        except Exception as error:  # the harness itself: one trial must not end the campaign
+        except Exception as error:  # a fault of the harness in one trial must not end the campaign
             traceback.print_exc()
             differences = [f"harness: {type(error).__name__}: {error}"]
         return {"trial": trial, "differences": differences, "seconds": round(time.monotonic() - started, 2)}
 
     def begin(self, trial: Trial) -> None:
-        """The state before the stage, as DVC leaves it: without what the stage makes."""
+        """Restore the state before the stage, without the outputs of the stage, which DVC removes."""
         self.project.restore(trial.get("state", trial["stage"]))
         self.project.remove_outs(trial["stage"])
 
@@ -156,19 +156,19 @@ class Laboratory:
         return self.project.run(stage)
 
     def finish(self, stage: str, steps_before: int = 0, n_faults: int = 1) -> list[str]:
-        """Rerun undisturbed, then compare with the run that was never disturbed."""
+        """Rerun without a fault, and compare the result with that of an undisturbed run."""
         ended = self.rerun(stage)
         differences = [f"rerun: {broken}" for broken in broken_promises_of_an_end(ended, {0})]
         steps = steps_before + ended.optimizer_steps
         per_step = 2  # optimizers: Muon for matrices, AdamW for the rest
         if stage == "train" and steps > self.optimizer_steps + n_faults * SAVE_EVERY * per_step:
-            differences.append(f"I7: {steps // per_step} optimizer steps in all: something was trained twice")
+            differences.append(f"I7: {steps // per_step} optimizer steps in total: steps were trained twice")
         return differences + self.compare(stage)
 
     def compare(self, stage: str, left: frozenset[str] = frozenset()) -> list[str]:
-        """What differs from the undisturbed run; files in `left` may be left behind."""
+        """The differences from the undisturbed run; files in `left` may be left behind."""
         expected = self.expected[stage]
-        if stage == "train":  # which steps are kept depends on where it was stopped; evaluate removes them all
+        if stage == "train":  # the steps that are kept depend on where it was stopped; stage evaluate removes them
             left |= {name for name in leftovers(self.project.path) if re.search(r"/(step|best)-\d+$", name)}
         broken = broken_promises_of_files(self.project.path, expected.files, expected.left | left)
         return broken + broken_promises_of_the_record(self.project.path, expected.record)
@@ -180,7 +180,7 @@ def _demand(ended: Ended) -> None:
 
 
 def kill(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
-    """Signals at one operation, or some time after the start; with `again`, also while the rerun is at work."""
+    """Send signals at one operation, or some time after the start; with `again`, also during the rerun."""
     stage, signals = trial["stage"], tuple(trial["signals"])
     lab.begin(trial)
     differences, steps = [], 0
@@ -199,13 +199,13 @@ def kill(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
         steps += ended.optimizer_steps
         codes = set().union(*(CODES[name] for name in signals)) if was_hit else {0}
         if stage == "train" and "SIGKILL" not in signals:
-            codes |= {0}  # a signal after the last step: nothing is left to stop, and the stage ends as usual
+            codes |= {0}  # after the last step there is nothing to stop, and the stage ends normally
         differences += broken_promises_of_an_end(ended, codes) + unsound(lab.project.path)
     return differences + lab.finish(stage, steps, len(faults))
 
 
 def cut(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
-    """The power goes at one operation: what was not synced is lost, or kept in part, or out of order."""
+    """Cut the power at one operation: what was not synced is lost, or kept in part, or reordered."""
     stage = trial["stage"]
     lab.begin(trial)
     before = lab.project.folder / "before the cut"
@@ -219,7 +219,7 @@ def cut(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
 
 
 def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
-    """One operation fails, or all from it on. A store that fails may be said in a warning: the record waits then."""
+    """Let one operation fail, or all from it on. If the store fails, a warning suffices: the record waits."""
     stage = trial["stage"]
     lab.begin(trial)
     fault = Fault(trial["how"], trial["at"], error=trial["error"], for_ever=trial.get("for_ever", False))
@@ -227,7 +227,7 @@ def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
     differences = broken_promises_of_an_end(ended, {0, 5}) + unsound(lab.project.path)
     if ended.code or (stage == "evaluate" and "warning" in ended.said):
         return differences + lab.finish(stage, ended.optimizer_steps)
-    if stage == "train":  # what waits goes out with the next command that logs
+    if stage == "train":  # the next command that logs sends what waits
         sent = lab.project.call("gptpipe.record.run", "send_outbox")
         differences += broken_promises_of_an_end(sent, {0})
     # A disk that refuses to remove a temporary folder or a free lock: the next evaluation, or the doctor, removes it.
@@ -236,8 +236,10 @@ def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
 
 
 def damaged(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
-    """A file that a stage reads is damaged. The stage says so with code 4 (3 for what only a user can have put there),
-    or the damage changes nothing. With the file as it was, it ends as if nothing had been."""
+    """Damage a file that a stage reads. The stage exits with code 4, or the damage changes no result.
+
+    After the file is restored, the result is that of an undisturbed run.
+    """
     stage, name = trial["stage"], trial["file"]
     lab.begin(trial)
     path = lab.project.path / name
@@ -247,7 +249,7 @@ def damaged(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     ended = lab.project.run(stage)
     differences = broken_promises_of_an_end(ended, {0, 4})
     if ended.optimizer_steps and ended.code:
-        differences.append(f"I5: {ended.optimizer_steps} optimizer steps on what is damaged")
+        differences.append(f"I5: {ended.optimizer_steps} optimizer steps on damaged data")
     if ended.code == 4 and path.name not in ended.said and str(Path(name).parent) not in ended.said:
         differences.append(f"I5: the message does not name the file: {ended.said.strip()[-200:]}")
     path.with_name(f"copy-of-{path.name}").unlink(missing_ok=True)
@@ -255,14 +257,14 @@ def damaged(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
         file.write_bytes(content)
     if ended.code == 0:
         return [*differences, *(f"believed: {broken}" for broken in lab.compare(stage))]
-    if chance.random() < 0.25:  # the file is as it was: only what the failed run left could differ
+    if chance.random() < 0.25:  # only what the failed run left could make a difference
         return differences + lab.finish(stage)
     left = leftovers(lab.project.path) - leftovers(lab.project.states / stage)
     return differences + [f"I4: left behind: {name}" for name in sorted(left)[:5]]
 
 
 def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
-    """A stage is killed, and a file of what it left to resume from is damaged. The rerun notices."""
+    """Kill a stage and damage a file that it left to resume from. The rerun detects it."""
     stage = trial["stage"]
     lab.begin(trial)
     if "at" in trial:
@@ -279,7 +281,7 @@ def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
         damage(path, trial["way"] if trial["way"] != "all" else "cut", chance)
     ended = lab.rerun(stage)
     differences = broken_promises_of_an_end(ended, {0, 4})
-    if ended.code == 4:  # no checkpoint is sound: the message says to remove the folder, which makes another run
+    if ended.code == 4:  # no checkpoint is sound: the message says to remove the folder, which starts a new run
         shutil.rmtree(lab.project.path / ".gptpipe/checkpoints")
         differences += broken_promises_of_an_end(lab.rerun(stage), {0})
         return differences + broken_promises_of_files(
@@ -289,7 +291,7 @@ def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
 
 
 def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
-    """The record of a training waits in the outbox, and is damaged. The next command that logs says which file."""
+    """Damage the record of a training in the outbox. The next command that logs names the file."""
     lab.begin({"stage": "evaluate", "state": "waiting record"})
     (path,) = (lab.project.path / ".gptpipe/outbox").glob("*.jsonl")
     if not damage(path, trial["way"], chance):
@@ -297,22 +299,22 @@ def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     ended = lab.project.run("evaluate")
     differences = broken_promises_of_an_end(ended, {0, 4})
     is_named = path.name in ended.said or path.stem in ended.said
-    if not is_named and trial["way"] not in ("gone", "edit"):  # an edit may well be a number that nothing protects
+    if not is_named and trial["way"] not in ("gone", "edit"):  # an edit may change a number that nothing protects
         differences.append(f"I5: nothing names the damaged record: {ended.said.strip()[-200:]}")
     return differences + unsound(lab.project.path)
 
 
 def race(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
-    """A stage is held at one operation while the same stage is started a second time, by hand; then it goes on.
+    """Stop a stage at one operation, start the same stage a second time, then let the first one continue.
 
-    The second does the work, or says within 5 s who is at it. Either way the result is that of one run.
+    The second one does the work, or names the first one within 5 s. In both cases the result is that of one run.
     """
     stage = trial["stage"]
     lab.begin(trial)
     first = lab.project.start(stage, Fault("signal", trial["at"], ("SIGSTOP",)))
     is_held = first.wait_until_stopped()
     locks = [*lab.project.path.rglob(".*.lock")]
-    is_named = all(lock.read_text() for lock in locks)  # else it was stopped before it could write its name
+    is_named = all(lock.read_text() for lock in locks)  # otherwise it was stopped before it wrote its name
     second = lab.project.start(stage).wait(reap_all=False)
     if is_held:
         first.go_on()

@@ -1,9 +1,9 @@
-"""A process that has imported everything once: reads a trial a line as JSON, and answers each with its result.
+"""A process that imports everything once. It reads one trial per line as JSON, and answers with the result.
 
     python -m campaign.worker FOLDER LAST_STAGE
 
 It has one thread and forks for each run of a stage. Orphans of its children become its own children, so that it can
-find and end them.
+find and kill them.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything prints is not an answer
+    os.dup2(2, 1)  # so that nothing that is printed is read as an answer
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
     from campaign.trials import READS, Laboratory, files_read

@@ -365,7 +365,7 @@ def test_a_batch_is_limited_even_if_a_chunk_has_many_texts(
     """A chunk can have a quarter of a million blank lines, and each becomes a rejection."""
     (tmp_path / "a.txt").write_text("\n" * 100_000 + "text\n")
     clean, sizes = candidates.clean, list[int]()
-    monkeypatch.setattr(candidates, "clean", lambda texts, params: sizes.append(len(texts)) or clean(texts, params))
+    monkeypatch.setattr(candidates, "clean", lambda texts, *a, **k: sizes.append(len(texts)) or clean(texts, *a, **k))
     source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
     assert collect(collect_params(source), tmp_path / "raw")["rejected_empty"] == 100_000
     assert sum(sizes) == 100_001
@@ -396,6 +396,7 @@ def test_errors_and_texts_after_a_limit_have_no_effect(
         collect(collect_params(limited | {"max_documents": 4}), tmp_path / "raw")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("kind", ["text", "parquet"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:

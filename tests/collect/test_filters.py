@@ -57,6 +57,23 @@ def test_a_filter_rejects_values_beyond_its_limit(name: str, setting: Any, good:
     assert fault(bad, filters()) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "人人生而自由。他们有理性\uff01「是。」",
+        "सब स्वतन्त्र हैं। सब समान हैं॥ हाँ।",
+        "هل هذا صحيح؟ نعم. جيد؟",
+        "ሰው ነው። ነጻ ነው፧ አዎ።",
+        "មនុស្ស។ សេរី។ បាទ៕",
+    ],
+)
+def test_sentences_end_in_other_scripts_too(text: str) -> None:
+    assert fault(text, filters(sentences=3)) is None
+    assert fault(text, filters(sentences=4)) == ("sentences", "3, allowed is at least 4")
+    lines = f"{text}\nmenu\n「{text}」"
+    assert without_boilerplate(lines, filters(drop_lines_unfinished=True)) == lines.replace("menu\n", "")
+
+
 @pytest.mark.parametrize(("name", "setting", "good", "bad", "value"), CHARACTERS)
 def test_repetition_is_counted_in_characters(name: str, setting: Any, good: str, bad: str, value: float) -> None:
     assert fault(good, filters(**{name: setting})) is None

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 CLI = ("-m", "gptpipe.commands.cli")
 
 
-def python(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this checkout, also where another is installed
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -53,12 +53,16 @@ def test_help_lists_every_command_in_one_line(
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_generate_continues_the_prompt(model: str) -> None:
-    command = (*CLI, "generate", "the cat", "--model", model, "--max-new-tokens", "8")
-    first, again, other_seed = python(*command), python(*command), python(*command, "--seed", "1")
+def test_generate_continues_the_prompt(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes print the same with the same seed: a new one and this one."""
+    command = ("generate", "the cat", "--model", model, "--max-new-tokens", "8")
+    first = python(*CLI, *command)
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.startswith("the cat")
-    assert first.stdout == again.stdout != other_seed.stdout
+    _dispatch(command)
+    assert capsys.readouterr().out == first.stdout
+    _dispatch([*command, "--seed", "1"])
+    assert capsys.readouterr().out != first.stdout
 
 
 def test_generate_answers_prompts_on_a_terminal(model: str) -> None:
@@ -124,24 +128,34 @@ def test_generate_needs_either_prompt_or_interactive(arguments: list[str]) -> No
 def test_generate_rejects_invalid_options(
     model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
 ) -> None:
+    assert fails_with_one_line(capsys, "generate", "--model", model, *arguments)[0] == code
+
+
+def fails_with_one_line(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:
+    """The exit code of a command that fails, and its only line of output."""
     with pytest.raises(SystemExit) as ended:
-        run(lambda: _dispatch(["generate", "--model", model, *arguments]))
+        run(lambda: _dispatch(command))
     output = capsys.readouterr()
-    assert (ended.value.code, output.out, len(output.err.splitlines())) == (code, "", 1)
+    (line,) = output.err.splitlines()
+    assert output.out == ""
+    return int(ended.value.code or 0), line
 
 
-def test_generate_without_a_model_is_one_line(tmp_path: Path) -> None:
+def test_generate_without_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "none")
-    result = python(*CLI, "generate", "hello", "--model", missing)
-    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
-    assert missing in result.stderr
+    code, line = fails_with_one_line(capsys, "generate", "hello", "--model", missing)
+    assert code == 4
+    assert missing in line
 
 
-def test_plan_without_a_split_is_one_line_with_advice(tmp_path: Path) -> None:
+def test_plan_without_a_split_is_one_line_with_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    result = python(*CLI, "plan", folder=tmp_path)
-    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (4, "", 1)
-    assert "dvc repro" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    code, line = fails_with_one_line(capsys, "plan")
+    assert code == 4
+    assert "dvc repro" in line
 
 
 @pytest.mark.parametrize("stage", ["collect", "tokenize", "split", "train", "evaluate"])

@@ -23,11 +23,9 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Project:
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("project")
-        patch.setenv("DVC_ROOT", str(root))
-        project = Project(root, toy_split)
-        project.train(tiny.params())
+    """A project after stage train."""
+    project = Project(tmp_path_factory.mktemp("project"), toy_split)
+    project.train(tiny.params())
     return project
 
 

@@ -14,7 +14,7 @@ from gptpipe.params import Params
 
 pytestmark = pytest.mark.usefixtures("project")
 
-SAMPLES = (0.3, 0.6, 0.9)  # fractions of all writes at which the quick test interrupts
+SAMPLES = (0.3, 0.6, 0.9)  # the usual test interrupts at these fractions of all writes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,6 +50,7 @@ STRIDE = int(os.environ.get("GPTPIPE_TEST_STRIDE", "0"))
 CASES = list(product((True, False), ("kill", "stop"))) if STRIDE else [(True, "stop"), (False, "kill")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("is_known", "fault"), CASES)
 def test_a_registration_interrupted_at_some_writes_is_completed_by_a_rerun(
     registration: Registration, fault: str

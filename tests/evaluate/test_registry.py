@@ -48,6 +48,7 @@ def another(model: Path) -> None:
             write_bytes(new.path / name, text)
 
 
+@pytest.mark.slow
 def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(params: Params, model: Path) -> None:
     assert "the first champion" in evaluate(params, model, None, 2.0)
     assert champion() == "1"

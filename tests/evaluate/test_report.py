@@ -33,20 +33,17 @@ TITLES = [
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
     """The reports of a short training whose prompt is markup, and which raises a red flag."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("project")
-        patch.setenv("DVC_ROOT", str(root))
-        project = Project(root, toy_split)
-        hostile = ("<script>hostile()</script>\n```\n# the\n[a](javascript:b) \x1b[31m",)
-        params = tiny.params(
-            train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None, evaluate__prompts=hostile
-        )
-        project.train(params)
-        folder = root / "reports"
-        evaluation = evaluate_model(root / "models/gpt", toy_split, folder, params.evaluate, params.seed)
-        counts = read_manifest(toy_split.parent / "raw").counts
-        training = read_training_reports(folder, root / "models/gpt")
-        write_report(folder, training, params, evaluation.split, counts, "run-1", draw_charts(folder, training))
+    project = Project(tmp_path_factory.mktemp("project"), toy_split)
+    hostile = ("<script>hostile()</script>\n```\n# the\n[a](javascript:b) \x1b[31m",)
+    params = tiny.params(
+        train__sample_prompts=("<b>the</b>",), train__lr=3.0, train__grad_clip=None, evaluate__prompts=hostile
+    )
+    project.train(params)
+    model, folder = project.root / "models/gpt", project.root / "reports"
+    evaluation = evaluate_model(model, toy_split, folder, params.evaluate, params.seed)
+    counts = read_manifest(toy_split.parent / "raw").counts
+    training = read_training_reports(folder, model)
+    write_report(folder, training, params, evaluation.split, counts, "run-1", draw_charts(folder, training))
     return folder
 
 

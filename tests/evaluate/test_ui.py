@@ -1,8 +1,9 @@
-"""MLflow's pages of a toy run in a browser, as `mlflow ui` without options shows them."""
+"""MLflow's pages of a toy run in a browser, as `mlflow ui` shows them."""
 
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,10 +42,11 @@ CHARTS = [
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple[Path, str]:
+def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path, fresh_store: Path) -> tuple[Path, str]:
     """The root of a project after stages train and evaluate of an experiment, and the id of the run."""
     root = tmp_path_factory.mktemp("recorded")
     (root / ".dvc").mkdir()
+    shutil.copy(fresh_store, root / "mlflow.db")
     params = tiny.params()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -62,6 +64,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> tuple
     return root, run_id
 
 
+@pytest.mark.slow
 def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     root, run_id = recorded
     monkeypatch.chdir(root)
@@ -71,18 +74,20 @@ def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: p
 
 @pytest.fixture(scope="module")
 def ui(recorded: tuple[Path, str]) -> Iterator[str]:
-    """The address of `mlflow ui`, started in the root; only the port is set, so that tests do not collide."""
+    """The address of `mlflow ui`, started in the root.
+
+    Only the port, so that tests do not collide, and one worker instead of four, each of which imports MLflow anew.
+    """
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
+    variables = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    variables["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # job execution would start a dozen processes
     with (recorded[0] / "ui.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
+            [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"],
             cwd=recorded[0],
-            env={
-                **{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"},
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            },  # it would start a dozen processes
+            env=variables,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -110,6 +115,7 @@ def shows(browser: Any, *words: str) -> None:  # noqa: F811
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_pages_of_a_run_and_of_its_model_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
     run_id = recorded[1]

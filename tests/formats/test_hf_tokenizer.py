@@ -1,6 +1,7 @@
 """tokenizer.json: the libraries `tokenizers` and `transformers` give the same ids as tiktoken."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import tiktoken
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from gptpipe.formats.hf_tokenizer import merges_of, save_tokenizer_json, to_tokenizer_json
-from gptpipe.formats.tokenizer import Tokenizer, byte_letters
+from gptpipe.formats.tokenizer import PATTERN, Tokenizer, byte_letters
 from gptpipe.tokenize.tokenizers import named_tokenizer, train_tokenizer
 
 AWKWARD = [
@@ -40,6 +41,9 @@ AWKWARD = [
     "a\u2028b\u2029c\x0bd\x0ce",
     "ǅ ʰ ⅷ ²³",
     "\U0010ffff\ue000",
+    "हिन्दी में २3 កម្ពុជា မြန်မာ ไทย\u0e31",
+    "\u0301 \u0301a'\u017f'S'\u212a \u0308\n\n\r\u0308",
+    " \n \n\n  x\n  ",
 ]
 
 
@@ -58,6 +62,22 @@ def test_the_same_ids_on_awkward_text(both: tuple[Tokenizer, HuggingFaceTokenize
         assert theirs.decode(ids, skip_special_tokens=False) == text
     assert theirs.get_vocab_size() == ours.vocab_size
     assert theirs.token_to_id("<|endoftext|>") == ours.end_of_text
+
+
+def test_pieces_are_the_same_for_characters_of_all_planes() -> None:
+    """Many pairs of bytes are tokens, so ids show where a piece ends. Among the characters are marks and digits."""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {bytes([i, j]): 256 + 64 * i + j // 4 for i in range(256) for j in range(0, 256, 4)}
+    special = {"<|endoftext|>": len(ranks)}
+    ours = Tokenizer(tiktoken.Encoding("x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
+    theirs = HuggingFaceTokenizer.from_str(json.dumps(to_tokenizer_json(ours)))
+    everything = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    characters = [
+        c for i, c in enumerate(everything) if (unicodedata.category(c)[0] in "MNZC" and i < 0xD800) or i % 97 == 0
+    ]
+    for i in range(0, len(characters), 4096):
+        text = "".join(f"a{c}b {c}1'{c}\n{c} " for c in characters[i : i + 4096])
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
 def test_a_piece_that_is_a_token_becomes_it_even_if_no_merge_leads_to_it() -> None:

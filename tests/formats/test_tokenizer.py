@@ -286,7 +286,23 @@ def test_the_longest_run_of_whitespace_after_cleaning_can_be_encoded(gpt2: Token
 def test_training_and_encoding_use_the_same_pattern(small: Tokenizer) -> None:
     assert small.pattern == tokenizer_module.PATTERN
     pieces = small.encoding.decode_tokens_bytes(small.encode("12345"))
-    assert all(len(piece) <= 2 for piece in pieces)  # digits by twos
+    assert all(len(piece) == 1 for piece in pieces)  # single digits
+
+
+def test_combining_marks_belong_to_words() -> None:
+    """In the earlier pattern each mark ended a word, so no token could contain two syllables of Hindi."""
+    trained = train_tokenizer(["हिन्दी में"] * 50, 276)
+    assert "हिन्दी".encode() in trained.ranks
+
+
+def test_a_model_with_the_earlier_pattern_loads(tmp_path: Path) -> None:
+    earlier = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
+    ranks = {bytes([i]): i for i in range(256)} | {b"12": 256}
+    special = {"<|endoftext|>": 257}
+    Tokenizer(tiktoken.Encoding("x", pat_str=earlier, mergeable_ranks=ranks, special_tokens=special)).save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("123") == [256, ord("3")]
 
 
 def test_ids_without_a_token_decode_to_nothing() -> None:

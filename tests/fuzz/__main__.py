@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--executions", type=int, default=1_000_000, help="in total, shared among the targets")
     parser.add_argument("--seconds", type=float, help="stop after this time")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds try equal inputs")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal inputs")
     parser.add_argument("--target", action="append", help="only this one; may be repeated")
     parser.add_argument("--findings", type=Path, default=HERE / "findings", help="folder for inputs that are findings")
     parser.add_argument("--coverage", action="store_true", help="guide one target by coverage; needs atheris")
@@ -32,7 +32,7 @@ def main() -> int:
         from .coverage import fuzz
 
         fuzz(*(options.target or ["jsonl"]), executions=options.executions, seconds=options.seconds, seed=options.seed)
-    # Imported once here, rather than in each forked worker that builds an optimizer or reads an outbox: seconds each.
+    # Imported here once: an import takes seconds in each forked worker that builds an optimizer or reads an outbox.
     import torch._dynamo  # noqa: F401
 
     import gptpipe.record.run  # noqa: F401
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _replayed(fuzzer: "Fuzzer", target: "Target") -> Iterator[str]:
-    """Inputs that were findings once, and are again."""
+    """Descriptions of earlier findings that are findings again."""
     paths = sorted((HERE / "findings" / target.name).glob("*"))
     outcomes = fuzzer.replay(target, [path.read_bytes() for path in paths])
     for path, outcome in zip(paths, outcomes, strict=True):

@@ -11,7 +11,7 @@ from random import Random
 
 
 def fuzz(name: str, *, executions: int, seconds: float | None, seed: int) -> None:
-    """Does not return."""
+    """Fuzz targets. Does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["gptpipe"]):

@@ -28,15 +28,15 @@ from .mutations import LONGEST, Mutation, mutate
 
 CHUNK = 1000  # executions of one worker
 HANG_SECONDS = 5  # of processor time
-_WAIT_SECONDS = 60  # without an end of an execution, however little the processor works: it waits for something
-_MOST_SEEDS = 400  # of a chunk
-_LONGEST_KEPT = 5000  # bytes of a finding in the project
+_WAIT_SECONDS = 60  # limit for one execution, which may wait for something without using the processor
+_MOST_SEEDS = 400  # in a chunk
+_LONGEST_KEPT = 5000  # bytes of a finding that is saved in the project
 _SHRINK_SECONDS = 5  # for one finding
 
 
 @dataclass(frozen=True)
 class Target:
-    """One parser. `make` writes what lies around the input into a folder and returns seeds; `execute` parses an input
+    """One parser. `make` writes the files around the input into a folder and returns seeds; `execute` parses an input
     and runs in a copy of that folder.
     """
 
@@ -44,16 +44,16 @@ class Target:
     share: int  # of all executions, compared with the shares of other targets
     make: Callable[[Path], list[bytes]]
     execute: Callable[[bytes], object]
-    errors: tuple[type[GptpipeError], ...]  # that it documents
+    errors: tuple[type[GptpipeError], ...]  # the errors that it documents
     mutations: tuple[Mutation, ...] = ()
-    memory: int = 256 << 20  # bytes above what the worker holds at its start
-    # Parses the same input the way the pipeline does, in a process of its own: a crash of `execute` is none of it.
+    memory: int = 256 << 20  # limit in bytes, above the memory of the worker at its start
+    # Parses the same input the way the pipeline does, in a separate process; a crash of `execute` is not one of it.
     guarded: Callable[[bytes], object] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an input did. `place` tells outcomes apart; a finding has a `fault`."""
+    """The outcome of an input. `place` identifies equal outcomes; a finding has a `fault`."""
 
     place: str
     fault: str = ""
@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass
 class Tally:
-    """Figures of one target."""
+    """Statistics of one target."""
 
     executions: int = 0
     rejected: int = 0
@@ -86,7 +86,7 @@ def examine(target: Target, content: bytes, execute: Callable[[bytes], object] |
         if memory is not None:
             return Outcome(f"memory {place}", f"asks for more memory than is there: {str(memory)[:200]}")
         return Outcome(place)
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         return Outcome(_place(error), _described(error))
     return Outcome("")
 
@@ -98,7 +98,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException) -> str:
-    """Class and place of an error and of what caused it; of each, the last line of this project and the very last."""
+    """Class and place of an error and of its cause: the last line of this project, and the last line of all."""
     parts = []
     for one in (error, list(_chain(error))[-1]):
         frames = traceback.extract_tb(one.__traceback__)
@@ -115,7 +115,7 @@ def _described(error: BaseException) -> str:
 
 
 class _Shared:
-    """The input of the present execution, for the parent to read after a crash."""
+    """The input of the current execution, for the parent to read after a crash."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, LONGEST + 16)
@@ -130,7 +130,7 @@ class _Shared:
 
 
 def _limits(target: Target) -> None:
-    """No core dump, and no more addresses than the memory limit and what libraries reserve without using it."""
+    """Disable core dumps, and limit the address space to the memory limit plus what libraries reserve unused."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + target.memory + (2 << 30)
@@ -138,14 +138,14 @@ def _limits(target: Target) -> None:
 
 
 def _allow_seconds() -> None:
-    """SIGXCPU ends this process after HANG_SECONDS more of processor time; the system counts whole seconds."""
+    """Let SIGXCPU end this process after HANG_SECONDS more of processor time; the system counts whole seconds."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime) + HANG_SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
 def _in_scratch(target: Target, folder: Path, work: Callable[[], None]) -> None:
-    """In a worker: `work` in a copy of the target's folder, with its output thrown away."""
+    """In a worker: run `work` in a copy of the target's folder, and discard its output."""
     for descriptor in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -180,7 +180,7 @@ def _chunk(target: Target, seeds: Sequence[bytes], seed: int, numbers: range, sh
         if outcome.place not in places and len(corpus) < _MOST_SEEDS:
             corpus.append(content)
         places.add(outcome.place)
-        if figures.peak > target.memory:  # go on in a worker whose memory is fresh
+        if figures.peak > target.memory:  # continue in a worker with fresh memory
             break
     results.send((figures, figures.executions))
 
@@ -201,7 +201,7 @@ def _replay(target: Target, contents: Sequence[bytes], shared: _Shared, results:
 
 
 def _shrink(target: Target, place: str, content: bytes, shared: _Shared, results: Any) -> None:
-    """Leave out parts, large ones first, as long as the finding stays."""
+    """Remove parts, large ones first, as long as the finding stays the same."""
     ends, size, number = time.monotonic() + _SHRINK_SECONDS, len(content) // 2, 0
     while size and time.monotonic() < ends:
         start, before = 0, len(content)
@@ -219,7 +219,7 @@ def _shrink(target: Target, place: str, content: bytes, shared: _Shared, results
 
 @dataclass
 class _Worker:
-    """A forked process at work."""
+    """A forked worker process."""
 
     target: Target
     numbers: range
@@ -227,8 +227,8 @@ class _Worker:
     process: Any
     results: Connection
     started: float = field(default_factory=time.monotonic)
-    seen: int = -1  # number of the execution that it was at ...
-    seen_at: float = field(default_factory=time.monotonic)  # ... since then
+    seen: int = -1  # number of its current execution ...
+    seen_at: float = field(default_factory=time.monotonic)  # ... and when it started
 
     def is_stuck(self) -> bool:
         number = self.shared.read()[0]
@@ -237,7 +237,7 @@ class _Worker:
         return time.monotonic() - self.seen_at > _WAIT_SECONDS
 
     def death(self) -> str:
-        """How the worker ended, as a fault."""
+        """The fault that ended the worker."""
         code = self.process.exitcode
         if code == -signal.SIGXCPU:
             return f"hang: more than {HANG_SECONDS} s of processor time"
@@ -258,7 +258,7 @@ def _fork(target: Target, folder: Path, work: Callable[..., None], *arguments: A
 
 
 def _result(worker: _Worker) -> Any:
-    """What a worker that has ended sent; None if it died."""
+    """The result of a worker that has ended; None if it was killed."""
     with contextlib.suppress(EOFError, OSError):
         if worker.results.poll():
             return worker.results.recv()
@@ -266,7 +266,7 @@ def _result(worker: _Worker) -> Any:
 
 
 class Fuzzer:
-    """Executions of some targets. Call `close` at the end."""
+    """Fuzzes some targets. Call `close` at the end."""
 
     def __init__(self, targets: Sequence[Target], seed: int = 0, jobs: int = 1) -> None:
         self.targets, self.seed, self.jobs = list(targets), seed, jobs
@@ -284,7 +284,7 @@ class Fuzzer:
         return folder
 
     def _seeds(self, target: Target) -> list[bytes]:
-        """In another process: threads that a library starts in this one would be missing in its forks."""
+        """In another process, because forks would lack the threads that a library starts in this one."""
         receiver, sender = multiprocessing.Pipe(duplex=False)
         work = lambda: sender.send(target.make(self._folder(target)))  # noqa: E731
         process = multiprocessing.get_context("fork").Process(target=work)
@@ -295,11 +295,11 @@ class Fuzzer:
         return seeds
 
     def run(self, executions: int, seconds: float | None = None) -> None:
-        """So many executions, shared among the targets by their shares; fewer if the seconds are over."""
+        """Run this number of executions, divided among the targets by their shares; fewer if the time is over."""
         ends, total = time.monotonic() + (seconds or 1e9), sum(target.share for target in self.targets)
         waiting = self._chunks({t.name: max(1, executions * t.share // total) for t in self.targets})
         workers: list[_Worker] = []
-        again: list[tuple[Target, range]] = []  # what is left of chunks whose worker died
+        again: list[tuple[Target, range]] = []  # the rest of chunks whose worker died
         while True:
             while len(workers) < self.jobs and time.monotonic() < ends:
                 if (task := again.pop() if again else next(waiting, None)) is None:
@@ -319,7 +319,7 @@ class Fuzzer:
                     worker.process.kill()
 
     def _chunks(self, executions: dict[str, int]) -> Iterator[tuple[Target, range]]:
-        """Chunks of all targets in turns, so that a run that is stopped early has some of each."""
+        """Chunks of the targets in turn, so that a run that is stopped early has tried each."""
         done = dict.fromkeys(executions, 0)
         while any(done[name] < n for name, n in executions.items()):
             for target in self.targets:
@@ -329,7 +329,7 @@ class Fuzzer:
                     yield target, range(start, done[target.name])
 
     def _note(self, worker: _Worker) -> range:
-        """Add what a worker found; returns the executions that it did not come to."""
+        """Add a worker's results; returns the executions that it did not reach."""
         result = _result(worker)
         worker.process.join()
         tally, numbers = self.tallies[worker.target.name], worker.numbers
@@ -354,7 +354,7 @@ class Fuzzer:
         return numbers[n:]
 
     def _finished(self, worker: _Worker) -> Any:
-        """What a worker sends, once it has ended; None if it died."""
+        """Wait for the end of a worker; returns its result, or None if it was killed."""
         while worker.process.is_alive() and not worker.results.poll(0.02):
             if worker.is_stuck():
                 worker.process.kill()
@@ -363,7 +363,7 @@ class Fuzzer:
         return result
 
     def examine(self, target: Target, content: bytes, execute: Callable[[bytes], object] | None = None) -> Outcome:
-        """Execute one input in a worker of its own."""
+        """Execute one input in a separate worker."""
         worker = _fork(target, self._folder(target), _examine_one, content, execute, numbers=range(1))
         result = self._finished(worker)
         if result is not None:
@@ -375,7 +375,7 @@ class Fuzzer:
         return Outcome(fault, fault)
 
     def replay(self, target: Target, contents: Sequence[bytes]) -> list[Outcome]:
-        """Execute inputs in one worker, or each in its own if one of them ends it."""
+        """Execute inputs in one worker, or each in a separate one if one of them kills it."""
         if not contents:
             return []
         worker = _fork(target, self._folder(target), _replay, contents, numbers=range(len(contents)))
@@ -383,7 +383,7 @@ class Fuzzer:
         return outcomes or [self.examine(target, content) for content in contents]
 
     def shrunk(self, target: Target, place: str, content: bytes) -> bytes:
-        """A shorter input with the same finding; as it is where that ends the worker."""
+        """A shorter input with the same finding; the same input if shrinking kills the worker."""
         worker = _fork(target, self._folder(target), _shrink, place, content, numbers=range(1))
         shorter: bytes | None = self._finished(worker)
         return content if shorter is None else shorter
@@ -402,7 +402,7 @@ class Fuzzer:
         return lines
 
     def table(self) -> str:
-        """The figures as Markdown."""
+        """The statistics as a Markdown table."""
         heads = ("target", "executions", "rejected", "findings", "crashes contained", "peak memory (limit), MiB")
         heads += ("slowest, s", "executions/s")
         rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]

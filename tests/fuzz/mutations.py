@@ -1,4 +1,4 @@
-"""Changes of bytes that often break parsers. Each takes the content and a generator; equal arguments, equal result."""
+"""Changes of bytes that often break parsers. The result depends only on the content and the generator."""
 
 import bz2
 import gzip
@@ -16,7 +16,7 @@ from gptpipe.base.files import seal
 
 Mutation = Callable[[bytes, Random], bytes]
 
-LONGEST = 1 << 17  # bytes of an input: longer ones find little more and take longer
+LONGEST = 1 << 17  # bytes of an input; longer ones take more time and hardly find more
 _NUMBERS = (
     0,
     1,
@@ -134,7 +134,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def mutate(content: bytes, corpus: Sequence[bytes], special: Sequence[Mutation], random: Random) -> bytes:
-    """One to eight changes of `content`; half of them by what knows its format."""
+    """Make one to eight changes of `content`; half of them know its format."""
     for _ in range(1 << random.randrange(4)):
         if special and random.random() < 0.5:
             content = random.choice(special)(content, random)
@@ -209,7 +209,7 @@ def _set_integer(content: bytes, random: Random) -> bytes:
 
 
 def _set_number(content: bytes, random: Random) -> bytes:
-    """Another number in place of decimal digits."""
+    """Replace decimal digits by another number."""
     digits = [i for i, byte in enumerate(content[:4096]) if 48 <= byte < 58]
     if not digits:
         return content
@@ -239,7 +239,7 @@ _GENERIC: tuple[Mutation, ...] = (
 
 
 def json_tree(content: bytes, random: Random) -> bytes:
-    """Another value, key or shape somewhere in a JSON document, or in one line of JSON lines."""
+    """Change a value, a key or the structure of a JSON document, or of one line of JSON lines."""
     lines = content.split(b"\n")
     at = random.randrange(len(lines))
     for text, before, after in ((content, b"", b""), (lines[at], *_around(lines, at))):
@@ -258,7 +258,7 @@ def json_tree(content: bytes, random: Random) -> bytes:
 
 
 def sealed(content: bytes, random: Random) -> bytes:
-    """A change of a sealed JSON document, whose seal is set to fit."""
+    """Change a sealed JSON document, and seal it again."""
     try:
         tree = json.loads(content)
         tree.pop("sha256", None)
@@ -278,7 +278,7 @@ def _dump(tree: Any, random: Random) -> bytes:
 
 
 def _changed(node: Any, random: Random) -> Any:
-    """The tree with one node replaced, removed, doubled, renamed or wrapped."""
+    """The tree with one node replaced, removed, duplicated, renamed or wrapped."""
     if isinstance(node, dict | list) and node and random.random() < 0.8:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         key = random.choice(keys)
@@ -302,7 +302,7 @@ def _changed(node: Any, random: Random) -> Any:
 
 
 def yaml_lines(content: bytes, random: Random) -> bytes:
-    """Another scalar, indentation, order or number of lines."""
+    """Change a scalar, the indentation, or the order or number of lines."""
     lines = content.split(b"\n")
     at = random.randrange(len(lines))
     key, colon, value = lines[at].partition(b":")
@@ -324,7 +324,7 @@ def yaml_lines(content: bytes, random: Random) -> bytes:
 
 
 def safetensors_header(content: bytes, random: Random) -> bytes:
-    """A change of the header, with the length before it set to fit."""
+    """Change the header, and adjust the length before it."""
     if len(content) < 8:
         return content
     n = int.from_bytes(content[:8], "little")
@@ -333,7 +333,7 @@ def safetensors_header(content: bytes, random: Random) -> bytes:
 
 
 def npy_header(content: bytes, random: Random) -> bytes:
-    """Another type, order or shape, with the length before the header set to fit."""
+    """Change type, order or shape, and adjust the length before the header."""
     end = content.find(b"\n", 10)
     if end < 0:
         return content
@@ -354,7 +354,7 @@ def npy_header(content: bytes, random: Random) -> bytes:
 
 
 def tar_checksum(content: bytes, random: Random) -> bytes:
-    """A change within one header of a tar archive, whose checksum is set to fit."""
+    """Change one header of a tar archive, and adjust its checksum."""
     if len(content) < 512:
         return content
     start = 512 * random.randrange(len(content) // 512)
@@ -390,7 +390,7 @@ _PACKERS: dict[bytes, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]
 
 
 def inside_compression(content: bytes, random: Random) -> bytes:
-    """A change of what is compressed, compressed again; of what is not, compressed now and then."""
+    """Change the content of a compressed input, and compress it again; sometimes compress another input."""
     for magic, (unpack, pack) in _PACKERS.items():
         if content.startswith(magic):
             try:
@@ -404,7 +404,7 @@ def inside_compression(content: bytes, random: Random) -> bytes:
 
 
 def footer(content: bytes, random: Random) -> bytes:
-    """A change in the metadata at the end of a Parquet file."""
+    """Change the metadata at the end of a Parquet file."""
     if len(content) < 12:
         return content
     length = min(len(content) - 8, int.from_bytes(content[-8:-4], "little"))

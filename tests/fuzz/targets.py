@@ -1,4 +1,4 @@
-"""The parsers that are fuzzed. Each finds its input, and what lies around it, in the present folder."""
+"""The parsers that are fuzzed. Each finds its input, and the files around it, in the current folder."""
 
 import base64
 import bz2
@@ -26,11 +26,12 @@ from gptpipe.base.files import seal, sha256_of
 from gptpipe.base.manifest import MANIFEST, SCHEMA, FileEntry, Manifest, new_folder, read_manifest, verify
 from gptpipe.base.parallel import map_in_order
 from gptpipe.base.resume import finished
-from gptpipe.collect.candidates import Candidates, find_candidates
 from gptpipe.collect.cleaning import clean
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.parts import find_files, plan_parts
+from gptpipe.collect.parts import Part, find_files, plan_parts
+from gptpipe.collect.readers import read_part
 from gptpipe.collect.tables import parquet_rows
+from gptpipe.collect.texts import Rejected
 from gptpipe.formats.hf_tokenizer import check_same_tokens, to_tokenizer_json
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
@@ -50,7 +51,7 @@ SENTENCES = [f"The {animal} sat on the mat, naïve as ever {i}." for i, animal i
 
 
 def _sign(folder: Path, name: str) -> None:
-    """Make the manifest of a folder name what the file holds now, as if a stage had written it."""
+    """Update the manifest of a folder to the current content of a file, as if a stage had written it."""
     manifest = read_manifest(folder)
     entry = FileEntry(sha256=sha256_of(folder / name), n_bytes=(folder / name).stat().st_size)
     changed = manifest.model_copy(update={"files": {**manifest.files, name: entry}})
@@ -101,8 +102,7 @@ def _manifest(content: bytes) -> None:
 
 
 def _done_seeds(_: Path) -> list[bytes]:
-    digest = hashlib.sha256(b"a").hexdigest()
-    sound = {"files": {"shard": digest}, "key": "", "result": {"counts": {"documents": 1}}}
+    sound = {"files": {"shard": hashlib.sha256(b"a").hexdigest()}, "key": "", "result": {"counts": {"documents": 1}}}
     return [seal(sound), seal({"files": ["0" * 64], "key": "", "result": None}), b"[]", b"{}"]
 
 
@@ -133,17 +133,19 @@ def _read(content: bytes, **source: Any) -> None:
 
 
 def _read_in_worker(content: bytes) -> None:
-    """Read a Parquet file, as stage collect does: a crash of the parser ends a worker process."""
+    """Read a Parquet file as stage collect does: in a worker process, whose crash is an InputError."""
     Path("input").write_bytes(content)
-    params = _collect_params()
-    params = params.model_validate({**dict(params), "sources": ({"paths": ("input",), "kind": "parquet"},)})
+    source = {"kind": "parquet", "paths": ("input",)}
+    params = CollectParams.model_validate({**dict(_collect_params()), "sources": (source,)})
     parts = plan_parts(params, find_files(params.sources))
-    find = partial(find_candidates, folder=Path("parts"), params=params)
-    for part, record in map_in_order(find, parts, isolate=True, parses=lambda part: part.title):
-        candidates = Candidates.open(Path("parts", part.name), record)
-        if problems := candidates.bad_records(len(candidates.reasons)):
-            raise InputError(problems[0])
-    shutil.rmtree("parts")
+    for bad in map_in_order(partial(_bad_records, params=params), parts, isolate=True, parses=str):
+        if bad:
+            raise InputError(bad[0])
+
+
+def _bad_records(part: Part, *, params: CollectParams) -> list[str]:
+    lists = read_part(part, params.sources[0], params, {})
+    return [text.detail for texts in lists for text in texts if isinstance(text, Rejected) and text.is_bad]
 
 
 def _text_seeds(_: Path) -> list[bytes]:
@@ -190,7 +192,7 @@ def _parquet_seeds(_: Path) -> list[bytes]:
 
 
 def _parquet(content: bytes) -> None:
-    """What the pipeline runs in a process of its own."""
+    """The part that the pipeline runs in a separate process."""
     for texts in parquet_rows("input", io.BytesIO(content), "text", "strict", 64 << 20, 200):
         clean(texts, _collect_params())
 
@@ -254,7 +256,7 @@ def _tokenizer_folder(folder: Path) -> Path:
 def _tokenizer_seeds(name: str) -> Callable[[Path], list[bytes]]:
     def seeds(folder: Path) -> list[bytes]:
         content = (_tokenizer_folder(folder) / name).read_bytes()
-        if name == RANKS:  # a base of single bytes is needed; a few lines are enough to be changed
+        if name == RANKS:  # single bytes are required; a few more lines are enough to change
             return [content, content[:100], base64.b64encode(b"a") + b" 0\n"]
         return [content]
 
@@ -401,7 +403,7 @@ def _outbox_seeds(_: Path) -> list[bytes]:
 
 
 class _Writer:
-    """Takes what MLflow's entities take, without a store: that costs a second for each run."""
+    """Accepts the same arguments as MLflow's entities, without a store, which takes a second for each run."""
 
     run_id = "0" * 32
 
@@ -437,7 +439,9 @@ def _outbox(content: bytes) -> None:
     outbox.RunWriter = _Writer  # type: ignore[assignment,misc]
     folder = Path(".gptpipe", "outbox")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [outbox.with_checksum(line) + b"\n" for line in content.splitlines()]  # else only the checksum is tested
+    lines = [
+        outbox.with_checksum(line) + b"\n" for line in content.splitlines()
+    ]  # otherwise only the checksum would be tested
     (folder / f"{'0' * 32}.jsonl").write_bytes(b"".join(lines))
     outbox.send_outbox()
 

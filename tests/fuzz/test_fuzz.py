@@ -1,4 +1,4 @@
-"""Inputs that were findings once, and a short round of every target."""
+"""Inputs of earlier findings, and a short round of every target."""
 
 import os
 import re
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_earlier_findings_and_a_short_round_are_handled() -> None:
-    """In a process of its own: libraries that were used before start threads, which forks would lack."""
+def test_earlier_findings_and_a_short_round_give_no_finding() -> None:
+    """In a separate process: libraries used by other tests have started threads, which forks would lack."""
     command = [sys.executable, "-m", "tests.fuzz", "--executions", str(EXECUTIONS), "--jobs", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, "finding: " in done.stdout) == (0, False), done.stdout + done.stderr
@@ -60,7 +60,7 @@ def raise_an_error(_: bytes) -> None:
         (lambda _: None, None),
     ],
 )
-def test_the_engine_notices(
+def test_the_engine_reports_each_kind_of_finding(
     execute: Callable[[bytes], None], fault: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "HANG_SECONDS", 0)

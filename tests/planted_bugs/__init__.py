@@ -3,5 +3,5 @@
     bugs.py        the list: a small textual change of one file, and the tests that must fail with it
     __main__.py    plants each bug in a copy of the project, runs its tests and reports what survived
 
-The suite checks that each change still applies; it does not run them all.
+The test suite only checks that each change still applies.
 """

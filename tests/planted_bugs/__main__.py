@@ -14,7 +14,7 @@ from queue import Queue
 from .bugs import BUGS, Bug
 
 ROOT = Path(__file__).parents[2]
-_SECONDS = 600  # for the tests of one bug
+_SECONDS = 600  # limit for the tests of one bug
 
 
 def copy_project(folder: Path) -> Path:
@@ -38,12 +38,12 @@ def plant(bug: Bug, project: Path) -> None:
     path = project / bug.file
     text = path.read_text(encoding="utf-8")
     if (n := text.count(bug.old)) != 1:
-        raise ValueError(f"{bug.name}: its place occurs {n} times in {bug.file}")
+        raise ValueError(f"{bug.name}: the code to change occurs {n} times in {bug.file}")
     path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
 
 
-def fate(bug: Bug, project: Path) -> tuple[str, str]:
-    """`caught` or `survived`, or what else happened; and the first test that failed."""
+def outcome_of(bug: Bug, project: Path) -> tuple[str, str]:
+    """`caught`, `survived` or the reason why neither is known; and the first test that failed."""
     sound = (project / bug.file).read_text(encoding="utf-8")
     plant(bug, project)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *bug.tests]
@@ -66,8 +66,10 @@ def fate(bug: Bug, project: Path) -> tuple[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.planted_bugs", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="bugs at once, each in a copy of its own")
-    parser.add_argument("--only", help="bugs whose name contains this text")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of bugs tried at the same time, each in its own copy"
+    )
+    parser.add_argument("--only", help="try only bugs whose name contains this text")
     options = parser.parse_args()
     chosen = [bug for bug in BUGS if (options.only or "") in bug.name]
     started, n_caught = time.monotonic(), 0
@@ -79,12 +81,12 @@ def main() -> int:
         def one(bug: Bug) -> tuple[str, str]:
             project = projects.get()
             try:
-                return fate(bug, project)
+                return outcome_of(bug, project)
             finally:
                 projects.put(project)
 
         with ThreadPoolExecutor(options.jobs) as threads:
-            print("| planted bug | fate | by |\n|---|---|---|")
+            print("| planted bug | outcome | caught by |\n|---|---|---|")
             for bug, (what, by) in zip(chosen, threads.map(one, chosen), strict=True):
                 n_caught += what == "caught"
                 print(f"| {bug.name} | {what} | {by} |", flush=True)

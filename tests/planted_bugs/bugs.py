@@ -1,4 +1,4 @@
-"""The planted bugs. `old` occurs exactly once in `file`; `tests` fail once `new` stands in its place."""
+"""The planted bugs. `old` occurs exactly once in `file`; `tests` fail if it is replaced by `new`."""
 
 from dataclasses import dataclass
 
@@ -164,8 +164,8 @@ BUGS = (
     Bug(
         "two parts read the same document",
         "gptpipe/collect/ranges.py",
-        "            return offset + position + len(separator)\n",
-        "            return offset\n",
+        "                return first_byte + position + n\n",
+        "                return first_byte + position\n",
         ("tests/collect/test_parts.py::test_parts_of_text_files_contain_each_document_once",),
     ),
     Bug(
@@ -202,6 +202,27 @@ BUGS = (
         "        end = min(max_bytes, len(encoded))\n",
         "        end = min(max_bytes + 1, len(encoded))\n",
         ("tests/properties/test_text.py::test_cutting_loses_nothing_and_respects_the_limit",),
+    ),
+    Bug(
+        "control characters that separate words are deleted",
+        "gptpipe/collect/cleaning.py",
+        ".translate(_BREAKS, _ASCII_CONTROL)",
+        ".translate(None, _ASCII_CONTROL + b'\\x0b\\x0c\\x1c\\x1d\\x1e\\x1f')",
+        ("tests/collect/test_cleaning.py::test_clean",),
+    ),
+    Bug(
+        "a bomb inside a nested archive is not counted",
+        "gptpipe/collect/open_files.py",
+        "archives.zip_members(name, file), rules, rules.on_read, depth + 1",
+        "archives.zip_members(name, file), rules, lambda _: None, depth + 1",
+        ("tests/collect/test_archives.py::test_a_bomb_in_an_archive_in_an_archive_stops_at_max_expansion",),
+    ),
+    Bug(
+        "a row group at the border of two parts is read twice",
+        "gptpipe/collect/tables.py",
+        "offset < (inf if end is None else end)",
+        "offset <= (inf if end is None else end)",
+        ("tests/collect/test_tables.py::test_parts_that_divide_a_file_contain_each_row_once",),
     ),
     # Tokens
     Bug(
@@ -244,7 +265,7 @@ BUGS = (
         BATCHES,
         "window_tensor[:, 1:].contiguous()",
         "window_tensor[:, :-1].contiguous()",
-        ("tests/train/test_batches.py::test_targets_are_the_tokens_one_on",),
+        ("tests/train/test_batches.py::test_targets_are_the_next_tokens",),
     ),
     Bug(
         "each epoch has the same order",
@@ -259,6 +280,20 @@ BUGS = (
         "offset = self._n_tokens + n_tokens.cumsum() - n_tokens",
         "offset = n_tokens.cumsum() - n_tokens",
         ("tests/formats/test_streams.py",),
+    ),
+    Bug(
+        "a worker writes the tokens of its shard at the start of the stream",
+        "gptpipe/formats/streams.py",
+        "file.seek(first_byte)",
+        "file.seek(_HEADER_BYTES)",
+        ("tests/formats/test_streams.py",),
+    ),
+    Bug(
+        "workers have the variables of the time when the first of them started",
+        "gptpipe/base/workers.py",
+        "    set_environment(environment)\n",
+        "",
+        ("tests/base/test_parallel.py::test_workers_have_the_variables_that_the_parent_has_at_the_call",),
     ),
     Bug(
         "ranks train on the same part of the batch",
@@ -309,28 +344,28 @@ BUGS = (
         CHECKPOINT,
         "        updates[parameter].state[parameter] = {key",
         "        _ = {key",
-        ("tests/train/test_checkpoint.py::test_restored_training_goes_on_bit_for_bit",),
+        ("tests/train/test_checkpoint.py::test_a_restored_training_continues_bit_for_bit",),
     ),
     Bug(
         "a checkpoint is used without a check",
         CHECKPOINT,
         "        verify(folder)\n        path = folder / _STATE\n",
         "        path = folder / _STATE\n",
-        ("tests/train/test_checkpoint.py::test_damage_is_found_and_the_checkpoint_before_is_used",),
+        ("tests/train/test_checkpoint.py::test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used",),
     ),
     Bug(
         "a resumed training repeats its last step",
         CHECKPOINT,
         "state.step, state.skipped = self.content.step, ",
         "state.step, state.skipped = self.content.step - 1, ",
-        ("tests/train/test_checkpoint.py::test_restored_training_goes_on_bit_for_bit",),
+        ("tests/train/test_checkpoint.py::test_a_restored_training_continues_bit_for_bit",),
     ),
     Bug(
         "another environment resumes without a word",
         CHECKPOINT,
         "if different and not allow_inexact:",
         "if False:",
-        ("tests/train/test_checkpoint.py::test_another_environment_refuses_unless_allowed",),
+        ("tests/train/test_checkpoint.py::test_another_environment_is_refused_unless_allowed",),
     ),
     Bug(
         "the best weights of a kept checkpoint are removed",
@@ -365,14 +400,14 @@ BUGS = (
         "gptpipe/train/step.py",
         "torch.manual_seed(_dropout_seed(plan.seed, state.step, ",
         "torch.manual_seed(_dropout_seed(plan.seed, 0, ",
-        ("tests/train/test_loop.py::test_each_micro_batch_and_each_step_has_dropout_of_its_own",),
+        ("tests/train/test_loop.py::test_each_micro_batch_of_each_step_has_its_own_dropout_seed",),
     ),
     Bug(
         "a gradient that is not finite is applied",
         "gptpipe/train/step.py",
         "    if not (math.isfinite(loss) and math.isfinite(norm)):\n",
         "    if not math.isfinite(loss):\n",
-        ("tests/train/test_loop.py::test_what_is_not_finite_stops_before_the_update",),
+        ("tests/train/test_loop.py::test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update",),
     ),
     Bug(
         "gradients are clipped after the update",
@@ -393,7 +428,7 @@ BUGS = (
         "gptpipe/train/results.py",
         'weights = checkpoints.load_best(summary["best_step"])',
         'weights = checkpoints.load_best(max(int(p.name[5:]) for p in checkpoints.folder.glob("best-*")))',
-        ("tests/train/test_session.py::test_the_model_it_leaves_is_the_best_not_the_last",),
+        ("tests/train/test_session.py::test_the_model_written_is_the_best_not_the_last",),
     ),
     # The record
     Bug(
@@ -409,6 +444,77 @@ BUGS = (
         "    if bits_per_byte >= best:\n",
         "    if bits_per_byte <= best:\n",
         ("tests/evaluate/test_registry.py::test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents",),
+    ),
+    # Languages
+    Bug(
+        "each letter of a script without spaces counts as a word",
+        "gptpipe/collect/words.py",
+        "[0, 12, 3, 4, 8, 12, 12, 0]",
+        "[0, 12, 12, 12, 12, 12, 12, 0]",
+        ("tests/split/test_overlap.py::test_a_copied_passage_overlaps_in_each_script_and_its_parts_do_not",),
+    ),
+    Bug(
+        "combining marks end a word",
+        "gptpipe/collect/words.py",
+        r"[\p{L}\p{M}\p{N}_]",
+        r"[\p{L}\p{N}_]",
+        ("tests/collect/test_near_duplicates.py::test_marks_belong_to_their_letters",),
+    ),
+    Bug(
+        "operators are no words",
+        "gptpipe/collect/words.py",
+        "words = split_words(texts, signs=True)",
+        "words = split_words(texts)",
+        ("tests/collect/test_near_duplicates.py::test_operators_and_brackets_are_compared_too",),
+    ),
+    Bug(
+        "benchmarks are filtered like training text",
+        "gptpipe/split/benchmarks.py",
+        '"min_document_bytes": 1, "filters": _NO_FILTERS, ',
+        "",
+        ("tests/split/test_overlap.py::test_benchmarks_are_cleaned_like_training_text_but_not_filtered",),
+    ),
+    Bug(
+        "short benchmark items are never found",
+        "gptpipe/split/overlap.py",
+        "        if prefixes and prefixes.size:\n",
+        "        if False:\n",
+        ("tests/split/test_overlap.py::test_short_texts_are_compared_as_a_whole",),
+    ),
+    Bug(
+        "a share of nothing is 0",
+        "gptpipe/split/overlap.py",
+        "n_contaminated / n_examined if n_examined else None",
+        "n_contaminated / max(1, n_examined)",
+        ("tests/split/test_overlap.py::test_a_share_of_nothing_is_null_and_fails_the_limit",),
+    ),
+    Bug(
+        "equal items of a benchmark count once",
+        "gptpipe/split/benchmarks.py",
+        '"dedup": "none"',
+        '"dedup": "exact"',
+        ("tests/split/test_overlap.py::test_equal_items_of_a_benchmark_all_count",),
+    ),
+    Bug(
+        "long words are not cut for training",
+        "gptpipe/tokenize/training_text.py",
+        "        if not _LONG_RUN.search(text):\n",
+        "        if True:\n",
+        ("tests/tokenize/test_training_text.py::test_long_words_are_cut_and_other_text_stays_whole",),
+    ),
+    Bug(
+        "the distinct words of the training text are not limited",
+        "gptpipe/tokenize/training_text.py",
+        "            if n_bytes > _MAX_DISTINCT_BYTES:\n                return False\n",
+        "",
+        ("tests/tokenize/test_training_text.py::test_text_with_too_many_distinct_words_is_sampled",),
+    ),
+    Bug(
+        "sentences end in English only",
+        "gptpipe/collect/filters.py",
+        "(?=\\\\s|$)|[{''.join(_TERMINALS)}]+\")",
+        '(?=\\\\s|$)")',
+        ("tests/collect/test_filters.py::test_sentences_end_in_other_scripts_too",),
     ),
     # The process
     Bug(

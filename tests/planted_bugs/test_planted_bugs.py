@@ -1,4 +1,4 @@
-"""The list of planted bugs cannot rot: each still has its place in the code, and its tests exist."""
+"""The list of planted bugs is up to date: the code that each changes exists, and so do its tests."""
 
 import ast
 from pathlib import Path

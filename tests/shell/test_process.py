@@ -61,6 +61,22 @@ def test_a_signal_ends_a_stage_with_one_line_and_no_partial_files(
     assert list((stage.parent / "data").iterdir()) == []
 
 
+STOPPED_EARLY = """
+import argparse, os, signal
+from gptpipe.shell.process import run_stage
+
+argparse.ArgumentParser.parse_args = lambda self: os.kill(os.getpid(), signal.SIGINT)
+run_stage("toy", lambda: print("at work"), "a stage")
+"""
+
+
+def test_a_signal_before_the_work_begins_is_one_line_too(tmp_path: Path) -> None:
+    """It was a traceback of the parser of arguments."""
+    ended = subprocess.run([sys.executable, "-c", STOPPED_EARLY], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "error: SIGINT: stopped; `dvc repro` continues\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
 def test_a_stage_ends_when_its_parent_is_killed(stage: Path) -> None:
     """Its partial files are removed too."""

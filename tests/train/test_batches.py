@@ -25,13 +25,13 @@ def test_a_permutation_is_a_bijection(n: int) -> None:
     assert sorted(images) == list(range(n))
 
 
-def test_every_position_can_be_asked_for_alone() -> None:
+def test_any_position_can_be_computed_alone() -> None:
     permutation = Permutation(1000, "key")
     together = permutation(np.arange(1000))
     assert [int(permutation(np.array([i]))[0]) for i in range(1000)] == list(together)
 
 
-def test_keys_give_different_orders_and_one_key_always_the_same() -> None:
+def test_different_keys_give_different_orders_and_equal_keys_equal_ones() -> None:
     positions = np.arange(1000)
     orders = [Permutation(1000, f"0:{epoch}")(positions) for epoch in range(20)]
     assert np.array_equal(orders[0], Permutation(1000, "0:0")(positions))
@@ -41,19 +41,19 @@ def test_keys_give_different_orders_and_one_key_always_the_same() -> None:
 
 
 def test_a_known_order() -> None:
-    """Literal, so that no change goes unseen: a resumed training would continue in another order."""
+    """A literal order, because a resumed training must continue in the same one."""
     assert Permutation(10, "0:0")(np.arange(10)).tolist() == KNOWN_ORDER
 
 
-def test_large_ranges_need_no_memory() -> None:
+def test_a_large_range_needs_no_memory() -> None:
     n = 2**40 + 7
     images = Permutation(n, "key")(np.array([0, 1, n - 1]))
     assert len(set(images.tolist())) == 3
     assert all(0 <= image < n for image in images.tolist())
 
 
-def test_small_permutations_are_spread_evenly() -> None:
-    """Each of the six orders of three comes up about as often."""
+def test_small_permutations_are_uniform() -> None:
+    """Each of the six orders of three occurs about equally often."""
     orders = Counter(tuple(Permutation(3, str(key))(np.arange(3)).tolist()) for key in range(3000))
     assert len(orders) == 6
     assert all(400 < n < 600 for n in orders.values())
@@ -92,7 +92,7 @@ def test_batch_size_does_not_change_the_order() -> None:
     assert np.array_equal(one, other)
 
 
-def test_targets_are_the_tokens_one_on() -> None:
+def test_targets_are_the_next_tokens() -> None:
     tokens, targets = batches().at(0)
     assert tokens.shape == targets.shape == (3, 4)
     assert tokens.dtype == targets.dtype == torch.int64

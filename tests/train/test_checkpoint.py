@@ -1,12 +1,13 @@
-"""Checkpoints: the same bits after a restore, damage found before use, and nothing lost by a kill at any moment."""
+"""Checkpoints: bit-for-bit restore, detection of damage before use, and kills at any moment."""
 
 import errno
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ ENVIRONMENT = {"threads": 1, "torch": "9.9"}
 
 
 def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> None:
-    """What the session does after a validation."""
+    """Does what the session does after a validation."""
     state.add_validation(val_loss, 1.0)
     state.journal.append((state.step, 1_700_000_000_000, dict.fromkeys(VALIDATION, val_loss)))
     if state.is_best:
@@ -39,7 +40,7 @@ def validated(state: TrainState, checkpoints: Checkpoints, val_loss: float) -> N
 
 
 def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: Any) -> TrainState:
-    """A training that saves every third step; `losses` by the step at which it validates."""
+    """Train and save every third step. `losses`: validation losses by step."""
     checkpoints = Checkpoints(folder, ENVIRONMENT)
     state, batches, plan = tiny.trained_state(**changes)
     for step in range(n_steps + 1):
@@ -54,7 +55,7 @@ def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: A
 
 
 def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any) -> tuple[TrainState, bool]:
-    """A state with other weights, after a restore, and whether there was a checkpoint."""
+    """Restore into a state with other weights; returns it, and whether there was a checkpoint."""
     state, _, _ = tiny.trained_state(2, seed=99, **changes)
     return state, Checkpoints(folder, environment).restore(state, allow_inexact=False)
 
@@ -65,11 +66,11 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+def test_a_restored_training_continues_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
-    whole = saved_run(tmp_path / "whole", {0: 4.0, 6: 3.0}, 12, **changes)
+    undisturbed = saved_run(tmp_path / "undisturbed", {0: 4.0, 6: 3.0}, 12, **changes)
     (tmp_path / "halves").mkdir()
-    shutil.copy(tmp_path / "whole" / "run.json", tmp_path / "halves")  # the id of the run is random
+    shutil.copy(tmp_path / "undisturbed" / "run.json", tmp_path / "halves")  # it has the run id, which is random
     saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
     state, is_restored = restored(tmp_path / "halves", **changes)
     assert is_restored
@@ -79,11 +80,11 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -
     state.model.train()
     for step in range(7, 13):
         metrics = optimizer_step(state, batches, plan)
-        assert metrics["train/loss"] == whole.journal[step + 1][2]["train/loss"]
-    state.journal = whole.journal  # its times and speeds are another's
+        assert metrics["train/loss"] == undisturbed.journal[step + 1][2]["train/loss"]
+    state.journal = undisturbed.journal  # times and speeds differ between two runs
     Checkpoints(tmp_path / "halves", ENVIRONMENT).save(state)
     for name in ("state.safetensors", "state.json", "journal.jsonl"):
-        files = [tmp_path / half / "step-00000012" / name for half in ("whole", "halves")]
+        files = [tmp_path / half / "step-00000012" / name for half in ("undisturbed", "halves")]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -104,7 +105,7 @@ def test_two_steps_are_kept_and_the_best_of_each(tmp_path: Path) -> None:
     assert not tmp_path.exists()
 
 
-def test_without_a_checkpoint_nothing_is_restored(tmp_path: Path) -> None:
+def test_nothing_is_restored_without_a_checkpoint(tmp_path: Path) -> None:
     assert not restored(tmp_path, **SMALL)[1]
 
 
@@ -135,10 +136,17 @@ def remove(path: Path, _: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(("damage", "n_times"), [(flip, 15), (truncate, 3), (zero_a_page, 3), (empty, 1), (remove, 1)])
-@pytest.mark.parametrize("name", ["step-00000006/state.safetensors", "step-00000006/state.json",
-                                  "step-00000006/journal.jsonl", "step-00000006/manifest.json",
-                                  "best-00000005/model.safetensors"])  # fmt: skip
-def test_damage_is_found_and_the_checkpoint_before_is_used(
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-00000006/state.safetensors",
+        "step-00000006/state.json",
+        "step-00000006/journal.jsonl",
+        "step-00000006/manifest.json",
+        "best-00000005/model.safetensors",
+    ],
+)
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
@@ -153,13 +161,13 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
         before = (folder / name).read_bytes()
         damage(folder / name, rng)
         if (folder / name).exists() and (folder / name).read_bytes() == before:
-            continue  # zeros upon zeros
+            continue  # zeros were replaced by zeros
         state, _ = restored(folder, **SMALL)
         assert state.step == 3
         warning = capsys.readouterr().err
         assert "warning" in warning
         assert str(folder / name.split("/")[0]) in warning
-        assert "step-00000006" not in names(folder)  # it can stand in the way of no later save
+        assert "step-00000006" not in names(folder)  # it is removed, so it cannot prevent a later save
 
 
 def state_json(**changes: Any) -> Callable[[Path], object]:
@@ -215,11 +223,15 @@ NORM, MOMENT, COUNT = (
 )
 
 FORGERIES: dict[str, Callable[[Path], object]] = {
-    **{f"no {key}": state_json(**{key: ...})
-       for key in ("step", "run_id", "best_step", "history", "skipped", "micro_batch_size", "environment")},
-    **{f"{key} {value!r:.9}": state_json(**{key: value})
-       for key in ("step", "best_step", "skipped", "micro_batch_size")
-       for value in (-1, 2**70, True, 6.0, "6")},
+    **{
+        f"no {key}": state_json(**{key: ...})
+        for key in ("step", "run_id", "best_step", "history", "skipped", "micro_batch_size", "environment")
+    },
+    **{
+        f"{key} {value!r:.9}": state_json(**{key: value})
+        for key in ("step", "best_step", "skipped", "micro_batch_size")
+        for value in (-1, 2**70, True, 6.0, "6")
+    },
     "a run id that is none": state_json(run_id="../x"),
     "micro-batches of 0": state_json(micro_batch_size=0),
     "another step than the folder's": state_json(step=3),
@@ -273,7 +285,7 @@ FORGERIES: dict[str, Callable[[Path], object]] = {
     "a generator of another type": tensors(lambda t: t.update({"generator.cpu": t["generator.cpu"].float()})),
     "a generator of nonsense": tensors(lambda t: t["generator.cpu"].fill_(255)),
     "no tensors": content("state.safetensors", ""),
-}  # fmt: skip
+}
 
 BEST_FORGERIES: dict[str, Callable[[Path], object]] = {
     "a missing weight": tensors(lambda t: t.pop("final_norm.weight"), "model.safetensors"),
@@ -289,7 +301,7 @@ BEST_FORGERIES: dict[str, Callable[[Path], object]] = {
 
 
 def forge(folder: Path, change: Callable[[Path], object]) -> None:
-    """Change a folder as one who also writes its manifest."""
+    """Change a folder and write a new manifest, so that the folder looks sound."""
     shutil.copytree(folder, folder.parent / "copy")
     with new_folder(folder, {}) as new:
         for path in (folder.parent / "copy").iterdir():
@@ -316,7 +328,7 @@ def sound_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_forged_checkpoint_is_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], sound_run: Path, name: str, change: Callable[[Path], object]
 ) -> None:
-    """Its manifest is valid, its content is not what a training saves."""
+    """Its manifest is valid, but its content is not what a training saves."""
     shutil.copytree(sound_run, tmp_path / "run")
     forge(tmp_path / "run" / name, change)
     state, is_restored = restored(tmp_path / "run", **SMALL)
@@ -351,7 +363,7 @@ def test_a_failed_restore_changes_nothing(tmp_path: Path, sound_run: Path, name:
     assert (state.step, state.history, state.journal, state.micro_batch_size) == (2, [], [], 4)
 
 
-def test_whole_numbers_in_the_journal_stay_whole(tmp_path: Path) -> None:
+def test_integers_in_the_journal_stay_integers(tmp_path: Path) -> None:
     """A resumed training saves the same bytes as an undisturbed one."""
     state, _, _ = tiny.trained_state(1, **SMALL)
     state.journal.append((1, 1_700_000_000_000, {"train/micro_batch_size": 2, "a": 2.0}))
@@ -361,7 +373,7 @@ def test_whole_numbers_in_the_journal_stay_whole(tmp_path: Path) -> None:
     assert json.dumps(again.journal) == json.dumps(state.journal)
 
 
-def test_a_checkpoint_that_is_damaged_later_does_not_stop_a_save(tmp_path: Path) -> None:
+def test_a_checkpoint_damaged_after_it_was_written_does_not_prevent_the_next_save(tmp_path: Path) -> None:
     saved_run(tmp_path, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
     state, _ = restored(tmp_path, **SMALL)
     (tmp_path / "step-00000006/state.json").write_text("{")
@@ -371,7 +383,7 @@ def test_a_checkpoint_that_is_damaged_later_does_not_stop_a_save(tmp_path: Path)
 
 
 def test_a_save_after_a_fallback_keeps_sound_checkpoints(tmp_path: Path) -> None:
-    """Once the damaged one, newer by its number, counted as one of the two that are kept."""
+    """Regression: the damaged one, which has a higher number, counted as one of the two that are kept."""
     saved_run(tmp_path, {0: 4.0, 2: 3.0, 5: 2.0}, 6, **SMALL)
     (tmp_path / "step-00000006" / "state.json").write_text("{")
     state, _ = restored(tmp_path, **SMALL)
@@ -390,7 +402,7 @@ def test_no_sound_checkpoint_is_an_integrity_error(tmp_path: Path, name: str) ->
     assert caught.value.exit_code == 4
 
 
-def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_environment_is_refused_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     other = {"threads": 2, "torch": "9.9"}
     with pytest.raises(ResourceError, match="threads was 1, is 2") as caught:
@@ -402,7 +414,7 @@ def test_another_environment_refuses_unless_allowed(tmp_path: Path, capsys: pyte
     assert "not bit for bit: threads was 1, is 2" in capsys.readouterr().err
 
 
-def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
+def test_an_inexact_resume_is_remembered_in_later_checkpoints(tmp_path: Path) -> None:
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     state, _, _ = tiny.trained_state(**SMALL)
     other = Checkpoints(tmp_path, {"threads": 2, "torch": "9.9"})
@@ -414,13 +426,15 @@ def test_what_was_resumed_inexactly_stays_known(tmp_path: Path) -> None:
     assert again.inexact == other.inexact == ["after step 3: threads was 1, is 2"]
 
 
-def test_the_key_names_what_determines_the_run() -> None:
+def test_the_key_depends_on_every_parameter() -> None:
     keys = {run_key(tiny.params(**changes).model_dump()) for changes in ({}, {"seed": 8}, {"train__lr": 1e-4}, {})}
     assert len(keys) == 3
 
 
-def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by a traceback for what it does not hold."""
+def test_a_checkpoint_of_an_earlier_version_is_refused_because_of_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a traceback for the keys that it lacks."""
     really = checkpoint.write_json
     monkeypatch.setattr(
         checkpoint, "write_json", lambda path, value: really(path, {k: v for k, v in value.items() if k != "inexact"})
@@ -430,16 +444,16 @@ def test_a_checkpoint_of_before_is_refused_for_its_environment(tmp_path: Path, m
         restored(tmp_path, {"threads": 2, "torch": "9.9"}, **SMALL)
 
 
-def test_a_run_keeps_its_name(tmp_path: Path) -> None:
+def test_the_provisional_run_id_is_kept_unless_its_file_is_damaged(tmp_path: Path) -> None:
     name = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
     assert len(name) == 32
     assert Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id() == name
-    (tmp_path / "run.json").write_bytes(b"{}")  # damaged: another name, not a traceback
+    (tmp_path / "run.json").write_bytes(b"{}")  # damaged: a new id, not a traceback
     other = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
     assert name != other == Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
 
 
-def test_a_resumed_training_keeps_its_run_although_run_json_is_lost(tmp_path: Path) -> None:
+def test_a_resumed_training_keeps_its_run_id_if_run_json_is_lost(tmp_path: Path) -> None:
     """It would otherwise become a second run in the store, and the first would stay RUNNING."""
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     run_id = Checkpoints(tmp_path, ENVIRONMENT).provisional_run_id()
@@ -450,7 +464,7 @@ def test_a_resumed_training_keeps_its_run_although_run_json_is_lost(tmp_path: Pa
     assert checkpoints.provisional_run_id() == run_id
 
 
-def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:
+def test_a_finished_training_is_discarded_by_its_run_id(tmp_path: Path) -> None:
     for key, run_id in (("a", "one"), ("b", "two")):
         (tmp_path / key).mkdir()
         mark_finished(tmp_path / key, run_id, {"threads": 1})
@@ -465,25 +479,26 @@ def test_a_finished_training_is_discarded_by_its_run(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "c"]
 
 
-def at_change(n: int, work: Callable[[], object], code: int | None = None, for_ever: bool = False) -> int:
-    """Run `work` in a fork that dies, as by SIGKILL, before its n-th change of the disk, or in which that change fails.
+def interrupted_in_a_fork(work: Callable[[], object], at: int, error: int | None = None, lasts: bool = False) -> int:
+    """Run `work` in a forked process that is killed before its change of the disk number `at`.
 
-    Returns the exit code: 9 after the kill, 5 of a ResourceError, 1 of any other error, 7 where the failure did no
-    harm, 0 where it did not come to that change.
+    With `error`, that change fails with this errno instead, and with `lasts` all later ones too. Returns the exit code:
+    9 after the kill, 5 for a ResourceError, 1 for any other error, 7 if `work` ended well despite the failure, and 0 if
+    it made fewer changes.
     """
     pid = os.fork()
     if pid == 0:
-        left = n
+        n_before = at
 
         def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal left
+            nonlocal n_before
             writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-                left -= 1
-                if left < 0 and code is None:
+                n_before -= 1
+                if n_before < 0 and error is None:
                     os._exit(9)
-                if left == -1 or (left < 0 and for_ever):
-                    raise OSError(code, os.strerror(code or 0))
+                if n_before == -1 or (n_before < 0 and lasts):
+                    raise OSError(error, os.strerror(error or 0))
 
         try:
             sys.addaudithook(count)
@@ -492,45 +507,67 @@ def at_change(n: int, work: Callable[[], object], code: int | None = None, for_e
             os._exit(5)
         except BaseException:
             os._exit(1)
-        os._exit(0 if left >= 0 else 7)
+        os._exit(0 if n_before >= 0 else 7)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("work", ["save", "save_best again", "discard"])
-def test_a_kill_before_any_change_leaves_what_can_be_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str
-) -> None:
-    sound = tmp_path / "sound"
-    state = saved_run(sound, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
+WORK: dict[str, Callable[[Checkpoints, TrainState], object]] = {
+    "save": lambda checkpoints, state: checkpoints.save(state),
+    "save_best": lambda checkpoints, state: checkpoints.save_best(state.model, state.step),
+    "discard": lambda checkpoints, _: discard(checkpoints.folder),
+}
+
+
+@pytest.fixture(scope="module")
+def run_before_save(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """A folder whose newest checkpoint is of step 6, and the state at step 9, which was not saved."""
+    folder = tmp_path_factory.mktemp("before")
+    state = saved_run(folder, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
     state.step = 9
-    done = False
-    n = 0
-    steps = set()
-    while not done:
-        folder = tmp_path / "killed"
+    return folder, state
+
+
+def interrupted_at_every_change(
+    run_before_save: tuple[Path, TrainState], folder: Path, name: str, error: int | None = None, lasts: bool = False
+) -> Iterator[tuple[int, int | None]]:
+    """Interrupt a piece of work at each of its changes of the disk, each time in a fresh copy of the run.
+
+    Yields the exit code of the work, and the step that a restore returns to; None without a checkpoint. Checks that the
+    restore warns of nothing, finds the best weights, and leaves no partial folder.
+    """
+    sound, state = run_before_save
+    code, at = None, 0
+    while code != 0:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(sound, folder)
         checkpoints = Checkpoints(folder, ENVIRONMENT)
-        doing: dict[str, Callable[[], object]] = {
-            "save": lambda c=checkpoints: c.save(state),  # type: ignore[misc]
-            "save_best again": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
-            "discard": lambda: discard(folder),  # noqa: B023
-        }
-        done = at_change(n, doing[work]) != 9
-        again, is_restored = restored(folder, **SMALL)
-        assert "warning" not in capsys.readouterr().err, f"change {n}"
-        steps.add(again.step if is_restored else None)
-        if again.history and is_restored:
-            assert again.best is not None
-            checkpoints.load_best(again.best.step)
-        assert not folder.exists() or not [name for name in names(folder) if name.startswith(".")]
-        n += 1
-    assert n > 7
-    assert steps == {"save": {6, 9}, "save_best again": {6}, "discard": {6, None}}[work]
+        code = interrupted_in_a_fork(partial(WORK[name], checkpoints, state), at, error, lasts)
+        restored_state, is_restored = restored(folder, **SMALL)
+        if is_restored:
+            assert restored_state.best is not None
+            checkpoints.load_best(restored_state.best.step)
+        assert not folder.exists() or not [entry for entry in names(folder) if entry.startswith(".")]
+        yield code, restored_state.step if is_restored else None
+        at += 1
+
+
+@pytest.mark.parametrize(("name", "steps"), [("save", {6, 9}), ("save_best", {6}), ("discard", {6, None})])
+def test_a_run_can_be_resumed_after_a_kill_before_any_change_of_the_disk(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    run_before_save: tuple[Path, TrainState],
+    name: str,
+    steps: set[int | None],
+) -> None:
+    endings = list(interrupted_at_every_change(run_before_save, tmp_path / "killed", name))
+    assert "warning" not in capsys.readouterr().err
+    assert len(endings) > 7
+    assert {code for code, _ in endings} == {9, 0}
+    assert {step for _, step in endings} == steps
 
 
 @pytest.mark.parametrize(
-    ("work", "code", "for_ever"),
+    ("name", "error", "lasts"),
     [
         ("save", errno.ENOSPC, False),
         ("save", errno.EIO, True),
@@ -538,26 +575,16 @@ def test_a_kill_before_any_change_leaves_what_can_be_resumed(
         ("discard", errno.EIO, True),
     ],
 )
-def test_a_change_that_fails_is_a_resource_error_and_leaves_what_can_be_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], work: str, code: int, for_ever: bool
+def test_a_change_of_the_disk_that_fails_is_a_resource_error_and_the_run_can_be_resumed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    run_before_save: tuple[Path, TrainState],
+    name: str,
+    error: int,
+    lasts: bool,
 ) -> None:
-    sound = tmp_path / "sound"
-    state = saved_run(sound, {0: 4.0, 3: 3.0, 5: 2.5, 6: 2.0}, 6, **SMALL)
-    state.step = 9
-    ended = []
-    while not ended or ended[-1] != 0:
-        folder = tmp_path / "failed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(sound, folder)
-        checkpoints = Checkpoints(folder, ENVIRONMENT)
-        doing: dict[str, Callable[[], object]] = {
-            "save": lambda c=checkpoints: c.save(state),  # type: ignore[misc]
-            "save_best": lambda c=checkpoints: c.save_best(state.model, 9),  # type: ignore[misc]
-            "discard": lambda: discard(folder),  # noqa: B023
-        }
-        ended.append(at_change(len(ended), doing[work], code, for_ever))
-        again, is_restored = restored(folder, **SMALL)
-        assert "warning" not in capsys.readouterr().err, f"change {len(ended)}"
-        assert again.step in (6, 9) or (work == "discard" and not is_restored)
-    assert {5, 0} <= set(ended) <= {5, 7, 0}
-    assert len(ended) > 7
+    endings = list(interrupted_at_every_change(run_before_save, tmp_path / "failed", name, error, lasts))
+    assert "warning" not in capsys.readouterr().err
+    assert len(endings) > 7
+    assert {5, 0} <= {code for code, _ in endings} <= {5, 7, 0}
+    assert {step for _, step in endings} <= ({6, 9, None} if name == "discard" else {6, 9})

@@ -1,4 +1,4 @@
-"""Training by two and three real processes over gloo: the same run as by one, whatever happens to one of them."""
+"""Training by two and three real processes over gloo: the same as by one, even if one is stopped or killed."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,25 +21,18 @@ from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError
 from gptpipe.train import distributed
 
-CHANGES = {"train__micro_batch_size": 1, "model__tie_embeddings": False}  # two micro-batches a rank
+pytestmark = pytest.mark.slow
 
-
-@pytest.fixture
-def project(tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return Project(tmp_path, toy_split)
+CHANGES = {"train__micro_batch_size": 1, "model__tie_embeddings": False}  # two micro-batches per rank
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
 def alone(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_split: Path
-) -> Iterator[tuple[str, Project]]:
-    """The optimizer, and the training by one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("alone")
-        patch.setenv("DVC_ROOT", str(root))
-        made = Project(root, toy_split)
-        made.train(tiny.params(train__optimizer=request.param, **CHANGES))
+) -> tuple[str, Project]:
+    """The name of the optimizer, and the project of a training by one process."""
+    made = Project(tmp_path_factory.mktemp("alone"), toy_split)
+    made.train(tiny.params(train__optimizer=request.param, **CHANGES))
     return request.param, made
 
 
@@ -50,16 +42,16 @@ def exit_codes(ranks: list[BaseProcess]) -> list[int | None]:
     return [rank.exitcode for rank in ranks]
 
 
-def said(project: Project, rank: int) -> str:
+def output_of(project: Project, rank: int) -> str:
     return (project.root / f"rank-{rank}.err").read_text()
 
 
-def assert_alike(found: Project, expected: Project) -> None:
-    """Losses and gradient norms of all steps and validations, and the weights, to 1 part in 100,000 and 1e-5."""
+def assert_alike(actual: Project, expected: Project) -> None:
+    """Compare losses, gradient norms and weights, to 1 part in 100,000 (weights: 1 in 1,000) and 1e-5."""
     for name in ("steps", "validations"):
-        tables = [pd.read_csv(project.root / f"reports/train.{name}.csv") for project in (found, expected)]
+        tables = [pd.read_csv(project.root / f"reports/train.{name}.csv") for project in (actual, expected)]
         pd.testing.assert_frame_equal(*tables, check_exact=False, rtol=1e-5)
-    models = [dict(load_model(project.root / "models/gpt").named_parameters()) for project in (found, expected)]
+    models = [dict(load_model(project.root / "models/gpt").named_parameters()) for project in (actual, expected)]
     for name, weight in models[1].items():
         torch.testing.assert_close(models[0][name], weight, rtol=1e-3, atol=1e-5)
 
@@ -70,63 +62,80 @@ def test_two_ranks_follow_the_curve_of_one(project: Project, alone: tuple[str, P
     params = tiny.params(train__optimizer=optimizer, train__parallel=parallel, **CHANGES)
     assert exit_codes(start_ranks(2, params, project)) == [0, 0]
     assert_alike(project, expected)
-    assert f"processes: 2 by {parallel}" in said(project, 0)
-    assert said(project, 1) == ""
+    assert f"processes: 2 by {parallel}" in output_of(project, 0)
+    assert output_of(project, 1) == ""
     assert project.checkpoints()[-1] == "step-00000012"  # kept until evaluate is done
 
 
-@pytest.mark.slow
-def test_where_one_rank_runs_out_of_memory_all_halve_and_go_on(
-    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+def test_if_one_rank_runs_out_of_memory_all_ranks_halve_their_micro_batches(
+    project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Also on resume, bit for bit; with less memory by then, not at all."""
+    """A rerun continues bit for bit with the same memory, and fails with less."""
     params = tiny.params(train__batch_size=12, train__save_every=2)
     undisturbed = Project(tmp_path_factory.mktemp("undisturbed"), project.split)
     assert exit_codes(start_ranks(2, params, undisturbed, TOY_SEQUENCES="2")) == [0, 0]
     assert exit_codes(start_ranks(2, params, project, stop_at=4, TOY_SEQUENCES="2")) == [143, 143]
-    assert [line for line in said(project, 0).splitlines() if "memory" in line] == [
+    assert [line for line in output_of(project, 0).splitlines() if "memory" in line] == [
         "warning: out of memory; continuing with micro-batches of 3",
         "warning: out of memory; continuing with micro-batches of 1",
     ]
-    (saved,) = project.root.glob(".gptpipe/checkpoints/*/step-00000004/state.json")
-    assert json.loads(saved.read_bytes())["micro_batch_size"] == 1
+    assert saved_micro_batch_size(project, step=4) == 1
     assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="0")) == [5, 5]
     assert exit_codes(start_ranks(2, params, project, TOY_SEQUENCES="2")) == [0, 0]
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
-    monkeypatch.setenv("DVC_ROOT", str(alone.root))
     alone.train(params)
     assert_alike(project, alone)
     assert project.digests() == undisturbed.digests()
 
 
-def test_single_sequences_that_do_not_fit_one_rank_end_all(project: Project) -> None:
+def test_if_a_single_sequence_does_not_fit_on_one_rank_all_ranks_stop(project: Project) -> None:
     assert exit_codes(start_ranks(2, tiny.params(), project, TOY_SEQUENCES="0")) == [5, 5]
-    errors = [line for rank in range(2) for line in said(project, rank).splitlines() if "error" in line]
+    errors = [line for rank in range(2) for line in output_of(project, rank).splitlines() if "error" in line]
     assert len(errors) == 1
     assert "error: train: out of memory with single sequences; lower the model's size" in errors[0]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_roll_back_as_one_does(
-    project: Project, tmp_path_factory: pytest.TempPathFactory, parallel: str, monkeypatch: pytest.MonkeyPatch
+def test_two_ranks_roll_back_like_one(
+    project: Project, tmp_path_factory: pytest.TempPathFactory, parallel: str
 ) -> None:
     changes = {"on_spike": "rollback", "spike_sigmas": 0.02, "max_steps": 30, "save_every": 5}
     params = tiny.params(train__parallel=parallel, **{f"train__{name}": value for name, value in changes.items()})
     assert exit_codes(start_ranks(2, params, project)) == [0, 0]
-    rolled_back = [line for line in said(project, 0).splitlines() if "continuing from step" in line]
+    rolled_back = [line for line in output_of(project, 0).splitlines() if "continuing from step" in line]
     assert rolled_back
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
-    monkeypatch.setenv("DVC_ROOT", str(alone.root))
     alone.train(params)
     assert len([name for name in alone.records[-1].tagged if name.startswith("rolled_back")]) == len(rolled_back)
     assert_alike(project, alone)
 
 
+def test_a_roll_back_keeps_the_micro_batch_size_of_these_ranks(project: Project) -> None:
+    """One process saves step 20 with micro-batches of 4 sequences. Two ranks resume with 2 sequences each, then go
+    back to step 20, because step 21 is the first with enough steps before it to count as a spike.
+    """
+    changes = {"on_spike": "rollback", "spike_sigmas": 0.5, "max_steps": 26, "save_every": 10, "eval_every": 26}
+    steady = {"lr": 3e-4, "schedule": "constant"}  # the loss falls so slowly that step 21 stands out
+    params = tiny.params(**{f"train__{name}": value for name, value in {**changes, **steady}.items()})
+    with pytest.raises(Interrupted):
+        project.train(params, stop_at=20)
+    assert saved_micro_batch_size(project, step=20) == 4
+    assert exit_codes(start_ranks(2, params, project, GPTPIPE_ALLOW_INEXACT="1")) == [0, 0]
+    assert "continuing from step 20" in output_of(project, 0)
+    assert saved_micro_batch_size(project, step=26) == 2
+
+
+def saved_micro_batch_size(project: Project, step: int) -> int:
+    (saved,) = project.root.glob(f".gptpipe/checkpoints/*/step-{step:08d}/state.json")
+    size: int = json.loads(saved.read_bytes())["micro_batch_size"]
+    return size
+
+
 @pytest.mark.parametrize(("parallel", "n", "optimizer"), [("ddp", 3, "muon"), ("fsdp", 2, "adamw")])
-def test_a_stop_of_one_rank_stops_all_and_they_go_on_bit_for_bit(
+def test_a_signal_to_one_rank_stops_all_and_a_rerun_continues_bit_for_bit(
     project: Project, tmp_path: Path, parallel: str, n: int, optimizer: str
 ) -> None:
-    """Also by three, whose sums depend on their order."""
+    """With three ranks too, whose sums depend on the order of the summands."""
     params = tiny.params(train__parallel=parallel, train__batch_size=6, train__optimizer=optimizer, model__dropout=0.1)
     assert exit_codes(start_ranks(n, params, project)) == [0] * n
     undisturbed = project.digests()
@@ -134,16 +143,16 @@ def test_a_stop_of_one_rank_stops_all_and_they_go_on_bit_for_bit(
     project.root.mkdir()
     assert exit_codes(start_ranks(n, params, project, stop_at=4)) == [143] * n
     assert project.checkpoints()[-1] == "step-00000004"
-    told = "".join(said(project, rank) for rank in range(n))
-    assert [line for line in told.splitlines() if "error" in line] == [
+    output = "".join(output_of(project, rank) for rank in range(n))
+    assert [line for line in output.splitlines() if "error" in line] == [
         "error: SIGTERM: train: stopped after saving; rerun to continue from there"
     ]
     assert exit_codes(start_ranks(n, params, project)) == [0] * n
-    assert "resumed after step 4" in said(project, 0)
+    assert "resumed after step 4" in output_of(project, 0)
     assert project.digests() == undisturbed
 
 
-def test_another_number_of_ranks_goes_on_if_allowed(
+def test_another_number_of_ranks_can_resume_if_allowed(
     project: Project, alone: tuple[str, Project], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From two to one with AdamW, from one to two with Muon."""
@@ -159,7 +168,7 @@ def test_another_number_of_ranks_goes_on_if_allowed(
         with pytest.raises(Interrupted):
             project.train(params, stop_at=4)
         assert exit_codes(start_ranks(2, params, project)) == [5, 5]
-        errors = [line for rank in range(2) for line in said(project, rank).splitlines() if "error" in line]
+        errors = [line for rank in range(2) for line in output_of(project, rank).splitlines() if "error" in line]
         assert len(errors) == 1
         assert "ranks was 1, is 2 by fsdp" in errors[0]
         assert exit_codes(start_ranks(2, params, project, GPTPIPE_ALLOW_INEXACT="1")) == [0, 0]
@@ -167,7 +176,9 @@ def test_another_number_of_ranks_goes_on_if_allowed(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_with_one_line_and_the_checkpoint_whole(project: Project, victim: int) -> None:
+def test_if_a_rank_is_killed_the_others_stop_with_one_line_and_a_sound_checkpoint(
+    project: Project, victim: int
+) -> None:
     params = tiny.params(train__max_steps=100_000, train__eval_every=100_000, train__save_every=5)
     ranks = start_ranks(2, params, project)
     while not any(name.startswith("step-") for name in project.checkpoints()) and ranks[0].exitcode is None:
@@ -175,7 +186,7 @@ def test_a_killed_rank_ends_all_with_one_line_and_the_checkpoint_whole(project: 
     os.kill(ranks[victim].pid or 0, signal.SIGKILL)
     survivor = 1 - victim
     assert exit_codes(ranks)[survivor] == 5
-    errors = [line for line in said(project, survivor).splitlines() if "error" in line]
+    errors = [line for line in output_of(project, survivor).splitlines() if "error" in line]
     assert errors == [f"error: train: rank {survivor} lost another rank; rerun to continue from the last checkpoint"]
     verify(max(project.root.glob(".gptpipe/checkpoints/*/step-*")))
 
@@ -188,19 +199,18 @@ from toy_project import Path, train_and_exit
 
 project = Path({project!r})
 
-def end_when_a_checkpoint_is_there():
+def end_at_the_first_checkpoint():
     while not list(project.glob(".gptpipe/checkpoints/*/step-*/manifest.json")):
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
 
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    threading.Thread(target=end_when_a_checkpoint_is_there, daemon=True).start()
+    threading.Thread(target=end_at_the_first_checkpoint, daemon=True).start()
 train_and_exit(tiny.params(**{changes!r}), Path({split!r}), project, None, {{}})
 """
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_been(
+def test_a_run_that_torchrun_restarts_after_a_kill_ends_like_an_undisturbed_one(
     project: Project, tmp_path: Path
 ) -> None:
     changes = {"train__max_steps": 150, "train__save_every": 5, "train__eval_every": 50, "train__warmup_steps": 2}
@@ -213,7 +223,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_as_if_nothing_had_been
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "resumed after step" in said(project, 0)
+    assert "resumed after step" in output_of(project, 0)
     assert project.digests() == undisturbed.digests()
 
 
@@ -224,19 +234,19 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, n_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 6])
-def test_any_number_of_ranks_sees_the_batches_of_one(n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_any_number_of_ranks_make_the_batch_of_one(n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, batches, plan = tiny.trained_state(train__batch_size=6)
     for step in range(20):
         parts = []
         for rank in range(n_ranks):
             as_rank(monkeypatch, rank, n_ranks)
             parts.append(batches.at(step, distributed.batch_slice(plan.params)))
-        for found, expected in zip(zip(*parts, strict=True), batches.at(step), strict=True):
-            assert torch.equal(torch.cat(found), expected)
+        for tensors, expected in zip(zip(*parts, strict=True), batches.at(step), strict=True):
+            assert torch.equal(torch.cat(tensors), expected)
 
 
 @pytest.mark.parametrize(("n_ranks", "micro_batch_size"), [(3, None), (2, 4)])
-def test_ranks_that_cannot_share_a_batch_are_told(
+def test_a_batch_that_ranks_cannot_share_equally_is_an_error(
     n_ranks: int, micro_batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_rank(monkeypatch, 0, n_ranks)

@@ -1,4 +1,4 @@
-"""The loop with plain functions around it: what happens when, and what a step is."""
+"""The order of events in the training loop, and what one step does."""
 
 import copy
 import math
@@ -18,8 +18,8 @@ from gptpipe.train.state import TrainState
 from gptpipe.train.step import Plan, optimizer_step
 
 
-class Around:
-    """What the loop calls out to; notes the calls."""
+class RecordedEvents:
+    """Events of the loop that keep a list of their calls, and the checkpoints in memory."""
 
     def __init__(self, state: TrainState, losses: Iterator[float] | None = None) -> None:
         self.state, self.losses = state, losses
@@ -62,17 +62,21 @@ def weights(state: TrainState) -> list[bytes]:
     return [p.detach().numpy().tobytes() for p in state.model.parameters()]
 
 
-def test_what_happens_when() -> None:
+def test_the_loop_validates_and_saves_at_the_given_steps() -> None:
     state, batches, plan = tiny.trained_state(train__max_steps=7, train__eval_every=3, train__save_every=2)
-    around = Around(state)
-    around.run(batches, plan)
-    assert around.calls == [
-        "validate 0", "report 0", "save 2", "validate 3", "report 3", "save 4",
-        "validate 6", "report 6", "save 6", "validate 7", "report 7", "save 7",
-    ]  # fmt: skip
-    assert [step for step, _ in around.logged] == [1, 2, 3, 4, 5, 6, 7]
+    events = RecordedEvents(state)
+    events.run(batches, plan)
+    assert events.calls == [
+        *("validate 0", "report 0"),
+        "save 2",
+        *("validate 3", "report 3"),
+        "save 4",
+        *("validate 6", "report 6", "save 6"),
+        *("validate 7", "report 7", "save 7"),
+    ]
+    assert [step for step, _ in events.logged] == [1, 2, 3, 4, 5, 6, 7]
     assert [v.step for v in state.history] == [0, 3, 6, 7]
-    assert [metrics["train/lr"] for _, metrics in around.logged] == [
+    assert [metrics["train/lr"] for _, metrics in events.logged] == [
         learning_rate(step, 7, plan.params) for step in range(7)
     ]
 
@@ -99,33 +103,33 @@ def test_the_logged_loss_is_that_of_the_step_before_its_update() -> None:
         ("qwen3", False, "muon", (3.91202, 0.68658), (3.83923, 0.72966)),
     ],
 )
-def test_losses_and_gradient_norms_are_what_they_were(
+def test_losses_and_gradient_norms_are_unchanged(
     architecture: str, tied: bool, optimizer: str, first: tuple[float, float], eighth: tuple[float, float]
 ) -> None:
-    """A refactoring must not move them; a wanted change of initial weights, optimizer or data order will."""
+    """Only an intended change of initial weights, optimizer or data order may change these numbers."""
     changes = {"model__architecture": architecture, "model__tie_embeddings": tied, "train__optimizer": optimizer}
     heads = {"model__n_kv_head": 4 if architecture == "gpt2" else 2}
     state, batches, plan = tiny.trained_state(**changes, **heads, train__lr=1e-2)
     steps = [optimizer_step(state, batches, plan) for _ in range(8)]
-    found = [(metrics["train/loss"], metrics["train/grad_norm"]) for metrics in (steps[0], steps[7])]
-    assert found == [pytest.approx(first, rel=1e-3), pytest.approx(eighth, rel=1e-3)]
+    actual = [(metrics["train/loss"], metrics["train/grad_norm"]) for metrics in (steps[0], steps[7])]
+    assert actual == [pytest.approx(first, rel=1e-3), pytest.approx(eighth, rel=1e-3)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_micro_batches_change_nothing_but_rounding(optimizer: str) -> None:
-    """Loss and gradient norm of five steps to one part in 100,000."""
+    """Compares loss and gradient norm of five steps, to 1 part in 100,000."""
     runs = []
     for size in (4, 2, 1):
         state, batches, plan = tiny.trained_state(train__micro_batch_size=size, train__optimizer=optimizer)
         steps = [optimizer_step(state, batches, plan) for _ in range(5)]
         runs.append([(m["train/loss"], m["train/grad_norm"]) for m in steps])
     for run in runs[1:]:
-        for found, expected in zip(run, runs[0], strict=True):
-            assert found == pytest.approx(expected, rel=1e-5)
+        for actual, expected in zip(run, runs[0], strict=True):
+            assert actual == pytest.approx(expected, rel=1e-5)
 
 
-def test_dropout_is_a_function_of_the_step_alone() -> None:
-    """Whatever validation and sampling draw from the global generator in between."""
+def test_dropout_depends_on_the_step_alone() -> None:
+    """Not on what validation and sampling draw from the global generator between steps."""
     runs = []
     for disturbs in (False, True):
         state, batches, plan = tiny.trained_state(model__dropout=0.3, train__micro_batch_size=2)
@@ -138,7 +142,7 @@ def test_dropout_is_a_function_of_the_step_alone() -> None:
     assert runs[0] == runs[1]
 
 
-def test_each_micro_batch_and_each_step_has_dropout_of_its_own() -> None:
+def test_each_micro_batch_of_each_step_has_its_own_dropout_seed() -> None:
     state, batches, plan = tiny.trained_state(model__dropout=0.3, train__micro_batch_size=1)
     seen = []
     state.model.embedding.register_forward_hook(lambda *_: seen.append(torch.initial_seed()))
@@ -148,10 +152,10 @@ def test_each_micro_batch_and_each_step_has_dropout_of_its_own() -> None:
 
 
 def test_patience_counts_validations_without_a_new_best() -> None:
-    losses = [5.0, 4.0, 4.5, 3.9, 3.95, 4.1, 3.9, 3.0]  # an equal loss is no new best
+    losses = [5.0, 4.0, 4.5, 3.9, 3.95, 4.1, 3.9, 3.0]  # an equal loss is not better
     state, batches, plan = tiny.trained_state(train__max_steps=12, train__eval_every=1, train__patience=3)
-    around = Around(state, iter(losses))
-    around.run(batches, plan)
+    events = RecordedEvents(state, iter(losses))
+    events.run(batches, plan)
     assert [v.val_loss for v in state.history] == losses[:7]
     assert state.step == 6
     assert state.best is not None
@@ -160,7 +164,7 @@ def test_patience_counts_validations_without_a_new_best() -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "last micro-batch"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stops_before_the_update(where: str, value: float) -> None:
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_update(where: str, value: float) -> None:
     state, batches, plan = tiny.trained_state(3, train__micro_batch_size=1)
     before = weights(state)
     if where == "gradient":
@@ -176,7 +180,7 @@ def test_what_is_not_finite_stops_before_the_update(where: str, value: float) ->
 
 
 def spiked(plan: Plan, model: torch.nn.Module, calls: list[int], factor: float) -> Plan:
-    """The plan with the loss of some calls, counted from 1, multiplied."""
+    """The plan with the loss multiplied by `factor` at some of its calls, counted from 1."""
     n = iter(range(1, 1000))
     return replace(plan, loss=lambda x, y: model.loss(x, y) * (factor if next(n) in calls else 1.0))
 
@@ -195,49 +199,53 @@ def test_a_spike_stops_before_the_update(sigmas: float | None, stops: bool) -> N
         assert state.step == 26
 
 
-def test_a_gradient_far_above_the_usual_is_a_spike() -> None:
+def test_a_gradient_norm_far_above_recent_ones_is_a_spike() -> None:
     state, batches, plan = tiny.trained_state(25, train__spike_sigmas=10.0, train__max_steps=40)
     state.model.blocks[0].attention.qkv_proj.weight.register_hook(lambda g: g * 1e4)
     with pytest.raises(SpikeError, match=r"step 26: gradient norm .* spikes"):
         optimizer_step(state, batches, plan)
 
 
-def test_too_few_steps_tell_no_spike() -> None:
+def test_no_spike_is_reported_before_20_steps() -> None:
     state, batches, plan = tiny.trained_state(19, train__spike_sigmas=1.0, train__max_steps=40)
     optimizer_step(state, batches, spiked(plan, state.model, [1], 1.5))
     assert state.step == 20
 
 
-def test_rolling_back_passes_over_the_batches_since_the_checkpoint() -> None:
+def test_a_roll_back_skips_the_batches_since_the_checkpoint() -> None:
     changes = {"train__max_steps": 8, "train__save_every": 3, "train__eval_every": 100, "train__on_spike": "rollback"}
     state, batches, plan = tiny.trained_state(**changes)
-    around = Around(state)
+    events = RecordedEvents(state)
     seen: list[int] = []
     at = batches.at
     batches.at = lambda step, part: (seen.append(step), at(step, part))[1]  # type: ignore[method-assign]
-    around.run(batches, spiked(plan, state.model, [5, 9], math.nan))
-    assert seen == list(range(11))  # 8 that count, 2 that failed, and 1 that was taken back with the first of them
-    faults = [call for call in around.calls if call.startswith(("back", "save"))]
+    events.run(batches, spiked(plan, state.model, [5, 9], math.nan))
+    assert seen == list(range(11))  # 8 that count, 2 that failed, and 1 before the first of them that was rolled back
+    faults = [call for call in events.calls if call.startswith(("back", "save"))]
     assert faults == [
-        "save 0", "save 3", "back: train: step 5: loss nan, gradient norm nan", "save 6",
-        "back: train: step 7: loss nan, gradient norm nan", "save 8",
-    ]  # fmt: skip
+        "save 0",
+        "save 3",
+        "back: train: step 5: loss nan, gradient norm nan",
+        "save 6",
+        "back: train: step 7: loss nan, gradient norm nan",
+        "save 8",
+    ]
     assert (state.step, state.skipped) == (8, 3)
     assert len(state.steps) == 8
 
 
 @pytest.mark.parametrize(("batch_size", "size", "smaller"), [(12, 4, 2), (9, 9, 3)])
-def test_out_of_memory_halves_the_micro_batches_and_goes_on(
+def test_out_of_memory_halves_the_micro_batches_and_continues(
     batch_size: int, size: int, smaller: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Same gradients within rounding. A batch of 9 cannot go on by 4: by 3, its next divisor."""
+    """The gradients are the same within rounding. For a batch of 9, half is 3, the next divisor."""
     changes = {"train__batch_size": batch_size, "train__micro_batch_size": size}
     undisturbed, batches, plan = tiny.trained_state(1, **changes)
     state, batches, plan = tiny.trained_state(**changes)
     is_fit, model = iter(([True] if size < batch_size else []) + [False] + [True] * 100), state.model
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The allocator's own words, in the second micro-batch where there is one."""
+        """Fails with the allocator's error in the second micro-batch, or in the only one."""
         if not next(is_fit):
             torch.empty(1 << 60)
         return model.loss(x, y)
@@ -249,70 +257,70 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(
     assert "train/micro_batch_size" not in optimizer_step(state, batches, plan)
 
 
-def test_out_of_memory_with_a_single_sequence_is_told() -> None:
+def test_out_of_memory_with_a_single_sequence_is_a_resource_error() -> None:
     state, batches, plan = tiny.trained_state(train__micro_batch_size=2)
     with pytest.raises(ResourceError, match="out of memory with single sequences") as caught:
         optimizer_step(state, batches, replace(plan, loss=lambda x, y: torch.empty(1 << 60)))
     assert caught.value.exit_code == 5
 
 
-def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory() -> None:
+def test_other_errors_of_a_step_are_not_mistaken_for_out_of_memory() -> None:
     state, batches, plan = tiny.trained_state()
     with pytest.raises(RuntimeError, match="shape"):
         optimizer_step(state, batches, replace(plan, loss=lambda x, y: torch.zeros(2) @ torch.zeros(3, 3)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_validation_that_is_not_finite_is_an_error_and_never_best(value: float) -> None:
+def test_a_validation_loss_that_is_not_finite_is_an_error_and_never_the_best(value: float) -> None:
     state, batches, plan = tiny.trained_state(train__eval_every=2)
-    around = Around(state, iter([4.0, value]))
+    events = RecordedEvents(state, iter([4.0, value]))
     with pytest.raises(NumericError, match="after step 2"):
-        around.run(batches, plan)
+        events.run(batches, plan)
     assert [v.step for v in state.history] == [0]
-    assert "report 2" not in around.calls
-    assert "save 2" not in around.calls
+    assert "report 2" not in events.calls
+    assert "save 2" not in events.calls
 
 
 @pytest.mark.parametrize("moment", range(14))
-def test_a_stop_at_any_moment_leaves_a_state_that_goes_on_as_if_nothing_had_been(moment: int) -> None:
-    """Between steps and inside validations, also the first and the last one."""
+def test_a_training_stopped_at_any_moment_continues_like_an_undisturbed_one(moment: int) -> None:
+    """Between steps and during validations, the first and the last one included."""
     changes = {"model__dropout": 0.2, "train__max_steps": 8, "train__eval_every": 4}
     undisturbed, batches, plan = tiny.trained_state(**changes)
-    Around(undisturbed).run(batches, plan)
+    RecordedEvents(undisturbed).run(batches, plan)
 
     state, batches, plan = tiny.trained_state(**changes)
-    around = Around(state)
+    events = RecordedEvents(state)
     chances = iter(range(100))
 
     def stop_at_the_moment() -> None:
         if next(chances) == moment:
             raise Interrupted(15, "stopped")
 
-    validate = around.validate
+    validate = events.validate
 
     def interruptible() -> float:
         stop_at_the_moment()
         return validate()
 
-    around.check_stop, around.validate = stop_at_the_moment, interruptible  # type: ignore[method-assign]
+    events.check_stop, events.validate = stop_at_the_moment, interruptible  # type: ignore[method-assign]
     if moment < 11:  # 8 steps and 3 validations
         with pytest.raises(Interrupted):
-            around.run(batches, plan)
-    around.run(batches, plan)
+            events.run(batches, plan)
+    events.run(batches, plan)
     assert weights(state) == weights(undisturbed)
     assert state.history == undisturbed.history
-    assert [step for step, _ in around.logged] == list(range(1, 9))
+    assert [step for step, _ in events.logged] == list(range(1, 9))
 
 
-def test_history_tells_the_losses_and_the_clipping_since_the_validation_before() -> None:
+def test_the_history_has_losses_and_clipping_since_the_previous_validation() -> None:
     state, batches, plan = tiny.trained_state(train__max_steps=4, train__eval_every=2, train__grad_clip=1e-3)
-    around = Around(state)
-    around.run(batches, plan)
-    losses = [metrics["train/loss"] for _, metrics in around.logged]
+    events = RecordedEvents(state)
+    events.run(batches, plan)
+    losses = [metrics["train/loss"] for _, metrics in events.logged]
     assert state.history[0].train_loss is None
     assert [v.train_loss for v in state.history[1:]] == [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
     assert [v.max_train_loss for v in state.history[1:]] == [max(losses[:2]), max(losses[2:])]
     assert [v.clipped for v in state.history[1:]] == [1.0, 1.0]
     state, batches, plan = tiny.trained_state(train__max_steps=4, train__eval_every=2, train__grad_clip=None)
-    Around(state).run(batches, plan)
+    RecordedEvents(state).run(batches, plan)
     assert [v.clipped for v in state.history[1:]] == [0.0, 0.0]

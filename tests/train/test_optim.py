@@ -25,7 +25,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer: st
         assert group["weight_decay"] in (0.0, 0.1)
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_nothing_else() -> None:
+def test_muon_updates_the_matrices_of_the_blocks_and_nothing_else() -> None:
     model = tiny.network(tie_embeddings=False)
     adamw, muon = build_optimizers(model, section(optimizer="muon"))
     assert isinstance(adamw, torch.optim.AdamW)
@@ -36,7 +36,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_nothing_else() -> None:
 
 
 def test_one_step_of_adamw_by_hand() -> None:
-    """After one step the moments are corrected to g and g squared: the update is lr * sign(g), and the decay."""
+    """After bias correction the moments are g and g squared: the update is lr * sign(g), plus weight decay."""
     model = tiny.network(dropout=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = build_optimizers(model, section(lr=0.01, weight_decay=0.5))
@@ -62,7 +62,7 @@ def test_orthogonalise_moves_singular_values_to_about_one(shape: tuple[int, ...]
 
 
 def test_one_step_of_muon_by_hand() -> None:
-    """Momentum m = 0.05 g, Nesterov 0.05 g + 0.95 m, in direction all g; its length 0.2 * sqrt(48)."""
+    """Momentum m = 0.05 g, Nesterov 0.05 g + 0.95 m: all in direction g, with length 0.2 * sqrt(48)."""
     g = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(48, 32, generator=g)) for _ in range(2)]
     before = [w.detach().clone() for w in weights]
@@ -74,7 +74,7 @@ def test_one_step_of_muon_by_hand() -> None:
         torch.testing.assert_close(w.detach(), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_muon_takes_queries_keys_and_values_as_three_matrices() -> None:
+def test_muon_treats_queries_keys_and_values_as_three_matrices() -> None:
     """Two query heads of width 16 and one for keys and values: rows 0 to 31, 32 to 47 and 48 to 63."""
     model = tiny.network(architecture="llama", n_embd=32, n_head=2, n_kv_head=1, n_layer=2)
     _, muon = build_optimizers(model, section(optimizer="muon", lr=0.1, weight_decay=0.0))
@@ -99,7 +99,7 @@ def test_muons_update_has_a_root_mean_square_of_about_a_fifth_of_lr(shape: tuple
     assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)
 
 
-def test_momentum_remembers_the_step_before() -> None:
+def test_momentum_includes_the_previous_step() -> None:
     weight = nn.Parameter(torch.zeros(4, 4))
     muon = Muon([weight], lr=1.0, weight_decay=0.0)
     first, second = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def test_momentum_remembers_the_step_before() -> None:
         ({"architecture": "gpt2", "n_kv_head": 4}, "muon", {}),
     ],
 )
-def test_set_lr_reaches_every_group_with_its_share(
+def test_set_lr_scales_the_rate_of_every_group(
     changes: dict[str, object], optimizer: str, scaled: dict[str, float]
 ) -> None:
     model = tiny.network(**changes)

@@ -33,7 +33,7 @@ def section(**changes: Any) -> TrainParams:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 12])
-def test_the_largest_divisor_that_fits(batch_size: int) -> None:
+def test_the_micro_batch_size_is_the_largest_divisor_that_fits(batch_size: int) -> None:
     model = tiny.network()
     for room_for in range(1, 15):
         free = int(estimated(model, room_for) / 0.9) + 2
@@ -41,7 +41,7 @@ def test_the_largest_divisor_that_fits(batch_size: int) -> None:
         assert found == max(n for n in range(1, room_for + 1) if batch_size % n == 0)
 
 
-def test_a_size_that_is_given_is_taken_or_refused() -> None:
+def test_a_given_micro_batch_size_is_used_or_refused() -> None:
     model = tiny.network()
     free = int(estimated(model, 2) / 0.9) + 2
     assert fitting(section(micro_batch_size=2), model, free) == 2
@@ -49,12 +49,12 @@ def test_a_size_that_is_given_is_taken_or_refused() -> None:
         fitting(section(micro_batch_size=4), model, free)
 
 
-def test_nothing_fits() -> None:
+def test_if_a_single_sequence_does_not_fit_it_is_a_resource_error() -> None:
     with pytest.raises(ResourceError, match="micro-batches of 1 need about"):
         fitting(section(), tiny.network(), 10_000)
 
 
-def test_the_estimate_grows_with_the_sequences_and_shrinks_with_checkpointing() -> None:
+def test_the_memory_estimate_grows_with_sequences_and_shrinks_with_checkpointing() -> None:
     model = tiny.network()
     kept = [estimated(model, n) for n in (1, 2, 3)]
     assert kept[1] - kept[0] == kept[2] - kept[1] > 0
@@ -88,12 +88,12 @@ print(estimated_bytes(model, 8, holds_all_logits=False) / (resident("VmHWM") - b
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_the_estimate_is_about_what_a_step_takes(architecture: str) -> None:
+def test_the_memory_estimate_is_close_to_what_a_step_takes(architecture: str) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, architecture], cwd=ROOT, capture_output=True, text=True)
     assert 0.7 < float(done.stdout) < 1.4, done.stderr
 
 
-def test_logits_of_all_tokens_count_where_a_step_holds_them() -> None:
+def test_the_memory_estimate_includes_all_logits_if_a_step_holds_them() -> None:
     model = tiny.network()
     n_tokens = model.params.context_length * 1000
     whole, some = (estimated_bytes(model, 1000, holds_all_logits=holds) for holds in (True, False))
@@ -104,8 +104,8 @@ def test_logits_of_all_tokens_count_where_a_step_holds_them() -> None:
     assert resolve_runtime(section(device="cpu", compile=True), 1e9, QWEN3).holds_all_logits
 
 
-def test_limits_of_a_container_count(tmp_path: Path) -> None:
-    """Of its own group and of those above; one without a limit says `max`."""
+def test_the_memory_limit_of_a_container_is_respected(tmp_path: Path) -> None:
+    """The limits of its own group and of those above it count; `max` means no limit."""
     for group, limit, current, cached in (("a/b", "max", 70, 0), ("a", "100", 60, 10)):
         (tmp_path / group).mkdir(parents=True, exist_ok=True)
         (tmp_path / group / "memory.max").write_text(f"{limit}\n")
@@ -135,7 +135,7 @@ for name in changed_files:
 
 
 def described(folder: Path, *changed_files: str, **environment: str) -> list[dict[str, Any]]:
-    """A training's environment as recorded in its checkpoints: at first, and after a change of each file."""
+    """The environment that checkpoints record: before any change, and after a change of each file."""
     arguments = repr([tiny.TRAIN, tiny.MODEL, *changed_files])
     done = subprocess.run(
         [sys.executable, "-c", DESCRIBE, arguments],
@@ -148,8 +148,9 @@ def described(folder: Path, *changed_files: str, **environment: str) -> list[dic
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_what_a_resumed_training_needs_the_same(tmp_path: Path) -> None:
-    """The number of threads, the libraries, whatever changes how sums are rounded, and the code of a step."""
+@pytest.mark.slow
+def test_everything_that_affects_the_bits_is_in_the_environment_of_a_checkpoint(tmp_path: Path) -> None:
+    """Threads, libraries, whatever else changes how sums are rounded, and the code of a step."""
     shutil.copytree(ROOT / "gptpipe", tmp_path / "gptpipe")
     usual, *changed = described(tmp_path, "gptpipe/commands/cli.py", "gptpipe/model/gpt.py", OMP_NUM_THREADS="1")
     assert usual["threads"] == 1
@@ -167,7 +168,7 @@ def test_what_a_resumed_training_needs_the_same(tmp_path: Path) -> None:
     assert differing(plain_kernels) == {"arithmetic", "cpu_capability"}
 
 
-def test_the_loss_is_as_the_switches_say() -> None:
+def test_the_loss_follows_its_switches() -> None:
     model, (tokens, targets) = tiny.network(), torch.randint(40, (2, 2, 16))
     tokens[:, 7] = end = 3
 
@@ -190,7 +191,7 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "abacus", "cpu:x"])
-def test_a_device_that_is_not_there_is_told(device: str) -> None:
+def test_a_device_that_does_not_exist_is_a_config_error(device: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.device"):
         resolve_runtime(section(device=device), 1e9, QWEN3)
 
@@ -202,7 +203,7 @@ def test_explicit_values_are_kept() -> None:
     assert (plain.precision, plain.is_compiled) == (torch.float32, False)
 
 
-def test_a_long_training_compiles_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_training_compiles_if_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name == "g++" else None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     auto = section(device="cpu", compile="auto")
@@ -221,7 +222,7 @@ def test_a_long_training_compiles_where_a_compiler_is(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_for_a_stop_and_handlers_come_back(signum: signal.Signals) -> None:
+def test_a_signal_requests_a_stop_and_the_handlers_are_restored(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
     with deferred_signals() as check:
         check()

@@ -26,14 +26,14 @@ def section(schedule: str, **changes: Any) -> TrainParams:
         ("constant", {0: 0.1, 9: 1.0, 10: 1.0, 60: 1.0, 109: 1.0}),
     ],
 )
-def test_points(schedule: str, points: dict[int, float]) -> None:
+def test_the_learning_rate_at_given_steps(schedule: str, points: dict[int, float]) -> None:
     found = {step: learning_rate(step, N_STEPS, section(schedule)) for step in points}
     assert found == pytest.approx(points)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 1, 10, 100])
-def test_it_is_positive_never_above_lr_and_never_rises_after_the_warmup(schedule: str, warmup: int) -> None:
+def test_the_learning_rate_is_positive_at_most_lr_and_never_rises_after_the_warmup(schedule: str, warmup: int) -> None:
     rates = [learning_rate(step, N_STEPS, section(schedule, warmup_steps=warmup)) for step in range(N_STEPS)]
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[:warmup] == sorted(rates[:warmup])

@@ -1,4 +1,4 @@
-"""The whole of stage train on a toy split: what it writes, and that no interruption shows in it."""
+"""The whole of stage train on a toy split: what it writes, and that an interruption changes none of it."""
 
 import json
 import math
@@ -29,31 +29,25 @@ from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.split.split import split
 from gptpipe.tokenize.tokenizers import train_tokenizer
+from gptpipe.train import session
 from gptpipe.train.batches import Batches
+from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.runtime import Runtime
-
-
-@pytest.fixture
-def project(tmp_path: Path, toy_split: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    return Project(tmp_path, toy_split)
+from gptpipe.train.state import TrainState
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, toy_split: Path
 ) -> tuple[Params, dict[str, str]]:
-    """Parameters, and the digests of what they make when nothing happens."""
+    """Parameters, and the digests of the results of a training that is not interrupted."""
     params = tiny.params(train__optimizer=request.param, model__dropout=0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("undisturbed")
-        patch.setenv("DVC_ROOT", str(root))
-        made = Project(root, toy_split)
-        made.train(params)
-    return params, made.digests()
+    project = Project(tmp_path_factory.mktemp("undisturbed"), toy_split)
+    project.train(params)
+    return params, project.digests()
 
 
-def test_what_it_writes(project: Project) -> None:
+def test_the_files_that_a_training_writes(project: Project) -> None:
     best = project.train(tiny.params())
     model, lineage = verify(project.root / "models/gpt"), verify(project.split)
     assert model.made_from == {**lineage.made_from, "split": lineage.digest}
@@ -62,9 +56,15 @@ def test_what_it_writes(project: Project) -> None:
     assert len(reports) == 4
     assert model.counts == {"best_step": 12, "steps": 12, "tokens": 12 * 4 * 16, "parameters": 25152}
     assert sorted(model.files) == [
-        "README.md", "config.json", "encoding.json", "generation_config.json", "model.safetensors", "ranks.tiktoken",
-        "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "encoding.json",
+        "generation_config.json",
+        "model.safetensors",
+        "ranks.tiktoken",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     summary = json.loads((project.root / "reports/train.json").read_bytes())
     assert summary["val"] == best
     assert best["loss"] < 5.2 < 5.6  # 300 tokens at even odds: 5.7
@@ -81,15 +81,11 @@ def test_what_it_writes(project: Project) -> None:
     card = (project.root / "models/gpt/README.md").read_text()
     assert "trained from scratch" in card
     assert lineage.digest in card
-    assert project.checkpoints() == [
-        "best-00000008",
-        "best-00000012",
-        "step-00000009",
-        "step-00000012",
-    ]  # until evaluate is done
+    # They stay until stage evaluate is done.
+    assert project.checkpoints() == ["best-00000008", "best-00000012", "step-00000009", "step-00000012"]
 
 
-def test_what_it_records(project: Project) -> None:
+def test_the_metrics_texts_and_tags_that_a_training_records(project: Project) -> None:
     project.train(tiny.params())
     (record,) = project.records
     assert [step for step, _, metrics in record.entries if "train/loss" in metrics] == list(range(1, 13))
@@ -102,8 +98,8 @@ def test_what_it_records(project: Project) -> None:
     assert record.environment["micro_batch_size"] == 4
 
 
-def test_the_model_it_leaves_is_the_best_not_the_last(project: Project) -> None:
-    """At a rate that ruins it, the model from before the first step is the best."""
+def test_the_model_written_is_the_best_not_the_last(project: Project) -> None:
+    """With a far too high learning rate, the model before the first step is the best."""
     params = tiny.params(train__lr=3.0, train__schedule="constant", train__grad_clip=None)
     best = project.train(params)
     summary = json.loads((project.root / "reports/train.json").read_bytes())
@@ -140,11 +136,11 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_leaves_no_trace(
-    toy_split: Path, undisturbed: tuple[Params, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_split: Path, undisturbed: tuple[Params, dict[str, str]], tmp_path: Path
 ) -> None:
-    """Also during recovery: the moments spread over training, saving and the writing of the results.
+    """Also during recovery: the moments are spread over training, saving and writing the results.
 
-    As many trainings as it takes for 15 kills of each optimizer; GPTPIPE_TEST_KILLS=1000 makes a long night of it.
+    Trains until there were 15 kills with each optimizer; GPTPIPE_TEST_KILLS=1000 takes a night.
     """
     params, digests = undisturbed
     wanted, seed = int(os.environ.get("GPTPIPE_TEST_KILLS", "15")), time.time_ns()
@@ -152,7 +148,6 @@ def test_kill_9_at_random_moments_leaves_no_trace(
     n_killed = 0
     while n_killed < wanted:
         project = Project(tmp_path / str(n_killed), toy_split)
-        monkeypatch.setenv("DVC_ROOT", str(project.root))
         process = start(params, project)
         while n_killed < wanted and wait_for_the_lock(project, process):
             process.join(float(rng.uniform(0, 0.4)))
@@ -170,11 +165,11 @@ def test_kill_9_at_random_moments_leaves_no_trace(
         assert not list(project.root.rglob("*.partial"))
 
 
-def test_a_clock_that_is_off_and_jumps_back_changes_nothing(
+def test_a_wrong_clock_that_jumps_back_changes_nothing(
     project: Project, undisturbed: tuple[Params, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, digests = undisturbed
-    now = iter(range(10**18, 0, -86_400 * 10**9))  # of 2001, and a day back at each look
+    now = iter(range(10**18, 0, -86_400 * 10**9))  # from 2001 on, a day earlier at each call
     monkeypatch.setattr("gptpipe.train.session.time.time_ns", lambda: next(now))
     with pytest.raises(Interrupted):
         project.train(params, stop_at=6)
@@ -185,7 +180,7 @@ def test_a_clock_that_is_off_and_jumps_back_changes_nothing(
     assert times.items() <= again.items()
 
 
-def test_a_signal_ends_it_in_time_with_the_state_saved(project: Project) -> None:
+def test_a_signal_ends_a_training_within_seconds_with_its_state_saved(project: Project) -> None:
     params = tiny.params(train__max_steps=100_000, train__save_every=100_000, train__eval_every=100_000)
     process = start(params, project)
     assert wait_for_the_lock(project, process)
@@ -221,10 +216,10 @@ def test_a_finished_training_is_not_repeated(project: Project, capsys: pytest.Ca
     assert "already finished, after step 12; writing its results again" in capsys.readouterr().err
     first, second = project.records
     assert second.run_id == first.run_id
-    assert second.entries == first.entries  # with the same times: no step was done again
+    assert second.entries == first.entries  # with the same times: no step was repeated
 
 
-def test_a_training_finished_by_other_code_is_done_anew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_finished_by_other_code_is_repeated(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.train(tiny.params())
     describe = Runtime.describe
     monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "training_code": "other"})
@@ -251,7 +246,7 @@ def test_a_kill_before_the_first_checkpoint_leaves_one_run(project: Project) -> 
 
 
 def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little memory is free by then."""
+    """Even if there is less free memory now."""
     with pytest.raises(Interrupted):
         project.train(tiny.params(), stop_at=4)
     monkeypatch.setattr("gptpipe.train.session.free_bytes", lambda _: 0)
@@ -259,7 +254,38 @@ def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatc
     assert project.records[1].environment["micro_batch_size"] == 4
 
 
-def test_patience_ends_it_early(project: Project) -> None:
+def test_a_step_is_saved_once_even_if_the_training_stops_directly_after_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3, 6 and 9 are saved because of `save_every`. A stop before the next step adds no save, nor does a rerun
+    that is stopped before its first step, nor one that only writes the results again.
+    """
+    save, train = Checkpoints.save, session.train
+    saved_steps: list[int] = []
+
+    def count(checkpoints: Checkpoints, state: TrainState) -> None:
+        saved_steps.append(state.step)
+        save(checkpoints, state)
+
+    monkeypatch.setattr(Checkpoints, "save", count)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=9)
+    assert saved_steps == [3, 6, 9]
+    monkeypatch.setattr(session, "train", stop)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params())
+    assert saved_steps == [3, 6, 9]
+    monkeypatch.setattr(session, "train", train)
+    for _ in range(2):
+        project.train(tiny.params())
+        assert saved_steps == [3, 6, 9, 12]
+
+
+def stop(*_: object) -> None:
+    raise Interrupted(signal.SIGTERM, "stopped")
+
+
+def test_patience_ends_a_training_early(project: Project) -> None:
     params = tiny.params(
         train__lr=3.0, train__schedule="constant", train__grad_clip=None, train__eval_every=1, train__patience=2
     )
@@ -269,8 +295,14 @@ def test_patience_ends_it_early(project: Project) -> None:
 
 
 def test_a_numeric_error_leaves_the_last_good_checkpoint(project: Project) -> None:
-    params = tiny.params(train__lr=1e38, train__schedule="constant", train__grad_clip=None, train__warmup_steps=6,
-                         train__eval_every=100, train__save_every=1)  # fmt: skip
+    params = tiny.params(
+        train__lr=1e38,
+        train__schedule="constant",
+        train__grad_clip=None,
+        train__warmup_steps=6,
+        train__eval_every=100,
+        train__save_every=1,
+    )
     with pytest.raises(NumericError) as caught:
         project.train(params)
     assert caught.value.exit_code == 6
@@ -297,17 +329,17 @@ def test_out_of_memory_in_the_update_is_a_resource_error_that_names_the_last_ste
         project.train(tiny.params())
 
 
-def test_what_was_resumed_inexactly_is_written_on_the_model(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inexact_resume_is_mentioned_in_the_model_card(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Interrupted):
         project.train(tiny.params(), stop_at=5)
     describe = Runtime.describe
     monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "threads": 99})
     monkeypatch.setenv("GPTPIPE_ALLOW_INEXACT", "1")
     project.train(tiny.params())
-    (said,) = json.loads((project.root / "reports/train.json").read_bytes())["resumed_inexactly"]
-    assert said.endswith("is 99")
-    assert said in (project.root / "models/gpt/README.md").read_text()
-    assert project.records[-1].tagged["resumed_inexactly"] == said
+    (difference,) = json.loads((project.root / "reports/train.json").read_bytes())["resumed_inexactly"]
+    assert difference.endswith("is 99")
+    assert difference in (project.root / "models/gpt/README.md").read_text()
+    assert project.records[-1].tagged["resumed_inexactly"] == difference
 
 
 def test_switches_reach_the_network_and_torch(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,21 +359,21 @@ def test_switches_reach_the_network_and_torch(project: Project, monkeypatch: pyt
 def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch that makes the loss infinite, wherever it is met, is passed over."""
+    """One batch makes the loss infinite at any step. It is skipped."""
     real = GPT.loss
     stream = open_stream(project.split, "train")
     poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(4)
 
     def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
-        found = real(self, tokens, targets, **options)
-        return found * math.inf if torch.equal(tokens, poison) else found
+        value = real(self, tokens, targets, **options)
+        return value * math.inf if torch.equal(tokens, poison) else value
 
     monkeypatch.setattr(GPT, "loss", loss)
     with pytest.raises(NumericError, match="step 5"):
         project.train(tiny.params())
     params = tiny.params(train__on_spike="rollback")
     project.train(params)
-    whole, record = project.digests(), project.records[-1]
+    undisturbed_digests, record = project.digests(), project.records[-1]
     assert [step for step, _, m in record.entries if "train/loss" in m] == list(range(1, 13))
     assert [tag for tag in record.tagged if tag.startswith("rolled")] == ["rolled_back.00000005"]
     shutil.rmtree(project.root / "models")
@@ -349,12 +381,10 @@ def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
     with pytest.raises(Interrupted):
         project.train(params, stop_at=7)
     project.train(params)
-    assert project.digests() == whole
+    assert project.digests() == undisturbed_digests
 
 
-def test_what_fails_again_and_again_is_not_rolled_back_for_ever(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_always_fails_is_not_rolled_back_forever(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "loss", lambda self, x, y, **_: self.hidden(x).sum() * math.nan)
     with pytest.raises(NumericError, match="step 1"):
         project.train(tiny.params(train__on_spike="rollback"))
@@ -366,7 +396,7 @@ def start_from(project: Project) -> str:
     return str(project.root / "first")
 
 
-def test_it_can_start_from_a_model(project: Project) -> None:
+def test_a_training_can_start_from_a_model(project: Project) -> None:
     folder = start_from(project)
     before = json.loads((project.root / "reports/train.json").read_bytes())["val"]["loss"]
     project.train(tiny.params(train__init_from=folder, train__max_steps=4))
@@ -375,8 +405,8 @@ def test_it_can_start_from_a_model(project: Project) -> None:
     assert f"trained from the weights in {as_text(folder)}" in (project.root / "models/gpt/README.md").read_text()
 
 
-def test_it_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_path: Path) -> None:
-    """A vocabulary of the same size, and two of its tokens the other way round."""
+def test_a_training_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_path: Path) -> None:
+    """A vocabulary of the same size with two tokens exchanged."""
     folder = Path(start_from(project))
     (folder / "manifest.json").unlink()
     path = folder / "tokenizer.json"
@@ -390,21 +420,21 @@ def test_it_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_p
         project.train(tiny.params(train__init_from=str(folder)))
 
 
-def test_a_warm_up_beyond_the_epochs_is_told(project: Project) -> None:
+def test_a_warmup_longer_than_the_training_is_a_config_error(project: Project) -> None:
     with pytest.raises(ConfigError, match=r"train\.warmup_steps 100 must be below the 36 steps"):
         project.train(tiny.params(train__epochs=1.0, train__max_steps=None, train__warmup_steps=100))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(
-    project: Project, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    project: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     params = tiny.params(train__compile=True, train__z_loss=1e-3, train__document_masking=True)
     project.train(params)
     assert project.records[-1].environment["compiled"] is True
     stopped = Project(tmp_path_factory.mktemp("stopped"), project.split)
-    monkeypatch.setenv("DVC_ROOT", str(stopped.root))
     with pytest.raises(Interrupted):
         stopped.train(params, stop_at=5)
     stopped.train(params)
@@ -412,7 +442,7 @@ def test_a_compiled_training_that_is_stopped_ends_like_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("size", [None, 4])
-def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
+def test_a_batch_that_cannot_fit_is_an_error_before_the_first_step(
     project: Project, monkeypatch: pytest.MonkeyPatch, size: int | None
 ) -> None:
     monkeypatch.setattr("gptpipe.train.session.free_bytes", lambda _: 1 << 16)
@@ -422,7 +452,7 @@ def test_a_batch_that_cannot_fit_is_told_before_the_first_step(
     assert project.records == project.checkpoints() == []
 
 
-def test_too_little_text_is_told(project: Project) -> None:
+def test_too_little_text_is_an_input_error(project: Project) -> None:
     with pytest.raises(InputError, match=r"the train split has \d+ tokens, one window needs 10001"):
         project.train(tiny.params(model__context_length=10_000))
     params = split_params(val_fraction=0.0, test_fraction=0.2)
@@ -445,7 +475,7 @@ def test_a_damaged_split_is_never_trained_on(project: Project, tmp_path: Path) -
     assert project.records == []
 
 
-def test_the_tokenizer_travels_with_the_model(project: Project) -> None:
+def test_the_model_folder_contains_the_tokenizer(project: Project) -> None:
     project.train(tiny.params())
     ours, theirs = Tokenizer.load(project.split / "tokenizer"), Tokenizer.load(project.root / "models/gpt")
     assert theirs.encode("the naïve café") == ours.encode("the naïve café")
@@ -463,7 +493,7 @@ def test_the_tokenizer_travels_with_the_model(project: Project) -> None:
         b"[" * 9999,
     ],
 )
-def test_a_tokenizer_to_start_from_that_is_none_is_an_input_error(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_tokenizer_of_init_from_is_an_input_error(tmp_path: Path, content: bytes) -> None:
     tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 257)
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer") as caught:
