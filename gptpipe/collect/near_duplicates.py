@@ -161,12 +161,23 @@ class _Signatures:
 
 
 def _unite(first_of_cluster: Indices, one: Indices, other: Indices) -> None:
-    """Join the clusters of each pair of documents. `first_of_cluster` (n,) is updated."""
-    one, other = first_of_cluster[one], first_of_cluster[other]
+    """Join the clusters of each pair of documents.
+
+    `first_of_cluster` (n,) is updated: it has an earlier document of the same cluster, or the document if it is the
+    first. Only documents of the pairs are touched, because this is done for each band and range.
+    """
+    one, other = _firsts(first_of_cluster, one), _firsts(first_of_cluster, other)
     nodes, positions = np.unique(np.stack([one, other]), return_inverse=True)
     row, column = positions.reshape(2, -1)
     graph = coo_array((np.ones(len(row), np.bool_), (row, column)), (len(nodes), len(nodes)))
     _, labels = connected_components(graph, directed=False)
     _, first_with_label = np.unique(labels, return_index=True)  # nodes are sorted, so the first is the earliest
     first_of_cluster[nodes] = nodes[first_with_label][labels]
-    first_of_cluster[:] = first_of_cluster[first_of_cluster]
+
+
+def _firsts(first_of_cluster: Indices, documents: Indices) -> Indices:
+    """The first document of the cluster of each document."""
+    earlier = first_of_cluster[documents]
+    while not np.array_equal(earlier, documents):
+        documents, earlier = earlier, first_of_cluster[earlier]
+    return documents

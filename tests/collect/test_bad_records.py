@@ -226,7 +226,6 @@ def test_an_empty_corpus_is_an_error_that_says_what_to_do(
         collect(collect_params(write(tmp_path / "a", content), **keys), tmp_path / "raw")
 
 
-@pytest.mark.xfail(reason="a part of a large file knows only its own lines", strict=True)
 def test_lines_without_the_key_in_one_part_are_not_a_wrong_key(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,3 +233,12 @@ def test_lines_without_the_key_in_one_part_are_not_a_wrong_key(
     monkeypatch.setattr(parts, "PART_BYTES", 100)
     counts = collect(collect_params(write(tmp_path / "a", content)), tmp_path / "raw")
     assert (counts["documents"], counts["rejected_no_text"]) == (20, 20)
+
+
+def test_a_wrong_key_of_a_large_file_lists_the_keys_too(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    source = write(tmp_path / "a", json_lines(*({"content": f"text {i}"} for i in range(20))))
+    with pytest.raises(InputError, match=r"20 no_text\).*line 1: no key `text`; the keys are content\)"):
+        collect(collect_params(source), tmp_path / "raw")

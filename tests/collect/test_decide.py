@@ -53,6 +53,15 @@ def test_seen_keeps_few_arrays() -> None:
     assert not seen.is_new(np.arange(64_000, dtype=np.uint64)).any()
 
 
+def test_most_new_keys_are_not_searched() -> None:
+    """Searching takes many times longer than the filter, which takes one or two bytes a key."""
+    random_, seen = np.random.default_rng(0), Seen()
+    for _ in range(50):
+        seen.add(random_.integers(0, 2**64, 1000, np.uint64))
+        assert seen._filter.n_bits <= 16 * 50_000
+    assert seen._filter.may_contain(random_.integers(0, 2**64, 10_000, np.uint64)).mean() < 1 / 8
+
+
 @pytest.fixture
 def decide(tmp_path: Path, collect_params: MakeParams) -> Callable[..., tuple[Decider, list[Decision | None]]]:
     """Write a JSON array of values for each source, one line each; decide about them in order."""
