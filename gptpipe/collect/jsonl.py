@@ -13,10 +13,13 @@ _MAX_KEYS = 10  # of an object, in a message
 _JSON = json.JSONDecoder(parse_int=float)  # Python refuses to convert integers of more than 4,300 digits
 
 
-def jsonl_texts(name: str, file: BinaryIO, start: int, key: str, params: CollectParams) -> Texts:
+def jsonl_texts(
+    name: str, file: BinaryIO, start: int, key: str, params: CollectParams, *, is_whole: bool = True
+) -> Texts:
     """One text for each line that is not blank; about a chunk of the file in a list.
 
-    `start` is the byte of the file where `file` begins. Then line numbers are unknown, and messages name bytes.
+    `start` is the byte of the file where `file` begins. Above 0, line numbers are unknown, and messages name bytes.
+    A whole file in which no object has the key ends with a bad record.
     """
     max_line_bytes = _LINE_BYTES + 16 * params.max_document_bytes
     path = key.split(".")
@@ -41,12 +44,12 @@ def jsonl_texts(name: str, file: BinaryIO, start: int, key: str, params: Collect
             has_key = has_key or text is not _MISSING
             if text is _MISSING and isinstance(value, dict) and len(other_keys) < _MAX_KEYS:
                 other_keys |= dict.fromkeys(list(value)[:_MAX_KEYS])
-            texts.append(text if isinstance(text, str) else Rejected("no_text", str(place)))
+            texts.append(text if isinstance(text, str) else _without_text(text, value, place, key))
         if offset >= next_yield:
             yield texts
             texts, next_yield = [], offset + CHUNK
     yield texts
-    if other_keys and not has_key:
+    if is_whole and other_keys and not has_key:
         problem = f"no line has the key `{key}`; the keys are {', '.join(other_keys)}"
         yield [Rejected("no_key", f"{name}: {problem}; set text_key of the source")]
 
@@ -87,6 +90,14 @@ def _parse_line(line: bytes, place: _Place, errors: str) -> Any:
         )
     is_array = place.is_numbered and place.number == 1 and isinstance(value, list)
     return _array(place) if is_array else value
+
+
+def _without_text(text: Any, value: Any, place: _Place, key: str) -> Rejected:
+    """The rejection of a line whose value has no text at the key."""
+    if text is not _MISSING or not isinstance(value, dict):
+        return Rejected("no_text", str(place))
+    keys = ", ".join(list(value)[:_MAX_KEYS]) or "none"
+    return Rejected("no_text", f"{place}: no key `{key}`; the keys are {keys}")
 
 
 def _array(place: _Place) -> Rejected:

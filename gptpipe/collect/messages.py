@@ -29,7 +29,7 @@ def warn_about_files(paths: Iterable[list[str]]) -> None:
     distinct = {path for paths_of_source in paths for path in paths_of_source}
     outside = sorted(path for path in distinct if not _is_below(path, watched))
     if outside:
-        others = f" and {len(outside) - 1} other files" if len(outside) > 1 else ""
+        others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
         complain(
             f"collect: warning: {outside[0]}{others}: outside {_WATCHED}, so `dvc repro` does not notice changes; "
             "move the files there, or run `dvc repro -f collect` after a change"
@@ -77,4 +77,7 @@ def explain_empty(tally: Tally) -> str:
     advice = _ADVICE.get(main)
     if main in FilterParams.model_fields:
         advice = f"relax or switch off collect.filters.{main}"
-    return f"collect: no document left of {tally['documents_in']:,} ({reasons}); {advice or 'see reports/collect.md'}"
+    details = [example["why"] for example in tally.examples if example["reason"] == main and example["why"]]
+    first = f" (the first: {details[0]})" if details else ""
+    counts = f"collect: no document left of {tally['documents_in']:,} ({reasons})"
+    return f"{counts}; {advice or 'see reports/collect.md'}{first}"

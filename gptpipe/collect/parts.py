@@ -52,7 +52,7 @@ class Part(NamedTuple):
         if not self.addresses:
             return f"source {self.source + 1}"
         n_others = len(self.addresses) - 1
-        return self.addresses[0] + (f" and {n_others} other files" if n_others else "")
+        return self.addresses[0] + (f" and {n_others} more" if n_others else "")
 
     @staticmethod
     def first_name(name: str) -> str:

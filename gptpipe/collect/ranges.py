@@ -59,22 +59,41 @@ def open_range(path: str, start: int, end: int | None, separator: str) -> Iterat
 def _boundary(file: BinaryIO, offset: int | None, separator: bytes) -> int:
     """The byte after the first separator from `offset` on, where a range may begin or end.
 
-    0 for offset 0; the size of the file for None, and if no separator follows.
+    0 for offset 0; the size of the file for None, and if no separator follows. Separators that overlap others do not
+    count, as in three line feeds where the separator is two: which of them counts depends on the text before.
     """
     size = file.seek(0, os.SEEK_END)
     if offset is None or offset == 0:
         return size if offset is None else 0
-    file.seek(offset)
+    n = len(separator)
+    first_byte = max(0, offset - n + 1)  # of the window; what is before `offset` may overlap a separator
+    file.seek(first_byte)
     window = b""
-    while data := file.read(CHUNK):
+    position = offset - first_byte  # in the window, where the search goes on
+    is_end = False
+    while not is_end:
+        data = file.read(CHUNK)
+        is_end = not data
         window += data
-        position = window.find(separator)
-        if position >= 0:
-            return offset + position + len(separator)
-        n_searched = len(window) - len(separator) + 1
-        offset += n_searched
-        window = window[n_searched:]
+        position = window.find(separator, position)
+        while position >= 0 and (is_end or position + 2 * n <= len(window)):
+            if _is_alone(window, separator, position):
+                return first_byte + position + n
+            position = window.find(separator, position + 1)
+        if position < 0:
+            position = max(0, len(window) - n + 1)
+        n_done = max(0, position - n + 1)
+        first_byte += n_done
+        window = window[n_done:]
+        position -= n_done
     return size
+
+
+def _is_alone(window: bytes, separator: bytes, position: int) -> bool:
+    """Whether no other occurrence of the separator overlaps the one at `position`."""
+    around = window[max(0, position - len(separator) + 1) : position + 2 * len(separator) - 1]
+    first = around.find(separator)
+    return around.find(separator, first + 1) < 0
 
 
 class _Slice(io.RawIOBase):

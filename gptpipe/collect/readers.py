@@ -142,19 +142,27 @@ def _file(address: str, part: PartToRead, source: FileSource, params: CollectPar
         else:
             with open_range(address, part.start, part.end, separator_of(source) or "\n") as (first_byte, file):
                 is_continued = first_byte > 0 and source.format == "text" and separator_of(source) is None
-                for texts in _content(address, file, first_byte, source, params):
+                for texts in _content(address, file, first_byte, source, params, is_whole=False):
                     yield [Piece(texts[0]), *texts[1:]] if is_continued and texts else texts
                     is_continued = is_continued and not texts
 
 
-def _content(name: str, file: io.BufferedReader, first_byte: int, source: FileSource, params: CollectParams) -> Texts:
-    """The texts of an unpacked file. `first_byte` is where `file` begins in it."""
+def _content(
+    name: str,
+    file: io.BufferedReader,
+    first_byte: int,
+    source: FileSource,
+    params: CollectParams,
+    *,
+    is_whole: bool = True,
+) -> Texts:
+    """The texts of an unpacked file, or of a range of it. `first_byte` is where `file` begins in it."""
     match source:
         case Parquet() | Url(format="parquet"):
             yield from _parquet_file(name, file, source, params)
         case Jsonl(text_key=key, encoding=encoding) | Url(format="jsonl", text_key=key, encoding=encoding):
             content = as_utf8(name, file, encoding, params.encoding_errors)
-            yield from jsonl_texts(name, content, first_byte, key, params)
+            yield from jsonl_texts(name, content, first_byte, key, params, is_whole=is_whole)
         case Text() | Url():
             head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
             if b"\0" in head and marked_encoding(head) is None and source.encoding == "utf-8":

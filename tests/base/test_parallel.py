@@ -186,12 +186,14 @@ def ray_cluster() -> Iterator[Any]:
     """A real cluster of two machines with one core, which are processes of this one."""
     ray = pytest.importorskip("ray", reason="needs the extra cluster")
     machine = {"num_cpus": 1, "include_dashboard": False}
-    cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=machine)
-    cluster.second_machine = cluster.add_node(**machine)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine starts it slowly
+        cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=machine)
+        cluster.second_machine = cluster.add_node(**machine)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.filterwarnings("default")  # Ray's own

@@ -7,19 +7,18 @@ import os
 import random
 import tarfile
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.batch import Rejected
+from reading import read_source
 
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.archives import is_tar
 from gptpipe.collect.file_kinds import Format, is_other_file
 from gptpipe.collect.open_files import open_files
-from gptpipe.collect.readers import read
+from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import InputError
 
 MIB = 1 << 20
@@ -223,7 +222,7 @@ def test_ranges_that_divide_a_zip_archive_contain_each_member_once(opened) -> No
 def test_skipped_members_reach_the_counts(tmp_path: Path, collect_params) -> None:
     (tmp_path / "a.zip").write_bytes(zip_({"a.jsonl": json.dumps({"text": "one"}).encode(), "README": b"about"}))
     params = collect_params({"kind": "jsonl", "paths": (f"{tmp_path}/a.zip",)})
-    texts = [text for texts in read(params.sources[0], params, Counter(), {}) for text in texts]
+    texts = [text for texts in read_source(params) for text in texts]
     assert texts == ["one", Rejected("other_file", f"{tmp_path}/a.zip: README")]
 
 
@@ -232,4 +231,4 @@ def test_a_nested_parquet_file_is_read(opened, tmp_path: Path, collect_params) -
     pq.write_table(pa.table({"text": ["one"]}), file)
     (tmp_path / "a.tar").write_bytes(tar({"in.zip": zip_({"a.parquet": file.getvalue().to_pybytes()})}))
     params = collect_params({"kind": "parquet", "paths": (f"{tmp_path}/a.tar",)})
-    assert [text for texts in read(params.sources[0], params, Counter(), {}) for text in texts] == ["one"]
+    assert [text for texts in read_source(params) for text in texts] == ["one"]

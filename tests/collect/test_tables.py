@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gptpipe.collect.batch import Rejected
 
 from gptpipe.collect import tables
 from gptpipe.collect.cleaning import cut
-from gptpipe.collect.tables import Pieces, dataset_rows, not_utf8, parquet_rows
+from gptpipe.collect.encodings import not_utf8
+from gptpipe.collect.tables import DatasetName, dataset_rows, parquet_rows
+from gptpipe.collect.texts import Piece, Rejected
 from gptpipe.shell.errors import InputError
 
 
@@ -107,11 +108,11 @@ def test_a_long_text_is_cut_while_it_is_decoded() -> None:
     long = "ü line\n" * 5000 + "€" * 777
     file = parquet({"text": ["one", long, None, "two", "x" * 1000, "x" * 1001]})
     lists = list(parquet_rows("file", file, "text", "strict", 1 << 40, 200, 1000))
-    pieces = [texts for texts in lists if isinstance(texts, Pieces)]
+    pieces = [text for texts in lists for text in texts if isinstance(text, Piece)]
     expected = ["one", *cut(long, 1000), "file, row 3", "two", "x" * 1000, "x" * 1000, "x"]
     assert rows(file, max_bytes=1000) == expected
-    assert sum(part.n_cuts for part in pieces) == len(cut(long, 1000)) - 1 + 1
-    assert max(map(len, pieces)) <= 3  # a chunk at a time
+    assert len(pieces) == len(cut(long, 1000)) - 1 + 1
+    assert sum(len(text) for text in lists[1]) <= 1000  # a chunk at a time
 
 
 def test_an_error_in_a_long_text_names_the_byte() -> None:
@@ -179,13 +180,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_wrong_key_of_a_dataset_is_an_input_error(folder: Path, keys: dict[str, str], words: str) -> None:
     """datasets raises ValueError, which once was reported as a lost connection."""
-    usual = {"dataset": str(folder), "name": None, "split": "train", "revision": "a" * 40, "column": "text"}
+    name = DatasetName("huggingface://x", str(folder), None, "train", "a" * 40)._replace(**keys)
     with pytest.raises(InputError, match=words):
-        list(dataset_rows("huggingface://x", **{**usual, **keys}))
+        list(dataset_rows(name, "text", 0, 1))
 
 
 @pytest.mark.parametrize("state", ["state.json", "dataset_dict.json"])
 def test_a_folder_of_save_to_disk_is_an_input_error(folder: Path, state: str) -> None:
     (folder / state).write_text("{}")
     with pytest.raises(InputError, match=r"a folder of save_to_disk, .*; write the dataset with to_parquet"):
-        list(dataset_rows("huggingface://x", str(folder), None, "train", "a" * 40, "text"))
+        list(dataset_rows(DatasetName("huggingface://x", str(folder), None, "train", "a" * 40), "text", 0, 1))

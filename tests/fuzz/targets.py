@@ -3,6 +3,7 @@
 import base64
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -10,7 +11,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from sections import SHIPPED, filters
 
 from gptpipe.base.files import seal, sha256_of
 from gptpipe.base.manifest import MANIFEST, SCHEMA, FileEntry, Manifest, new_folder, read_manifest, verify
+from gptpipe.base.parallel import map_in_order
 from gptpipe.base.resume import finished
 from gptpipe.collect.cleaning import clean
 from gptpipe.collect.params import CollectParams
+from gptpipe.collect.parts import Part, find_files, plan_parts
+from gptpipe.collect.readers import read_part
 from gptpipe.collect.tables import parquet_rows
+from gptpipe.collect.texts import Rejected
 from gptpipe.formats.hf_tokenizer import check_same_tokens, to_tokenizer_json
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
@@ -97,7 +102,8 @@ def _manifest(content: bytes) -> None:
 
 
 def _done_seeds(_: Path) -> list[bytes]:
-    return [seal({"files": ["0" * 64], "result": {"counts": {"documents": 1}}}), b"[]", b"{}"]
+    sound = {"files": {"shard": hashlib.sha256(b"a").hexdigest()}, "key": "", "result": {"counts": {"documents": 1}}}
+    return [seal(sound), seal({"files": ["0" * 64], "key": "", "result": None}), b"[]", b"{}"]
 
 
 def _done(content: bytes) -> None:
@@ -124,6 +130,22 @@ def _read(content: bytes, **source: Any) -> None:
         for text in clean(texts, params):
             if isinstance(text, str):
                 text.encode()
+
+
+def _read_in_worker(content: bytes) -> None:
+    """Read a Parquet file as stage collect does: in a worker process, whose crash is an InputError."""
+    Path("input").write_bytes(content)
+    source = {"kind": "parquet", "paths": ("input",)}
+    params = CollectParams.model_validate({**dict(_collect_params()), "sources": (source,)})
+    parts = plan_parts(params, find_files(params.sources))
+    for bad in map_in_order(partial(_bad_records, params=params), parts, isolate=True, parses=str):
+        if bad:
+            raise InputError(bad[0])
+
+
+def _bad_records(part: Part, *, params: CollectParams) -> list[str]:
+    lists = read_part(part, params.sources[0], params, {})
+    return [text.detail for texts in lists for text in texts if isinstance(text, Rejected) and text.is_bad]
 
 
 def _text_seeds(_: Path) -> list[bytes]:
@@ -448,11 +470,9 @@ TARGETS = [
         (InputError,),
         (mutations.footer,),
         512 << 20,
-        guarded=lambda c: _read(c, kind="parquet"),
+        guarded=_read_in_worker,
     ),
-    Target(
-        "parquet-process", 2, _parquet_seeds, lambda c: _read(c, kind="parquet"), (InputError,), (mutations.footer,)
-    ),
+    Target("parquet-process", 2, _parquet_seeds, _read_in_worker, (InputError,), (mutations.footer,)),
     Target("tokenizer-encoding", 50, _tokenizer_seeds(ENCODING), _tokenizer(ENCODING), (IntegrityError,), JSON),
     Target("tokenizer-ranks", 50, _tokenizer_seeds(RANKS), _tokenizer(RANKS), (IntegrityError,)),
     Target("hub-tokenizer", 20, _hub_tokenizer_seeds, _hub_tokenizer, (InputError, ConfigError), JSON),

@@ -222,6 +222,12 @@ def test_a_benchmark_without_text_is_an_error(
         report_on([on_side("train", RUN)], benchmarks=(benchmark,))
 
 
+def test_equal_items_of_a_benchmark_all_count(tmp_path: Path, report_on: Callable[..., dict[str, Any]]) -> None:
+    benchmark = write_benchmark(tmp_path, [" ".join(RUN)] * 3)
+    report = report_on([on_side("train", RUN)], benchmarks=(benchmark,))
+    assert (report["benchmark-0_documents"], report["benchmark-0_contaminated"]) == (3, 3)
+
+
 def test_benchmarks_are_cleaned_like_training_text_but_not_filtered(
     tmp_path: Path, report_on: Callable[..., dict[str, Any]]
 ) -> None:
