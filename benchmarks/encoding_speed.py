@@ -1,13 +1,13 @@
-"""Speed of tokenize, collect and split beside the usual tools, on the same text in the same run.
+"""Speed of tokenize beside the usual tools, on the same text in the same run.
 
-    python -m benchmarks.data_plane
+    python -m benchmarks.encoding_speed
 
 The text is the docstrings of this machine's Python, in documents of 100 and of 4,000 characters, with the encoding
 `gpt2` and with one trained on the text. gptpipe reads and writes Parquet; the other programs get texts in memory and
 discard their ids. All take turns, and the best round counts. Numbers are ratios to a single-process loop of
 `tiktoken.encode_ordinary`, and to the physical limit, which is tiktoken on all cores without file work: on a shared
-machine only ratios can be compared. `tokenize` gets a trained tokenizer; the row below it includes the training. The
-last column is the peak memory of each stage in a separate process. Takes a quarter of an hour on two idle cores.
+machine only ratios can be compared. `tokenize` gets a trained tokenizer; the row below it includes the training.
+Takes a quarter of an hour on two idle cores. The other stages, CPU seconds and memory: `benchmarks.data_plane`.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import json
 import os
 import platform
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,8 +34,6 @@ from gptpipe.formats.hf_tokenizer import to_tokenizer_json
 from gptpipe.formats.tokenizer import PATTERN, Tokenizer
 from gptpipe.params import load_params
 from gptpipe.shell.environment import n_workers
-from gptpipe.split.overlap import report_contamination
-from gptpipe.split.split import split
 from gptpipe.tokenize import encode
 from gptpipe.tokenize.params import TokenizeParams
 from gptpipe.tokenize.tokenizers import build_tokenizer, train_tokenizer
@@ -46,20 +42,6 @@ VOCAB_SIZE = 4096
 PARTS: list[list[str]] = []  # of the texts, one for each core
 SPLIT = load_params().split.fractions
 LOOP, LIMIT = "tiktoken, one process", "tiktoken, all cores, no files"
-STAGE = """
-import sys
-from pathlib import Path
-from benchmarks import data_plane
-stage, folder, encoding = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-if stage == "collect":
-    data_plane.collect(data_plane.collect_params(folder), folder / "raw3")
-elif stage == "tokenize":
-    params = data_plane.tokenize_params(encoding)
-    data_plane.encode.tokenize(folder / "raw", folder / "tokens3", params, data_plane.SPLIT, 0)
-else:
-    data_plane.stage_split(folder)
-print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-"""
 
 
 def main() -> None:
@@ -78,12 +60,10 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows = programs(Path(folder), texts, encoding)
                 seconds = best_of(rows, options.rounds)
-                peaks = {stage: peak_mib(stage, Path(folder), encoding) for stage in ("collect", "tokenize", "split")}
             for name, best in seconds.items():
                 ratio, share = (seconds[other] / best for other in (LOOP, LIMIT))
                 rate = f"{sum(map(len, texts)) / best / 1e6:.1f}" if "training alone" not in name else ""
                 print(f"| {length} characters | {encoding} | {name} | {rate} | {ratio:.2f} | {share:.0%} |", flush=True)
-            print(f"| {length} characters | {encoding} | resident, MiB: {peaks} | | | |", flush=True)
 
 
 def make_texts(length: int, n_bytes: int) -> list[str]:
@@ -97,9 +77,8 @@ def make_texts(length: int, n_bytes: int) -> list[str]:
 def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callable[[], object]]:
     """The programs to compare, by name."""
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", compression="zstd")
-    params = collect_params(folder)
     section = tokenize_params(encoding)
-    collect(params, folder / "raw")
+    collect(collect_params(folder), folder / "raw")
     encode.tokenize(folder / "raw", folder / "tokens", section, SPLIT, 0)
     tokenizer = Tokenizer.load(folder / "tokens/tokenizer")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer)))
@@ -139,19 +118,12 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
             pool.map(part_loop, range(n_workers()), [tokenizer_folder] * n_workers())
         ),
         "gptpipe tokenize, Parquet to Parquet": lambda: tokenize_with(lambda *_: tokenizer),
-        "gptpipe collect, exact": lambda: collect(params, folder / "raw2"),
-        "gptpipe split, with the overlap in words": lambda: stage_split(folder),
         "tokenizers encode_batch": lambda: theirs.encode_batch(texts),
         "datasets.map of tiktoken": lambda: table.map(
             encode_rows, batched=True, load_from_cache_file=False, num_proc=n_workers()
         ),
         **training(their_training),
     }  # fmt: skip
-
-
-def stage_split(folder: Path) -> None:
-    report_contamination(folder / "raw", folder / "split.json", SPLIT, load_params().collect, 0)
-    split(folder / "tokens", folder / "split", SPLIT, 0)
 
 
 def collect_params(folder: Path) -> CollectParams:
@@ -162,14 +134,6 @@ def collect_params(folder: Path) -> CollectParams:
 
 def tokenize_params(encoding: str) -> TokenizeParams:
     return load_params().tokenize.model_copy(update={"encoding": encoding, "vocab_size": VOCAB_SIZE})
-
-
-def peak_mib(stage: str, folder: Path, encoding: str) -> int:
-    """Peak MiB of a stage in a separate process, with this module's imports (Linux). Stages here start no others."""
-    done = subprocess.run(
-        [sys.executable, "-c", STAGE, stage, folder, encoding], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout) // 1024
 
 
 def loop(texts: list[str], tokenizer_folder: Path) -> int:
