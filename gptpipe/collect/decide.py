@@ -60,7 +60,8 @@ class Seen:
         """Add keys for which `is_new` was true."""
         if not len(new_keys):
             return
-        self._levels.append(np.sort(new_keys))
+        new_keys = np.sort(new_keys)
+        self._levels.append(new_keys)
         while len(self._levels) > 1 and 2 * len(self._levels[-1]) > len(self._levels[-2]):
             merged = np.concatenate([self._levels.pop(), self._levels.pop()])
             merged.sort(kind="stable")  # merges two sorted parts in linear time
@@ -89,8 +90,9 @@ class _Filter:
         return np.asarray(self._bytes[begins >> np.uint64(3)] & _bit(begins) != 0)
 
     def add(self, keys: Keys) -> None:
+        """Add sorted keys."""
         for start in range(0, len(keys), _KEYS_AT_ONCE):
-            begins = np.sort(keys[start : start + _KEYS_AT_ONCE]) >> self._shift
+            begins = keys[start : start + _KEYS_AT_ONCE] >> self._shift
             places = begins >> np.uint64(3)
             is_first = np.append(True, places[1:] != places[:-1])  # of the keys with bits in the same byte
             firsts = np.flatnonzero(is_first)

@@ -203,13 +203,14 @@ class _HeldOutRuns:
 
 
 def _held_out_runs(work: Iterator[ReadBlocks], n: int, run: Map) -> _HeldOutRuns:
-    sample = np.empty((3, 0), np.uint64)
+    samples = [np.empty((3, 0), np.uint64)]
     every_nth = 1
     for ranked in run(partial(_ranked_runs, n=n), work):
-        sample = np.concatenate([sample, ranked[:, _is_sampled(ranked[0], every_nth)]], axis=1)
-        if sample.shape[1] > 3 * _MAX_RUNS // 2:  # not at each excess: sorting takes longer than hashing
-            sample, every_nth = _shrink(sample, every_nth)
-    sample, every_nth = _shrink(sample, every_nth)
+        samples.append(ranked[:, _is_sampled(ranked[0], every_nth)])
+        if sum(sample.shape[1] for sample in samples) > 3 * _MAX_RUNS // 2:  # sorting takes longer than hashing
+            sample, every_nth = _shrink(np.concatenate(samples, axis=1), every_nth)
+            samples = [sample]
+    sample, every_nth = _shrink(np.concatenate(samples, axis=1), every_nth)
     return _HeldOutRuns(sample[1], sample[2], every_nth)
 
 
