@@ -46,7 +46,7 @@ def collect(params: CollectParams, target: Path, report: Path | None = None) -> 
     with new_folder(target, made_from, "collect") as folder:
         decisions = _read_and_decide(parts, decider, folder.path / _PARTS, params, is_small)
         for decision in decisions:
-            made_from |= decision.candidates.record["digests"]
+            made_from |= decision.record["digests"]
         check_bad_records(decider, params)
         if params.dedup == "near":
             decisions = _without_near_duplicates(decisions, params.near_similarity, decider, is_small)
@@ -102,7 +102,7 @@ def _remove_other_parts(folder: Path, parts: list[Part]) -> None:
 def _without_near_duplicates(
     decisions: list[Decision], similarity: float, decider: Decider, is_small: bool
 ) -> list[Decision]:
-    signed = [SignedPart(decision.candidates.folder, decision.is_kept) for decision in decisions]
+    signed = [SignedPart(decision.folder, decision.is_kept) for decision in decisions]
     masks = near_duplicates(signed, similarity, is_small)
     pairs = zip(decisions, masks, strict=True)
     return [decider.without_near_duplicates(decision, is_duplicate) for decision, is_duplicate in pairs]

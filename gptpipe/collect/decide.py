@@ -6,7 +6,8 @@ The first of equal texts is kept, and a source ends at its limit. This process s
 from collections import Counter
 from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,15 @@ _KEYS_AT_ONCE = 1 << 20  # that are added to the filter
 class Decision(NamedTuple):
     """Which candidates of a part are kept."""
 
-    candidates: Candidates
+    folder: Path
+    record: dict[str, Any]  # of the candidates
     source: str  # its name
     is_kept: Mask  # for each candidate
+
+    @property
+    def candidates(self) -> Candidates:
+        """Opened at each use, because the system limits the number of files that a process has mapped."""
+        return Candidates.open(self.folder, self.record)
 
 
 class Seen:
@@ -144,7 +151,7 @@ class Decider:
             self._seen.add(keys[is_kept])
         self._count(name, candidates, n_texts, is_kept)
         self._count_duplicates(name, candidates, np.flatnonzero(is_read & ~is_kept))
-        return Decision(candidates, name, is_kept)
+        return Decision(candidates.folder, candidates.record, name, is_kept)
 
     def _texts_to_limit(self, source: int, candidates: Candidates, is_kept: Mask) -> int | None:
         """Number of texts of a part up to the limit of its source; None if the limit is not reached."""
@@ -178,12 +185,13 @@ class Decider:
     def without_near_duplicates(self, decision: Decision, is_duplicate: Mask) -> Decision:
         """Reject some of the kept candidates."""
         rows = np.flatnonzero(is_duplicate)
-        n_bytes = decision.candidates.n_bytes[decision.candidates.reasons == 0][rows]
+        candidates = decision.candidates
+        n_bytes = candidates.n_bytes[candidates.reasons == 0][rows]
         self.tally.add(decision.source, "documents", -len(rows))
         self.tally.add(decision.source, "bytes", -int(n_bytes.sum()))
         if len(rows):
             self.tally.reject(decision.source, "near_duplicate", len(rows))
-            self._show_texts(decision.source, "near_duplicate", decision.candidates, rows)
+            self._show_texts(decision.source, "near_duplicate", candidates, rows)
         return decision._replace(is_kept=decision.is_kept & ~is_duplicate)
 
     def _show_texts(self, name: str, reason: str, candidates: Candidates, rows: npt.NDArray[np.int64]) -> None:

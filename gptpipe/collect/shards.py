@@ -39,15 +39,16 @@ def plan_shards(decisions: Sequence[Decision]) -> Iterator[Shard]:
     number = 0
     pieces: list[Piece] = []
     n_bytes = 0
-    for candidates, source, is_kept in decisions:
-        rows = np.flatnonzero(is_kept)
+    for decision in decisions:
+        rows = np.flatnonzero(decision.is_kept)
+        candidates = decision.candidates
         ends = candidates.n_bytes[candidates.reasons == 0][rows].cumsum()
         start = 0
         while start < len(rows):
             n_before = int(ends[start - 1]) if start else 0
             n_rows = int(np.searchsorted(ends[start:] - n_before, SHARD_BYTES - n_bytes)) + 1
             taken = rows[start : start + n_rows]
-            pieces.append(Piece(candidates.folder, candidates.record["batch_starts"], source, taken))
+            pieces.append(Piece(candidates.folder, candidates.record["batch_starts"], decision.source, taken))
             start += len(taken)
             n_bytes += int(ends[start - 1]) - n_before
             if n_bytes >= SHARD_BYTES:
