@@ -234,12 +234,16 @@ def _archive_seeds(_: Path) -> list[bytes]:
         bz2.compress(text),
         lzma.compress(text),
         bytes(pa.compress(text, "zstd", asbytes=True)),
+        bytes(pa.compress(text, "lz4", asbytes=True)),
+        lzma.compress(text, lzma.FORMAT_ALONE),
+        b"\x50\x2a\x4d\x18\4\0\0\0size" + bytes(pa.compress(text, "zstd", asbytes=True)),  # as pzstd
     ]
     return [
         *tars,
         *(_zip(members, method) for method in methods),
         *packed,
         packed[0] * 2,
+        _zip({"in.zip": _zip(members, zipfile.ZIP_DEFLATED), "in.tar": tars[0]}, zipfile.ZIP_STORED),
         gzip.compress(tars[-1], mtime=0),
         lzma.compress(tars[0]),
     ]
