@@ -26,15 +26,16 @@ _PARTS = ".parts"  # folder of candidates; the finished corpus does not contain 
 _MANY_BYTES = 32 << 20  # of input, above which worker processes pay off
 
 
-def collect(params: CollectParams, target: Path, report: Path | None = None) -> dict[str, int]:
+def collect(params: CollectParams, target: Path, report: Path | None = None, stage: str = "collect") -> dict[str, int]:
     """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
     Each text that is read is either kept, or counted under the reason of its rejection. After a kill or an error, the
     candidates of finished parts and the finished shards are reused, except candidates from remote files, which may
-    have changed. Raises InputError if a source cannot be read or changes meanwhile, or if no document is left.
+    have changed. Warnings name `stage`, because stage split collects its benchmarks with this function too. Raises
+    InputError if a source cannot be read or changes meanwhile, or if no document is left.
     """
     files = find_files(params.sources)
-    warn_about_files(files.paths)
+    warn_about_files(files.paths, stage)
     parts = plan_parts(params, files)
     is_small = sum(part.n_bytes for part in parts) < _MANY_BYTES
     kinds = [source.kind for source in params.sources]

@@ -23,16 +23,16 @@ _ADVICE = {  # how to keep texts that were rejected for a reason
 }
 
 
-def warn_about_files(paths: Iterable[list[str]]) -> None:
-    """Warn about files that DVC does not watch, because they are outside data/sources."""
+def warn_about_files(paths: Iterable[list[str]], stage: str) -> None:
+    """Warn about files that DVC does not watch, because they are outside data/sources. `stage` reads them."""
     watched = _WATCHED.resolve()
     distinct = {path for paths_of_source in paths for path in paths_of_source}
     outside = sorted(path for path in distinct if not _is_below(path, watched))
     if outside:
         others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
         complain(
-            f"collect: warning: {outside[0]}{others}: outside {_WATCHED}, so `dvc repro` does not notice changes; "
-            "move the files there, or run `dvc repro -f collect` after a change"
+            f"{stage}: warning: {outside[0]}{others}: outside {_WATCHED}, so `dvc repro` does not notice changes; "
+            f"move the files there, or run `dvc repro -f {stage}` after a change"
         )
 
 

@@ -69,7 +69,7 @@ class SourceFiles(NamedTuple):
 
 
 def find_files(sources: tuple[Source, ...]) -> SourceFiles:
-    """Find and hash the files of the sources; files with a `url` are downloaded first.
+    """Find and hash the local files of the sources.
 
     Raises one InputError for all files that cannot be read.
     """

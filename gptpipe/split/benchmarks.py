@@ -44,7 +44,7 @@ def _collect_one(number: int, source: Source, params: CollectParams, folder: Pat
     """Raises InputError if the benchmark cannot be read or has no text."""
     description = _description(source)
     try:
-        counts = collect(params.model_copy(update={"sources": (source,)}), folder)
+        counts = collect(params.model_copy(update={"sources": (source,)}), folder, stage="split")
     except InputError as error:
         raise InputError(f"split.benchmarks.{number}: {description}: {error}") from error
     return Benchmark(description, shard_paths(folder), counts["documents_in"] - counts["documents"])

@@ -222,6 +222,15 @@ def test_a_benchmark_without_text_is_an_error(
         report_on([on_side("train", RUN)], benchmarks=(benchmark,))
 
 
+def test_a_benchmark_outside_of_data_sources_is_a_warning_of_stage_split(
+    tmp_path: Path, report_on: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_on([on_side("train", RUN)], benchmarks=(write_benchmark(tmp_path, [" ".join(RUN)]),))
+    printed = capsys.readouterr().err
+    assert f"split: warning: {tmp_path}/questions.jsonl: outside data/sources" in printed
+    assert "run `dvc repro -f split` after a change" in printed
+
+
 def test_equal_items_of_a_benchmark_all_count(tmp_path: Path, report_on: Callable[..., dict[str, Any]]) -> None:
     benchmark = write_benchmark(tmp_path, [" ".join(RUN)] * 3)
     report = report_on([on_side("train", RUN)], benchmarks=(benchmark,))
