@@ -1,7 +1,6 @@
 """Archives: which members are read, which are skipped and counted, and archives in archives."""
 
 import gzip
-import io
 import json
 import os
 import random
@@ -12,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archives import tar, zip_
 from reading import read_source
 
 from gptpipe.collect import open_files as opening
@@ -22,24 +22,6 @@ from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import InputError
 
 MIB = 1 << 20
-
-
-def tar(members: dict[str, bytes], format_: int = tarfile.PAX_FORMAT) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=format_) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def zip_(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(zipfile.ZipInfo(name), content, method)
-    return file.getvalue()
 
 
 @pytest.fixture

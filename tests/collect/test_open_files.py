@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archives import tar, zip_
 from reading import read_source
 
 from gptpipe.collect import jsonl
@@ -42,24 +43,6 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
 }
-
-
-def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def zip_(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
 
 
 def parquet(texts: list[str]) -> bytes:
@@ -102,7 +85,7 @@ def test_compressed_and_archived_text_equals_the_plain_text(tmp_path: Path, text
 def test_json_and_parquet_may_be_compressed(tmp_path: Path, texts) -> None:
     (tmp_path / "a").write_bytes(gzip.compress(b"\n".join(json.dumps({"text": line}).encode() for line in LINES)))
     assert texts(f"{tmp_path}/a", "jsonl") == LINES
-    for content in (zip_({"x.parquet": parquet(LINES)}), tar({"x.parquet": parquet(LINES)}, "w:gz")):
+    for content in (zip_({"x.parquet": parquet(LINES)}), gzip.compress(tar({"x.parquet": parquet(LINES)}))):
         (tmp_path / "b").write_bytes(content)
         assert texts(f"{tmp_path}/b", "parquet") == LINES
 

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--coverage", action="store_true", help="guide one target by coverage; needs atheris")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))  # for tiny.py and sections.py, as in the suite
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])  # of workers
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GPTPIPE_WORKERS="1", GPTPIPE_VERBOSITY="quiet")
     os.environ.pop("DVC_ROOT", None)
     if options.coverage:

@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -27,6 +28,7 @@ from gptpipe.shell.errors import GptpipeError
 from .mutations import LONGEST, Mutation, mutate
 
 CHUNK = 1000  # executions of one worker
+PROGRESS_SECONDS = 30
 HANG_SECONDS = 5  # of processor time
 _WAIT_SECONDS = 60  # limit for one execution, which may wait for something without using the processor
 _MOST_SEEDS = 400  # in a chunk
@@ -300,7 +302,12 @@ class Fuzzer:
         waiting = self._chunks({t.name: max(1, executions * t.share // total) for t in self.targets})
         workers: list[_Worker] = []
         again: list[tuple[Target, range]] = []  # the rest of chunks whose worker died
+        printed = time.monotonic()
         while True:
+            if time.monotonic() > printed + PROGRESS_SECONDS:
+                printed = time.monotonic()
+                done = sum(tally.executions for tally in self.tallies.values())
+                print(f"{done:,} of {executions:,} executions", file=sys.stderr, flush=True)
             while len(workers) < self.jobs and time.monotonic() < ends:
                 if (task := again.pop() if again else next(waiting, None)) is None:
                     break

@@ -28,10 +28,8 @@ from gptpipe.base.parallel import map_in_order
 from gptpipe.base.resume import finished
 from gptpipe.collect.cleaning import clean
 from gptpipe.collect.params import CollectParams
-from gptpipe.collect.parts import Part, find_files, plan_parts
-from gptpipe.collect.readers import read_part
+from gptpipe.collect.parts import find_files, plan_parts
 from gptpipe.collect.tables import parquet_rows
-from gptpipe.collect.texts import Rejected
 from gptpipe.formats.hf_tokenizer import check_same_tokens, to_tokenizer_json
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
@@ -45,6 +43,7 @@ from gptpipe.train.state import VALIDATION_METRICS
 
 from . import mutations
 from .engine import Target
+from .worker import bad_records
 
 ROOT = Path(__file__).parents[2]
 SENTENCES = [f"The {animal} sat on the mat, naïve as ever {i}." for i, animal in enumerate(("cat", "dog", "owl"))]
@@ -138,14 +137,9 @@ def _read_in_worker(content: bytes) -> None:
     source = {"kind": "parquet", "paths": ("input",)}
     params = CollectParams.model_validate({**dict(_collect_params()), "sources": (source,)})
     parts = plan_parts(params, find_files(params.sources))
-    for bad in map_in_order(partial(_bad_records, params=params), parts, isolate=True, parses=str):
+    for bad in map_in_order(partial(bad_records, params=params), parts, isolate=True, parses=str):
         if bad:
             raise InputError(bad[0])
-
-
-def _bad_records(part: Part, *, params: CollectParams) -> list[str]:
-    lists = read_part(part, params.sources[0], params, {})
-    return [text.detail for texts in lists for text in texts if isinstance(text, Rejected) and text.is_bad]
 
 
 def _text_seeds(_: Path) -> list[bytes]:
