@@ -29,7 +29,7 @@ from gptpipe.collect.near_duplicates import SignatureWriter
 from gptpipe.collect.params import CollectParams, Source
 from gptpipe.collect.parts import Part
 from gptpipe.collect.readers import read_part
-from gptpipe.collect.texts import Piece, Rejected
+from gptpipe.collect.texts import Piece, Rejected, contains_rejected, lengths
 from gptpipe.shell.errors import one_line
 
 _DOCUMENTS = "documents.arrow"
@@ -164,7 +164,7 @@ def _batches(lists: Iterator[Sequence[str | Rejected]], max_texts: int) -> Itera
             yield batch
             batch, n_characters = [], 0
         batch += texts
-        n_characters += _n_characters(texts)
+        n_characters += sum(lengths(texts))
         if n_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, n_characters = [], 0
@@ -174,14 +174,10 @@ def _batches(lists: Iterator[Sequence[str | Rejected]], max_texts: int) -> Itera
 
 def _divided(texts: Sequence[str | Rejected], max_texts: int) -> Iterator[Sequence[str | Rejected]]:
     """The list itself, or its texts one by one if a batch is too small for it."""
-    if len(texts) <= max_texts and _n_characters(texts) < _BATCH_CHARACTERS:
+    if len(texts) <= max_texts and sum(lengths(texts)) < _BATCH_CHARACTERS:
         yield texts
     else:
         yield from ([text] for text in texts)
-
-
-def _n_characters(texts: Sequence[str | Rejected]) -> int:
-    return sum([len(text) for text in texts if not isinstance(text, Rejected)])
 
 
 class _TextLog:
@@ -231,7 +227,9 @@ class _TextLog:
 def _clean(texts: list[str | Rejected], log: _TextLog, source: Source, params: CollectParams) -> pa.RecordBatch:
     """Clean a batch; log its texts, and return the candidates."""
     cleaned = clean(texts, params, keep_trailing_spaces=source.keep_trailing_spaces)
-    rejected = {i: text for i, text in enumerate(cleaned) if isinstance(text, Rejected)}
+    rejected: dict[int, Rejected] = {}
+    if contains_rejected(cleaned):
+        rejected = {i: text for i, text in enumerate(cleaned) if isinstance(text, Rejected)}
     contents = [text.encode() for text in cleaned if isinstance(text, str)]
     digests = b"".join([hashlib.sha256(content).digest() for content in contents])
     if source.weight < 1:

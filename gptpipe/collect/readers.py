@@ -20,7 +20,7 @@ from gptpipe.collect.ranges import is_zip, open_range
 from gptpipe.collect.streams import seekable
 from gptpipe.collect.tables import DatasetName, dataset_rows, dataset_shards, parquet_rows, read_errors
 from gptpipe.collect.text_files import as_utf8, separator_of, text_documents
-from gptpipe.collect.texts import Piece, Rejected, Texts
+from gptpipe.collect.texts import Piece, Rejected, Texts, contains_rejected, lengths
 from gptpipe.shell.errors import InputError
 
 _MEMORY = 1 << 30  # bytes that reading a Parquet file may use ...
@@ -50,13 +50,12 @@ def read_part(part: PartToRead, source: Source, params: CollectParams, digests: 
     """
     n_always_fit = params.max_document_bytes // 4  # characters, of at most 4 bytes each
     for texts in _texts_of_part(part, source, params, digests):
-        start = 0
-        for i, text in enumerate(texts):
-            if isinstance(text, str) and len(text) > n_always_fit:
-                yield texts[start:i]
-                yield cut_text(text, params.max_document_bytes)
-                start = i + 1
-        yield texts[start:]
+        n_characters = lengths(texts)
+        if max(n_characters, default=0) <= n_always_fit:
+            yield texts
+            continue
+        for text, n in zip(texts, n_characters, strict=True):
+            yield cut_text(text, params.max_document_bytes) if isinstance(text, str) and n > n_always_fit else [text]
 
 
 def _texts_of_part(part: PartToRead, source: Source, params: CollectParams, digests: dict[str, str]) -> Texts:
@@ -77,7 +76,7 @@ def _until_bad(lists: Texts, source: Source) -> Texts:
     """The texts up to the first bad record, or all for `on_bad: skip`. An InputError becomes a bad record."""
     try:
         for texts in lists:
-            if source.on_bad == "stop":
+            if source.on_bad == "stop" and contains_rejected(texts):
                 for i, text in enumerate(texts):
                     if isinstance(text, Rejected) and text.is_bad:
                         yield texts[: i + 1]

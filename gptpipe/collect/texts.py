@@ -27,3 +27,15 @@ class Rejected:
 
 # Lists of consecutive texts. Passing them one by one costs as much as cleaning them.
 Texts = Iterator[Sequence[str | Rejected]]
+
+
+def contains_rejected(texts: Sequence[str | Rejected]) -> bool:
+    """Whether a text of a list is rejected. Hardly a list has one, and to ask each text takes several times as long."""
+    return Rejected in set(map(type, texts))
+
+
+def lengths(texts: Sequence[str | Rejected]) -> list[int]:
+    """Characters of each text, 0 for a rejected one."""
+    if not contains_rejected(texts):
+        return list(map(len, texts))  # type: ignore[arg-type]
+    return [0 if isinstance(text, Rejected) else len(text) for text in texts]
