@@ -37,6 +37,7 @@ MODEL: dict[str, Any] = {
 }
 TRAIN: dict[str, Any] = {
     "init_from": None,
+    "continue_from": None,
     "launcher": "python",
     "parallel": "ddp",
     "optimizer": "adamw",

@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         help="repair what can be repaired without loss: send waiting records, close runs without a process, "
         "remove leftovers of killed processes",
     )
+    doctor.add_argument(
+        "--remove-checkpoints",
+        action="store_true",
+        help="remove unfinished trainings that the present parameters do not continue; without it, they are listed",
+    )
 
     compare = add_command("compare", _compare)
     compare.add_argument("names", nargs="*", help="run ids, run names, experiments or sweeps; default: all")
@@ -131,7 +136,7 @@ def _doctor(options: argparse.Namespace) -> None:
     """Check artefacts and records, and say how to fix problems."""
     from gptpipe.commands.doctor import doctor
 
-    sys.exit(doctor(fix=options.fix))
+    sys.exit(doctor(fix=options.fix, remove_checkpoints=options.remove_checkpoints))
 
 
 def _compare(options: argparse.Namespace) -> None:

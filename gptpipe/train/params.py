@@ -13,6 +13,7 @@ class TrainParams(Section):
     """How the network is trained."""
 
     init_from: str | None
+    continue_from: str | None
     launcher: str
     parallel: Literal["ddp", "fsdp"]
     optimizer: Literal["adamw", "muon"]

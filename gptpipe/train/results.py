@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from gptpipe.base.files import to_json, write_bytes
-from gptpipe.base.manifest import Manifest, new_folder
+from gptpipe.base.manifest import new_folder
 from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
@@ -33,21 +33,22 @@ def write_model(
     Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
     """
     tokenizer, split = inputs.tokenizer, inputs.split
-    with new_folder(target, split.lineage("split")) as folder:
+    ancestors = {**split.lineage("split"), **checkpoints.ancestors}
+    with new_folder(target, ancestors) as folder:
         weights = checkpoints.load_best(summary["best_step"])
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(folder.path)
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
-        write_bytes(folder.path / "README.md", _card(params, summary, split).encode())
+        write_bytes(folder.path / "README.md", _card(params, summary, ancestors).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
         folder.counts["reports"] = reports
 
 
-def _card(params: RunParams, summary: dict[str, Any], split: Manifest) -> str:
+def _card(params: RunParams, summary: dict[str, Any], ancestors: dict[str, str]) -> str:
     """The model card: what training knows before the evaluation, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
-    ancestors = [(one_line(name), digest) for name, digest in sorted(split.lineage("split").items())]
-    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
+    listed = [(one_line(name), digest) for name, digest in sorted(ancestors.items())]
+    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": listed}
     return render_markdown(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
@@ -69,11 +70,8 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
-    """The content of reports/train.json.
-
-    `inexact` lists where the training continued in another environment.
-    """
+def summarise(params: RunParams, state: TrainState, n_steps: int, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The content of reports/train.json, with the places where environment or settings changed."""
     best = state.best
     assert best is not None  # the loop validates at step 0
     metrics = next(metrics for step, metrics in _validation_metrics(state) if step == best.step)
@@ -85,8 +83,10 @@ def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[
         "val": {name.removeprefix("val/"): value for name, value in metrics.items()},
         "red_flags": red_flags(state.history, n_steps),
     }
-    if inexact:
-        summary["resumed_inexactly"] = inexact
+    if checkpoints.inexact:
+        summary["resumed_inexactly"] = checkpoints.inexact
+    if checkpoints.changes:
+        summary["changed_settings"] = checkpoints.changes
     return summary
 
 

@@ -25,8 +25,9 @@ from gptpipe.shell.environment import allow_inexact, project_root, rank_info
 from gptpipe.shell.errors import Interrupted, NumericError, ResourceError
 from gptpipe.shell.locks import one_writer
 from gptpipe.train import distributed
-from gptpipe.train.checkpoint import Checkpoints, run_key
+from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.distributed import is_writer
+from gptpipe.train.earlier_trainings import Present, advice, declared_state, take_over
 from gptpipe.train.inputs import Inputs, load_inputs
 from gptpipe.train.loop import train
 from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
@@ -35,6 +36,7 @@ from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
 from gptpipe.train.results import samples_table, summarise, write_model, write_reports
 from gptpipe.train.runtime import loss_function
+from gptpipe.train.settings import settings_of
 from gptpipe.train.signals import deferred_signals
 from gptpipe.train.state import VALIDATION_METRICS, Entry, TrainState
 from gptpipe.train.step import Plan
@@ -80,18 +82,25 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
     inputs = load_inputs(params, split)
     state, initial_weights = _new_state(params, inputs)
     say(_describe(params, inputs, state.model))
-    folder = _checkpoint_folder(params, inputs, initial_weights)
+    settings = settings_of(params, inputs.split.digest, initial_weights, inputs.n_steps)
+    folder = project_root() / ".gptpipe" / "checkpoints" / settings.key
     _discard_foreign_checkpoint(folder, inputs)
     with _only_training_in(folder):
-        checkpoints = Checkpoints(folder, inputs.runtime.describe())
-        is_resumed = _resume(checkpoints, state)
-        plan = _plan(params, inputs, state, is_resumed=is_resumed)
+        present = Present(folder, settings, inputs.runtime.describe(), allow_inexact())
+        if is_writer():
+            take_over(present)
+        distributed.barrier()  # the other ranks look at the folder only now
+        checkpoints = Checkpoints(folder, present.environment, settings)
+        is_resumed = _resume(checkpoints, state) or _continue_other(checkpoints, state, present)
+        plan = _plan(params, inputs, state, keeps_micro_batches=is_resumed and not _has_new_micro_batches(checkpoints))
         with _open_record(open_record, checkpoints, inputs, state) as record:
             if checkpoints.inexact:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
+            if checkpoints.changes:
+                record.tags({"changed_settings": "; ".join(checkpoints.changes)})
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
-            summary = summarise(params, state, plan.n_steps, checkpoints.inexact)
+            summary = summarise(params, state, plan.n_steps, checkpoints)
             # Read only once: if the store answers during the next lines, the id changes, and the files would
             # disagree.
             run_id = record.run_id
@@ -134,16 +143,6 @@ def _describe(params: RunParams, inputs: Inputs, model: GPT) -> str:
     )
 
 
-def _checkpoint_folder(params: RunParams, inputs: Inputs, initial_weights: dict[str, str]) -> Path:
-    """The folder of this training's checkpoints.
-
-    Its name is a digest of the parameters, the split and `init_from`.
-    """
-    determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
-    determinants |= {"split": inputs.split.digest, "init_from": initial_weights}
-    return project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
-
-
 def _discard_foreign_checkpoint(folder: Path, inputs: Inputs) -> None:
     """Remove the checkpoint of a training that finished on another machine or with other code.
 
@@ -177,11 +176,34 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
     if finished_in(folder):
         say(f"train: already finished, after step {state.step:,}; writing its results again")
     elif is_resumed:
-        say(f"train: resumed after step {state.step:,}")
+        say("; ".join([f"train: resumed after step {state.step:,}", *checkpoints.changed_now.values()]))
     return is_resumed
 
 
-def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: bool) -> Plan:
+def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Present) -> bool:
+    """Continue the training that `train.continue_from` names; returns whether it names one.
+
+    Otherwise, print which unfinished training could be named. Raises ConfigError and what
+    `Checkpoints.continue_from` raises.
+    """
+    name = present.settings.train["continue_from"]
+    if name is not None:
+        source = declared_state(present, name)
+        checkpoints.continue_from(source.checkpoint, state)
+        say("; ".join([f"train: continues from {source}", *checkpoints.changed_now.values()]))
+        return True
+    if is_writer() and (suggestion := advice(present)):
+        say(f"train: starts at step 0; {suggestion}", "quiet")
+    return False
+
+
+def _has_new_micro_batches(checkpoints: Checkpoints) -> bool:
+    """Whether the user has set another size of micro-batches since the restored checkpoint."""
+    name = "micro_batch_size"
+    return f"train.{name}" in checkpoints.changed_now and checkpoints.settings.train[name] is not None
+
+
+def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, keeps_micro_batches: bool) -> Plan:
     """Build the loss and choose the size of the micro-batches.
 
     Raises ResourceError if single sequences do not fit.
@@ -193,7 +215,7 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: b
         own = distributed.batch_slice(section)
         n_own = own.stop - own.start
         # A resumed training keeps its micro-batch size even if more memory is free: the size affects rounding.
-        if not is_resumed or n_own % state.micro_batch_size:  # or the number of ranks has changed
+        if not keeps_micro_batches or n_own % state.micro_batch_size:  # or the number of ranks has changed
             size = fitting_micro_batch_size(
                 section.model_copy(update={"batch_size": n_own}),
                 model,
