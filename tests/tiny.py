@@ -62,6 +62,7 @@ TRAIN: dict[str, Any] = {
     "max_steps": 12,
     "eval_every": 4,
     "save_every": 3,
+    "keep_state": True,
     "patience": None,
     "activation_checkpointing": False,
     "sample_prompts": ("the ",),

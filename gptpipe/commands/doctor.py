@@ -1,7 +1,8 @@
 """`gptpipe doctor`: checks everything that the project keeps, and prints one line per check with its fix.
 
 It changes nothing, and needs neither a network nor anything made yet. With --fix it repairs what can be
-repaired without loss. With --remove-checkpoints it removes abandoned trainings. No file or process that it looks at can end it with a traceback.
+repaired without loss. With --remove-checkpoints it removes abandoned trainings. No file or process that it looks at
+can end it with a traceback.
 """
 
 import platform
@@ -34,7 +35,13 @@ from gptpipe.train.earlier_trainings import abandoned_trainings
 
 Arguments = ParamSpec("Arguments")
 # Name of an artefact, as in `made_from` of the next one's manifest -> its folder.
-_FOLDERS = {"raw": Path("data/raw"), "tokens": Path("data/tokens"), "split": Path("data/split"), "gpt": MODEL}
+_FOLDERS = {
+    "raw": Path("data/raw"),
+    "tokens": Path("data/tokens"),
+    "split": Path("data/split"),
+    "gpt": MODEL,
+    "state": Path("models/state"),
+}
 _LEAST_FREE = 1 << 30  # bytes of disk
 
 

@@ -4,6 +4,7 @@
     best-00000400/           weights of the best model so far, by validation loss
     step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
                              with its step and time) and state.json (everything else, with the settings)
+    kept-00000400/           the state that a longer training can continue, like that of a step
     finished.json            the training is finished; see gptpipe/base/finished_training.py
 
 Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one
@@ -65,6 +66,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*/"))
 
 
+def kept_in(folder: Path) -> list[Path]:
+    """The states of a training that are kept beyond its end."""
+    return sorted(folder.glob("kept-*/"))
+
+
 class Checkpoints:
     """Saves and restores the state of one training in a folder that the caller has locked."""
 
@@ -95,10 +101,22 @@ class Checkpoints:
 
         All ranks must call, and rank 0 writes.
         """
+        self._write(state, self.folder / _folder_name(state.step))
+        if is_writer():
+            self._drop_old()
+
+    def keep(self, state: TrainState) -> None:
+        """Make the state durable until the folder is removed, in place of one kept before. All ranks must call."""
+        target = self.folder / f"kept-{state.step:08d}"
+        self._write(state, target)
+        for old in kept_in(self.folder) if is_writer() else ():
+            if old != target:
+                _discard(old)
+
+    def _write(self, state: TrainState, target: Path) -> None:
         tensors = _tensors(state)
         if not is_writer():
             return
-        target = self.folder / _folder_name(state.step)
         with new_folder(target, self.ancestors) as new:
             write_bytes(new.path / _TENSORS, save(tensors))
             write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
@@ -117,7 +135,6 @@ class Checkpoints:
             }
             write_json(new.path / _STATE, content)
         verify(target)
-        self._drop_old()
 
     def restore(self, state: TrainState, *, allow_inexact: bool) -> bool:
         """Load the newest sound checkpoint into `state`; returns False if there is no checkpoint.
@@ -162,7 +179,7 @@ class Checkpoints:
         self.changes = [*saved.content.changes, source, *origin.changes[len(saved.content.changes) :]]
         self.ancestors = {"continue_from": read_manifest(checkpoint).digest}
         if is_writer() and state.best is not None:
-            with new_folder(self._best_folder(state.best.step), {}) as new:
+            with new_folder(self.best_folder(state.best.step), {}) as new:
                 write_bytes(new.path / WEIGHTS, save(origin.load_best(state.best.step)))
         self.save(state)
 
@@ -197,7 +214,7 @@ class Checkpoints:
 
     def _check_best(self, step: int, model: GPT) -> None:
         """Raises IntegrityError unless the best weights are there and fit the model."""
-        folder = self._best_folder(step)
+        folder = self.best_folder(step)
         verify(folder)
         try:
             saved = {name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()}
@@ -208,21 +225,22 @@ class Checkpoints:
 
     def save_best(self, model: GPT, step: int) -> None:
         """Keep the current weights as the best ones, validated at `step`."""
-        with new_folder(self._best_folder(step), {}) as new:
+        with new_folder(self.best_folder(step), {}) as new:
             weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
             write_bytes(new.path / WEIGHTS, save(weights))
-        verify(self._best_folder(step))
+        verify(self.best_folder(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Weights of the best model, by parameter name. Raises IntegrityError."""
-        folder = self._best_folder(step)
+        folder = self.best_folder(step)
         verify(folder)
         try:
             return load((folder / WEIGHTS).read_bytes())
         except (OSError, SafetensorError) as error:
             raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; train again") from error
 
-    def _best_folder(self, step: int) -> Path:
+    def best_folder(self, step: int) -> Path:
+        """The folder of the weights that were the best ones and were validated at `step`."""
         return self.folder / f"best-{step:08d}"
 
     def _drop_old(self) -> None:
@@ -230,10 +248,13 @@ class Checkpoints:
         for old in steps[:-_N_KEPT]:
             _discard(old)
         try:
-            kept = [read_json(step / _STATE, SavedState, _MAX_STATE_BYTES) for step in steps[-_N_KEPT:]]
+            kept = [
+                read_json(step / _STATE, SavedState, _MAX_STATE_BYTES)
+                for step in [*steps[-_N_KEPT:], *kept_in(self.folder)]
+            ]
         except (OSError, ValueError):  # damaged since it was written: a resume will fall back, and remove it
             return
-        needed = {self._best_folder(content.best_step) for content in kept if content.best_step is not None}
+        needed = {self.best_folder(content.best_step) for content in kept if content.best_step is not None}
         for best in sorted(self.folder.glob("best-*")):
             if best not in needed:
                 _discard(best)
@@ -325,7 +346,7 @@ def _entry(line: bytes) -> Entry:
 
 def _check_content(content: SavedState, journal: list[Entry], name: str) -> None:
     """Raises ValueError unless the parts of a checkpoint agree with each other and with its folder's name."""
-    if name != _folder_name(content.step):
+    if not name.endswith(f"-{content.step:08d}"):
         raise ValueError(f"{_STATE} is of step {content.step}, not of the step in the folder's name")
     validated = [validation.step for validation in content.history]
     losses = [(validation.step, validation.val_loss) for validation in content.history]

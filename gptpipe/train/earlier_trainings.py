@@ -11,7 +11,7 @@ from typing import Any
 from gptpipe.base.finished_training import finished_in
 from gptpipe.shell.errors import ConfigError, IntegrityError, ResourceError
 from gptpipe.shell.locks import disk_errors, is_locked, one_writer, sync_folder
-from gptpipe.train.checkpoint import SavedState, checkpoints_in, environment_changes, read_state
+from gptpipe.train.checkpoint import SavedState, checkpoints_in, environment_changes, kept_in, read_state
 from gptpipe.train.params import RunParams
 from gptpipe.train.settings import Settings, changed_settings, harmful_changes, preventing_changes, settings_of
 
@@ -62,6 +62,22 @@ def take_over(present: Present) -> EarlierState | None:
         longest.training.rename(present.folder)
         sync_folder(present.folder.parent)
     return longest
+
+
+def kept_state(present: Present, exported: Path) -> EarlierState | None:
+    """The longest kept state of a shorter training, if the present settings would have given the same steps.
+
+    `exported` is the folder with the kept state of the last finished training in this workspace.
+    """
+    folders = [path for path in sorted(present.folder.parent.glob("[!.]*/")) if path != present.folder]
+    compared = [_compared(kept, present) for folder in (*folders, exported) for kept in kept_in(folder)]
+    exact = [
+        state
+        for state in compared
+        if state and state.saved.settings and state.saved.settings.n_steps < present.settings.n_steps
+        if not state.harmful
+    ]
+    return max(exact, key=lambda state: state.saved.step, default=None)
 
 
 def advice(present: Present) -> str | None:
@@ -156,7 +172,7 @@ def abandoned_trainings(root: Path, params: RunParams) -> list[AbandonedTraining
         checkpoints = checkpoints_in(folder)
         if not checkpoints or folder.name == params.train.continue_from or is_locked(folder):
             continue
-        harmful = [_harmful_for(checkpoint, params) for checkpoint in checkpoints]
+        harmful = [_harmful_for(checkpoint, params) for checkpoint in (*kept_in(folder), *checkpoints)]
         if all(harmful):
             n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             step = read_state(checkpoints[-1]).step

@@ -38,6 +38,7 @@ class TrainParams(Section):
     max_steps: Positive | None
     eval_every: Positive
     save_every: Positive
+    keep_state: bool
     patience: Positive | None
     activation_checkpointing: bool
     sample_prompts: tuple[str, ...]

@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 
 from gptpipe.base.files import to_json, write_bytes
-from gptpipe.base.manifest import new_folder
+from gptpipe.base.manifest import Manifest, new_folder, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
 from gptpipe.score.metrics import Metrics
 from gptpipe.shell.errors import one_line
-from gptpipe.train.checkpoint import Checkpoints
+from gptpipe.train.checkpoint import Checkpoints, kept_in, read_state
 from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
@@ -42,6 +42,21 @@ def write_model(
         write_bytes(folder.path / "README.md", _card(params, summary, ancestors).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
         folder.counts["reports"] = reports
+
+
+def write_state(target: Path, split: Manifest, checkpoints: Checkpoints) -> None:
+    """The kept state in the layout of a checkpoint folder, with the best model of its time; empty if none is kept.
+
+    `target` is an output of DVC that a rerun does not remove, so that a longer training can continue from it.
+    """
+    with new_folder(target, {**split.lineage("split"), **checkpoints.ancestors}) as folder:
+        for kept in kept_in(checkpoints.folder)[-1:] if checkpoints.settings.train["keep_state"] else ():
+            verify(kept)
+            content = read_state(kept)
+            best = checkpoints.best_folder(content.best_step)
+            for path in sorted(path for part in (kept, best) for path in part.rglob("*") if path.is_file()):
+                write_bytes(folder.path / path.relative_to(checkpoints.folder), path.read_bytes())
+            folder.counts = {"step": content.step, "run_id": content.run_id}
 
 
 def _card(params: RunParams, summary: dict[str, Any], ancestors: dict[str, str]) -> str:

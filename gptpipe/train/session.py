@@ -27,20 +27,22 @@ from gptpipe.shell.locks import one_writer
 from gptpipe.train import distributed
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.distributed import is_writer
-from gptpipe.train.earlier_trainings import Present, advice, declared_state, take_over
+from gptpipe.train.earlier_trainings import Present, advice, declared_state, kept_state, take_over
 from gptpipe.train.inputs import Inputs, load_inputs
 from gptpipe.train.loop import train
 from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
-from gptpipe.train.params import RunParams
+from gptpipe.train.params import RunParams, TrainParams
 from gptpipe.train.red_flags import red_flags
-from gptpipe.train.results import samples_table, summarise, write_model, write_reports
+from gptpipe.train.results import samples_table, summarise, write_model, write_reports, write_state
 from gptpipe.train.runtime import loss_function
+from gptpipe.train.schedule import steps_before_the_end_matters
 from gptpipe.train.settings import settings_of
 from gptpipe.train.signals import deferred_signals
 from gptpipe.train.state import VALIDATION_METRICS, Entry, TrainState
 from gptpipe.train.step import Plan
 
+STATE = "state"  # name of the folder, beside that of the model, with the state that a longer training continues
 _MAX_ROLL_BACKS = 3  # to the same checkpoint; a fourth attempt would probably fail too
 _PLOTTED_STEPS = 40  # number of recent losses in the terminal's sparkline
 
@@ -91,7 +93,9 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
             take_over(present)
         distributed.barrier()  # the other ranks look at the folder only now
         checkpoints = Checkpoints(folder, present.environment, settings)
-        is_resumed = _resume(checkpoints, state) or _continue_other(checkpoints, state, present)
+        is_resumed = _resume(checkpoints, state) or _continue_other(
+            checkpoints, state, present, model_folder.with_name(STATE)
+        )
         plan = _plan(params, inputs, state, keeps_micro_batches=is_resumed and not _has_new_micro_batches(checkpoints))
         with _open_record(open_record, checkpoints, inputs, state) as record:
             if checkpoints.inexact:
@@ -107,6 +111,7 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
             if is_writer():
                 digests = write_reports(reports, state, summary)
                 write_model(model_folder, params, inputs, checkpoints, summary, digests)
+                write_state(model_folder.with_name(STATE), inputs.split, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():
@@ -180,15 +185,15 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
     return is_resumed
 
 
-def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Present) -> bool:
-    """Continue the training that `train.continue_from` names; returns whether it names one.
+def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Present, exported: Path) -> bool:
+    """Continue the training that `train.continue_from` names, or extend a shorter one; returns whether there is one.
 
     Otherwise, print which unfinished training could be named. Raises ConfigError and what
     `Checkpoints.continue_from` raises.
     """
     name = present.settings.train["continue_from"]
-    if name is not None:
-        source = declared_state(present, name)
+    source = kept_state(present, exported) if name is None else declared_state(present, name)
+    if source is not None:
         checkpoints.continue_from(source.checkpoint, state)
         say("; ".join([f"train: continues from {source}", *checkpoints.changed_now.values()]))
         return True
@@ -228,7 +233,13 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, keeps_micro_b
                 model, loss, runtime.precision, size, n_own=n_own, n_spare=n_spare
             )
         distributed.warm_up(model, loss, runtime.precision, state.micro_batch_size)
-    return Plan(section, inputs.n_steps, params.seed, runtime.precision, loss)
+    keep_at = steps_before_the_end_matters(inputs.n_steps, section) if _can_be_extended(section) else None
+    return Plan(section, inputs.n_steps, params.seed, runtime.precision, loss, keep_at)
+
+
+def _can_be_extended(section: TrainParams) -> bool:
+    """Whether the state is kept from which a longer training could continue."""
+    return section.keep_state and section.schedule in ("wsd", "constant")
 
 
 def _open_record(
@@ -356,6 +367,9 @@ class _Training:
         self.checkpoints.save(self.state)
         self._saved_step = self.state.step
         self._send()
+
+    def keep(self) -> None:
+        self.checkpoints.keep(self.state)
 
     def roll_back(self, error: NumericError) -> None:
         failed_step = self.state.step + 1

@@ -28,6 +28,7 @@ _HARMLESS = frozenset(
         "train.spike_sigmas",
         "train.eval_every",
         "train.save_every",
+        "train.keep_state",
         "train.patience",
         "train.sample_prompts",
         "train.sample_tokens",

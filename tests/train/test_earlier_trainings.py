@@ -1,5 +1,6 @@
-"""What a training does with the checkpoints of trainings with other settings, and which of those are abandoned."""
+"""Continuing and extending trainings after a change of settings, and which trainings are abandoned."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import pytest
 import tiny
 from toy_project import Project
 
-from gptpipe.shell.errors import ConfigError, Interrupted, ResourceError
+from gptpipe.base.files import seal
+from gptpipe.base.finished_training import discard
+from gptpipe.base.manifest import read_manifest, verify
+from gptpipe.shell.errors import ConfigError, IntegrityError, Interrupted, ResourceError
 from gptpipe.shell.locks import one_writer
 from gptpipe.train.earlier_trainings import abandoned_trainings
 from gptpipe.train.runtime import Runtime
@@ -167,8 +171,7 @@ def test_a_declared_training_is_continued_with_the_new_settings(project: Project
     run, *changes = summary(project)["changed_settings"]
     assert run == f"after step 6: continued from run {json.loads((folder / 'run.json').read_bytes())['run_id']}"
     assert "after step 6: train.lr was 0.003, is 0.001" in changes
-    made_from = json.loads((project.root / "models/gpt/manifest.json").read_bytes())["made_from"]
-    assert len(made_from["continue_from"]) == 64
+    assert len(read_manifest(project.root / "models/gpt").made_from["continue_from"]) == 64
     rates = pd.read_csv(project.root / "reports/train.steps.csv")["lr"]
     assert rates[5] > 1.5e-3 > 1e-3 > rates[6]
     assert folder.exists()  # it can be continued in another way too
@@ -182,7 +185,7 @@ def test_a_declared_continuation_that_is_killed_no_longer_needs_its_origin(proje
     folder.rename(project.root / "elsewhere")
     project.train(params)
     made = project.digests()[MODEL]
-    made_from = json.loads((project.root / "models/gpt/manifest.json").read_bytes())["made_from"]
+    made_from = read_manifest(project.root / "models/gpt").made_from
     again = Project(project.root / "again", project.split)
     folder = stopped(again)
     again.train(params)
@@ -244,3 +247,94 @@ def test_other_data_or_an_unknown_origin_do_not_make_a_training_abandoned(projec
         content = json.loads(path.read_bytes())
         path.write_text(json.dumps({**content, "settings": None}))
     assert abandoned_trainings(root, tiny.params(seed=8)) == []
+
+
+EQUAL = (MODEL, "reports/train.steps.csv", "reports/train.validations.csv", "reports/train.samples.json")
+
+
+def finished_and_evaluated(project: Project, **changes: Any) -> str:
+    """Train to the end, and remove the checkpoints, as stage evaluate does. Returns the run id."""
+    project.train(tiny.params(**changes))
+    for folder in trainings(project):
+        discard(folder)
+    return str(json.loads((project.root / "models/state/manifest.json").read_bytes())["counts"].get("run_id"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first"),
+    [("constant", 11), ("wsd", 8)],  # of 10 steps; the rate of step 7, counted from 1, is still the peak
+)
+def test_a_finished_training_is_extended_bit_for_bit(
+    project: Project, toy_split: Path, schedule: str, first: int
+) -> None:
+    """The shorter training validates at its end, step 10; the longer one does not."""
+    changes = {"train__schedule": schedule, "model__dropout": 0.1}
+    finished_and_evaluated(project, **changes, train__max_steps=10)
+    project.train(tiny.params(**changes, train__max_steps=15))
+    direct = Project(project.root / "direct", toy_split)
+    direct.train(tiny.params(**changes, train__max_steps=15))
+    assert first_step(project) == first
+    assert {name: project.digests()[name] for name in EQUAL} == {name: direct.digests()[name] for name in EQUAL}
+
+
+def test_an_extended_training_is_a_new_run_that_names_the_old_one(project: Project) -> None:
+    run_id = finished_and_evaluated(project, train__schedule="constant", train__max_steps=10)
+    state = json.loads((project.root / "models/state/kept-00000010/manifest.json").read_bytes())
+    project.train(tiny.params(train__schedule="constant", train__max_steps=15))
+    first, second = project.records
+    assert second.run_id != first.run_id
+    assert summary(project)["changed_settings"] == [
+        f"after step 10: continued from run {run_id}",
+        "after step 10: train.max_steps was 10, is 15",
+    ]
+    manifest = read_manifest(project.root / "models/gpt")
+    assert manifest.made_from["continue_from"] == hashlib.sha256(seal(without_digest(state))).hexdigest()
+    assert [step for step, _, m in second.entries if "train/loss" in m] == list(range(1, 16))
+    again = read_manifest(project.root / "models/state")
+    assert (again.counts["step"], again.made_from["continue_from"]) == (15, manifest.made_from["continue_from"])
+
+
+def without_digest(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key != "sha256"}
+
+
+def test_an_extension_that_is_killed_ends_like_an_undisturbed_one(project: Project, toy_split: Path) -> None:
+    changes = {"train__schedule": "wsd", "train__optimizer": "muon"}
+    finished_and_evaluated(project, **changes, train__max_steps=10)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(**changes, train__max_steps=20), stop_at=16)
+    verify(project.root / "models/state")
+    project.train(tiny.params(**changes, train__max_steps=20))
+    direct = Project(project.root / "direct", toy_split)
+    direct.train(tiny.params(**changes, train__max_steps=20))
+    assert {name: project.digests()[name] for name in EQUAL} == {name: direct.digests()[name] for name in EQUAL}
+    assert read_manifest(project.root / "models/state").counts["step"] == 13  # decays in the last 8 of 20 steps
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train__max_steps": 10}, {"train__max_steps": 9}, {"train__max_steps": 15, "train__lr": 1e-4}],
+)
+def test_a_state_is_not_extended_by_the_same_settings_fewer_steps_or_other_arithmetic(
+    project: Project, change: dict[str, Any]
+) -> None:
+    finished_and_evaluated(project, train__schedule="constant", train__max_steps=10)
+    project.train(tiny.params(**{"train__schedule": "constant", **change}))
+    assert first_step(project) == 1
+    assert "changed_settings" not in summary(project)
+
+
+@pytest.mark.parametrize("change", [{"train__keep_state": False}, {"train__schedule": "linear"}])
+def test_no_state_is_kept_if_it_is_not_wanted_or_of_no_use(project: Project, change: dict[str, Any]) -> None:
+    """The folder exists anyway, because DVC expects each output."""
+    project.train(tiny.params(**{"train__schedule": "constant", **change}))
+    manifest = verify(project.root / "models/state")
+    assert (manifest.files, manifest.counts) == ({}, {})
+
+
+def test_a_damaged_state_is_an_integrity_error(project: Project) -> None:
+    finished_and_evaluated(project, train__schedule="constant", train__max_steps=10)
+    path = project.root / "models/state/kept-00000010/state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match=r"state\.safetensors: differs from its manifest"):
+        project.train(tiny.params(train__schedule="constant", train__max_steps=15))
