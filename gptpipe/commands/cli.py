@@ -95,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
 
+    score = add_command("score", _score)
+    score.add_argument("split", type=Path, nargs="?", default=Path("data/split"), help="folder with a split")
+    score.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
+
     restore = add_command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
     restore.add_argument(
@@ -112,7 +116,12 @@ def _plan(_: argparse.Namespace) -> None:
 
     params = load_params()
     from gptpipe.commands.plan import estimate_training  # late: errors in params.yaml need not wait for torch
+    from gptpipe.model.hf_config import with_shape_of
+    from gptpipe.record.starting_model import starting_model
 
+    with starting_model("train.init_from", params.train.init_from, Path("models/gpt")) as start:
+        if start is not None:
+            params = params.starting_from(start.name, with_shape_of(params.model, start.folder))
     estimate = estimate_training(params, Path("data/split"))
     for name, text in estimate.lines.items():
         print(printable(f"{name + ':':<22}{text}"))
@@ -151,6 +160,14 @@ def _generate(options: argparse.Namespace) -> None:
     from gptpipe.commands.generate import generate
 
     generate(options)
+
+
+def _score(options: argparse.Namespace) -> None:
+    """Print the loss of a model on the held-out text of a split."""
+    from gptpipe.commands.score import score_split
+
+    for line in score_split(options.model, options.split):
+        print(printable(line))
 
 
 def _restore(options: argparse.Namespace) -> None:

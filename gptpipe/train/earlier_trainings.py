@@ -192,4 +192,18 @@ def _harmful_for(checkpoint: Path, params: RunParams) -> list[str]:
     n_steps = params.train.max_steps if params.train.epochs is None else saved.settings.n_steps
     earlier = saved.settings
     present = settings_of(params, earlier.split, earlier.initial_weights, n_steps or earlier.n_steps)
+    present = _with_same_start(present, earlier)
     return [*harmful_changes(earlier, present, saved.step).values()]
+
+
+def _with_same_start(present: Settings, earlier: Settings) -> Settings:
+    """`present` with what follows from `train.init_from`: the version of a registered model, and the shape.
+
+    They are not looked up, so any version may be the one that is meant.
+    """
+    start, earlier_start = present.train["init_from"], earlier.train.get("init_from")
+    if not start or not earlier_start:
+        return present
+    is_registered = start.startswith("models:") and earlier_start.startswith("models:")
+    train = {**present.train, "init_from": earlier_start if is_registered else start}
+    return present.model_copy(update={"train": train, "model": earlier.model})

@@ -1,7 +1,7 @@
 """Section `train` of params.yaml, and all that decides a training."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
@@ -89,3 +89,8 @@ class RunParams(Section):
     seed: Count
     model: ModelParams
     train: TrainParams
+
+    def starting_from(self, name: str, shape: ModelParams) -> Self:
+        """The same with the name and the shape of the model that `train.init_from` has led to."""
+        train = self.train.model_copy(update={"init_from": name})
+        return self.model_copy(update={"train": train, "model": shape})

@@ -33,7 +33,8 @@ def write_model(
     Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
     """
     tokenizer, split = inputs.tokenizer, inputs.split
-    ancestors = {**split.lineage("split"), **checkpoints.ancestors}
+    start = {f"init_from/{name}": digest for name, digest in checkpoints.settings.initial_weights.items()}
+    ancestors = {**split.lineage("split"), **start, **checkpoints.ancestors}
     with new_folder(target, ancestors) as folder:
         weights = checkpoints.load_best(summary["best_step"])
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)

@@ -22,7 +22,7 @@ from gptpipe.score.metrics import Metrics, compute_metrics
 from gptpipe.score.scoring import score
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
-from gptpipe.shell.errors import Interrupted, NumericError, ResourceError
+from gptpipe.shell.errors import IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.shell.locks import one_writer
 from gptpipe.train import distributed
 from gptpipe.train.checkpoint import Checkpoints
@@ -72,8 +72,17 @@ OpenRecord = Callable[[str, Manifest, dict[str, Any]], AbstractContextManager[Re
 
 
 @distributed.process_group()
-def train_model(params: RunParams, split: Path, model_folder: Path, reports: Path, open_record: OpenRecord) -> Metrics:
+def train_model(
+    params: RunParams,
+    split: Path,
+    model_folder: Path,
+    reports: Path,
+    open_record: OpenRecord,
+    start: Path | None = None,
+) -> Metrics:
     """Train a model on `split`; write it to `model_folder`, its curves and summary to `reports`.
+
+    `start` is the model folder that `train.init_from` names. The caller has put its shape into `params`.
 
     Continues a stopped training of the same parameters and data. If that training is finished, only writes the
     results again. Returns the metrics of the best validation. Under torchrun, every rank calls this function
@@ -82,7 +91,7 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
     """
     distributed.batch_slice(params.train)  # fail early if the ranks cannot share a batch
     inputs = load_inputs(params, split)
-    state, initial_weights = _new_state(params, inputs)
+    state, initial_weights = _new_state(params, inputs, start)
     say(_describe(params, inputs, state.model))
     settings = settings_of(params, inputs.split.digest, initial_weights, inputs.n_steps)
     folder = project_root() / ".gptpipe" / "checkpoints" / settings.key
@@ -120,18 +129,17 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
     return best
 
 
-def _new_state(params: RunParams, inputs: Inputs) -> tuple[TrainState, dict[str, str]]:
+def _new_state(params: RunParams, inputs: Inputs, start: Path | None) -> tuple[TrainState, dict[str, str]]:
     """The state before the first step, and the SHA-256 of each weight file that it starts from."""
     torch.manual_seed(params.seed)
     model = GPT(params.model, inputs.tokenizer.vocab_size)
     model.activation_checkpointing = params.train.activation_checkpointing
     digests: dict[str, str] = {}
-    if params.train.init_from is not None:
-        folder = Path(params.train.init_from)
-        initialise_from(model, folder)
-        check_same_tokens(inputs.tokenizer, folder)
-        digests = {path.name: sha256_of(path) for path in weight_files(folder)}
-        say(f"train: starts from {folder}; `dvc repro` does not notice changes there: run `dvc repro -f train` then")
+    if start is not None:
+        check_same_tokens(inputs.tokenizer, start)  # first: another tokenizer usually has another size too
+        initialise_from(model, start)
+        digests = {path.name: sha256_of(path) for path in weight_files(start)}
+        say(f"train: starts from {params.train.init_from}")
     model.to(inputs.runtime.device)
     if rank_info().n_ranks > 1 and params.train.parallel == "fsdp":
         distributed.shard(model)
@@ -193,13 +201,19 @@ def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Presen
     """
     name = present.settings.train["continue_from"]
     source = kept_state(present, exported) if name is None else declared_state(present, name)
-    if source is not None:
+    if source is None:
+        if is_writer() and (suggestion := advice(present)):
+            say(f"train: starts at step 0; {suggestion}", "quiet")
+        return False
+    try:
         checkpoints.continue_from(source.checkpoint, state)
-        say("; ".join([f"train: continues from {source}", *checkpoints.changed_now.values()]))
-        return True
-    if is_writer() and (suggestion := advice(present)):
-        say(f"train: starts at step 0; {suggestion}", "quiet")
-    return False
+    except IntegrityError as error:
+        if name is not None:
+            raise
+        complain(f"warning: cannot extend a finished training: {str(error).split(';')[0]}; starting at step 0")
+        return False
+    say("; ".join([f"train: continues from {source}", *checkpoints.changed_now.values()]))
+    return True
 
 
 def _has_new_micro_batches(checkpoints: Checkpoints) -> bool:

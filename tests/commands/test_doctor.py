@@ -289,12 +289,12 @@ def test_abandoned_trainings_are_listed_and_removed_only_on_request(project: Pat
     _, lines = examine()
     status, text = lines["abandoned"]
     assert status == "warning"
-    assert text.startswith("trainings that these parameters do not continue (1, 0.3 MiB): ")
-    assert f"{root / ('b' * 16)} (step 1, 0.3 MiB; train.lr was 1.0, is 0.01)" in text
+    assert text.startswith("trainings that these parameters do not continue (1, 0.2 MiB): ")
+    assert f"{root / ('b' * 16)} (step 1, 0.2 MiB; train.lr was 1.0, is 0.01)" in text
     examine(fix=True)
     assert len(list(root.glob("*/"))) == 2
     _, lines = examine(remove_checkpoints=True)
-    assert lines["abandoned"] == ("ok", "removed 1, 0.3 MiB")
+    assert lines["abandoned"] == ("ok", "removed 1, 0.2 MiB")
     assert [path.name for path in root.glob("*/")] == ["a" * 16]
     assert examine()[1]["abandoned"] == ("ok", "none")
 
