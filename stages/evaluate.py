@@ -16,11 +16,14 @@ def main() -> None:
     from gptpipe.evaluate.evaluate import evaluate_model
     from gptpipe.evaluate.registry import record_evaluation
     from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
+    from gptpipe.model.hf_config import with_shape_of
     from gptpipe.record.store import read_run_id
 
     raw = Path("data/raw")
     split = Path("data/split")
     model = Path("models/gpt")
+    if params.train.init_from is not None:  # the shape of the model is that of the one it started from
+        params = params.starting_from(params.train.init_from, with_shape_of(params.model, model))
     reports = Path("reports")
     run_id = read_run_id(reports / "mlflow_run.json")
     training = read_training_reports(reports, model)

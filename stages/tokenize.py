@@ -7,11 +7,16 @@ from gptpipe.shell.process import run_stage
 
 def main() -> None:
     from gptpipe.params import load_params
+    from gptpipe.record.starting_model import names_a_model, starting_model
     from gptpipe.shell.console import say
     from gptpipe.tokenize.encode import tokenize
 
     params = load_params()
-    counts = tokenize(Path("data/raw"), Path("data/tokens"), params.tokenize, params.split.fractions, params.seed)
+    section, fractions = params.tokenize, params.split.fractions
+    name = section.encoding if names_a_model(section.encoding) else None
+    with starting_model("tokenize.encoding", name, Path("models/gpt")) as model:
+        folder = model and model.folder
+        counts = tokenize(Path("data/raw"), Path("data/tokens"), section, fractions, params.seed, folder)
     say(
         f"tokenize: {counts['tokens']:,} tokens, vocabulary of {counts['vocab_size']:,}, "
         f"{counts['bytes'] / counts['tokens']:.2f} bytes per token",

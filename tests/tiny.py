@@ -37,6 +37,7 @@ MODEL: dict[str, Any] = {
 }
 TRAIN: dict[str, Any] = {
     "init_from": None,
+    "continue_from": None,
     "launcher": "python",
     "parallel": "ddp",
     "optimizer": "adamw",
@@ -61,6 +62,7 @@ TRAIN: dict[str, Any] = {
     "max_steps": 12,
     "eval_every": 4,
     "save_every": 3,
+    "keep_state": True,
     "patience": None,
     "activation_checkpointing": False,
     "sample_prompts": ("the ",),

@@ -78,7 +78,9 @@ class Project:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DVC_ROOT", str(self.root))
-            return train_model(params, self.split, self.root / "models/gpt", self.root / "reports", open_record)
+            start = params.train.init_from and Path(params.train.init_from)
+            folders = (self.split, self.root / "models/gpt", self.root / "reports")
+            return train_model(params, *folders, open_record, start or None)
 
     def digests(self) -> dict[str, str]:
         return {name: sha256_of(self.root / name) for name in STEADY}

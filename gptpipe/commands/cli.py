@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         help="repair what can be repaired without loss: send waiting records, close runs without a process, "
         "remove leftovers of killed processes",
     )
+    doctor.add_argument(
+        "--remove-checkpoints",
+        action="store_true",
+        help="remove unfinished trainings that the present parameters do not continue; without it, they are listed",
+    )
 
     compare = add_command("compare", _compare)
     compare.add_argument("names", nargs="*", help="run ids, run names, experiments or sweeps; default: all")
@@ -90,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
 
+    score = add_command("score", _score)
+    score.add_argument("split", type=Path, nargs="?", default=Path("data/split"), help="folder with a split")
+    score.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
+
     restore = add_command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
     restore.add_argument(
@@ -107,7 +116,12 @@ def _plan(_: argparse.Namespace) -> None:
 
     params = load_params()
     from gptpipe.commands.plan import estimate_training  # late: errors in params.yaml need not wait for torch
+    from gptpipe.model.hf_config import with_shape_of
+    from gptpipe.record.starting_model import starting_model
 
+    with starting_model("train.init_from", params.train.init_from, Path("models/gpt")) as start:
+        if start is not None:
+            params = params.starting_from(start.name, with_shape_of(params.model, start.folder))
     estimate = estimate_training(params, Path("data/split"))
     for name, text in estimate.lines.items():
         print(printable(f"{name + ':':<22}{text}"))
@@ -131,7 +145,7 @@ def _doctor(options: argparse.Namespace) -> None:
     """Check artefacts and records, and say how to fix problems."""
     from gptpipe.commands.doctor import doctor
 
-    sys.exit(doctor(fix=options.fix))
+    sys.exit(doctor(fix=options.fix, remove_checkpoints=options.remove_checkpoints))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -146,6 +160,14 @@ def _generate(options: argparse.Namespace) -> None:
     from gptpipe.commands.generate import generate
 
     generate(options)
+
+
+def _score(options: argparse.Namespace) -> None:
+    """Print the loss of a model on the held-out text of a split."""
+    from gptpipe.commands.score import score_split
+
+    for line in score_split(options.model, options.split):
+        print(printable(line))
 
 
 def _restore(options: argparse.Namespace) -> None:

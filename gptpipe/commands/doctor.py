@@ -1,7 +1,8 @@
 """`gptpipe doctor`: checks everything that the project keeps, and prints one line per check with its fix.
 
 It changes nothing, and needs neither a network nor anything made yet. With --fix it repairs what can be
-repaired without loss. No file or process that it looks at can end it with a traceback.
+repaired without loss. With --remove-checkpoints it removes abandoned trainings. No file or process that it looks at
+can end it with a traceback.
 """
 
 import platform
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from mlflow.tracking import MlflowClient
 
 from gptpipe import __version__
+from gptpipe.base.finished_training import discard
 from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.commands import dvc_state, store_state
 from gptpipe.commands.findings import NOT_MADE, Finding, ok, problem, warning
@@ -29,14 +31,21 @@ from gptpipe.record.store import without_credentials
 from gptpipe.shell.environment import project_root
 from gptpipe.shell.errors import GptpipeError, IntegrityError, ResourceError, first_line, one_line
 from gptpipe.shell.locks import remove_free_lock
+from gptpipe.train.earlier_trainings import abandoned_trainings
 
 Arguments = ParamSpec("Arguments")
 # Name of an artefact, as in `made_from` of the next one's manifest -> its folder.
-_FOLDERS = {"raw": Path("data/raw"), "tokens": Path("data/tokens"), "split": Path("data/split"), "gpt": MODEL}
+_FOLDERS = {
+    "raw": Path("data/raw"),
+    "tokens": Path("data/tokens"),
+    "split": Path("data/split"),
+    "gpt": MODEL,
+    "state": Path("models/state"),
+}
 _LEAST_FREE = 1 << 30  # bytes of disk
 
 
-def doctor(*, fix: bool) -> int:
+def doctor(*, fix: bool, remove_checkpoints: bool = False) -> int:
     """Run all checks and print their findings; returns the exit code.
 
     It is 0, or the lowest exit code of the errors: damage (4) goes before a store that is down (5).
@@ -56,6 +65,7 @@ def doctor(*, fix: bool) -> int:
         report.add("leftovers", _check_leftovers, fix=fix)
         report.add("locks", _check_locks, fix=fix)
         report.add("checkpoints", _check_checkpoints)
+        report.add("abandoned", _check_abandoned, remove=remove_checkpoints)
     report.add("worktrees", dvc_state.check_worktrees, fix=fix)
     report.add("pipeline", _check_pipeline, dvc_lock, processes)
     report.add("versions", _check_versions)
@@ -241,6 +251,23 @@ def _check_checkpoints() -> Finding:
     if not checkpoints:
         return ok("none")
     return ok(f"{len(checkpoints)} are intact; `dvc repro` with the same parameters resumes from the last")
+
+
+def _check_abandoned(*, remove: bool) -> Finding:
+    """Trainings that were stopped, and that no training with the present parameters would continue."""
+    trainings = abandoned_trainings(project_root() / ".gptpipe/checkpoints", load_params())
+    total = f"{len(trainings)}, {sum(training.n_bytes for training in trainings) / 2**20:,.1f} MiB"
+    if remove:
+        for training in trainings:
+            discard(training.folder)
+        return ok(f"removed {total}" if trainings else "none")
+    if trainings:
+        return warning(
+            f"trainings that these parameters do not continue ({total}): {', '.join(map(str, trainings))}",
+            "set the parameters back or set train.continue_from to continue one; "
+            "`gptpipe doctor --remove-checkpoints` removes them",
+        )
+    return ok("none")
 
 
 def _check_pipeline(dvc_lock: Finding, processes: _Processes) -> Finding:

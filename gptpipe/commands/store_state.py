@@ -14,8 +14,9 @@ from mlflow.tracking import MlflowClient
 
 from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.commands.findings import NOT_MADE, Finding, ok, problem, warning
-from gptpipe.evaluate.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME, stored_model
+from gptpipe.evaluate.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME
 from gptpipe.record.outbox import send_outbox
+from gptpipe.record.starting_model import stored_model
 from gptpipe.record.store import find_run, read_run_id, store_errors
 from gptpipe.shell.environment import experiment_name, project_root, tracking_uri
 from gptpipe.shell.errors import GptpipeError, IntegrityError, ResourceError, first_line

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import mlflow
 import mlflow.pyfunc
@@ -32,6 +30,7 @@ from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.record.description import describe_run
 from gptpipe.record.outbox import send_outbox
+from gptpipe.record.starting_model import MODEL_FOLDER, stored_model
 from gptpipe.record.store import (
     REPRODUCE,
     RefusedError,
@@ -48,7 +47,6 @@ from gptpipe.shell.errors import IntegrityError
 MODEL_NAME = "gpt"
 CHAMPION = "champion"
 MODEL_DIGEST = "model_digest"  # tag of logged models and versions: the digest of the model folder's manifest
-_MODEL_FOLDER = "gpt"  # MLflow gives the stored model folder the name of the original
 _LOGGED = "models:/"  # prefix of the source of a version that was created from a logged model
 # Files that `gptpipe restore` needs, and that are in neither git nor DVC's cache while the stage runs.
 _FILES_TO_RESTORE = tuple(map(Path, ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")))
@@ -218,17 +216,9 @@ def _is_complete(logged: LoggedModel, digest: str, folder: Path) -> bool:
         return False
 
 
-def stored_model(location: str, folder: Path) -> Path:
-    """The model folder at an artifact location: in place if it is on this machine, else a copy in `folder`."""
-    parts = urlsplit(location)
-    if parts.scheme in ("", "file"):
-        return Path(url2pathname(parts.path), "artifacts", _MODEL_FOLDER)
-    return Path(mlflow.artifacts.download_artifacts(f"{location}/artifacts/{_MODEL_FOLDER}", dst_path=str(folder)))
-
-
 def _write_pyfunc(folder: Path, logged: LoggedModel, run: Run, model: Path, evaluate_params: EvaluateParams) -> None:
     """Write the model in MLflow's pyfunc format. The model code is a Python file, not a pickle."""
-    assert model.name == _MODEL_FOLDER  # `stored_model` looks for it under this name
+    assert model.name == MODEL_FOLDER  # `stored_model` looks for it under this name
     prompt = list(evaluate_params.prompts[:1]) or [""]
     example = pd.DataFrame({"prompt": prompt})
     options = {

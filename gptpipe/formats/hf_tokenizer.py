@@ -45,7 +45,8 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
         raise InputError(f"{path}: not a tokenizer: {first_line(error):.200}; fetch the model again") from error
     if any(vocabulary.get("".join(letters[byte] for byte in token)) != i for token, i in tokenizer.ranks.items()):
         raise ConfigError(
-            f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to its encoding"
+            f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to the same "
+            "model, or to the encoding of its tokens"
         )
 
 

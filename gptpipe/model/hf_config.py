@@ -131,6 +131,15 @@ def params_of(config: dict[str, Any], folder: Path) -> ModelParams:
     return params
 
 
+def with_shape_of(params: ModelParams, folder: Path) -> ModelParams:
+    """`params` with the shape of the model in `folder`. The context length and the dropout of a training stay.
+
+    Raises InputError.
+    """
+    shape = params_of(read_config(folder), folder)
+    return shape.model_copy(update={"context_length": params.context_length, "dropout": params.dropout})
+
+
 def _gpt2_values(config: dict[str, Any]) -> dict[str, Any]:
     """Values of the section `model` by name. Raises KeyError, TypeError."""
     completed = {"n_inner": 4 * config["n_embd"], **_GPT2_DEFAULTS, **_without_nulls(config)}

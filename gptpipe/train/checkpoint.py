@@ -3,7 +3,8 @@
     run.json                 the provisional id of the training's run, chosen before the first step
     best-00000400/           weights of the best model so far, by validation loss
     step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
-                             with its step and time) and state.json (everything else)
+                             with its step and time) and state.json (everything else, with the settings)
+    kept-00000400/           the state that a longer training can continue, like that of a step
     finished.json            the training is finished; see gptpipe/base/finished_training.py
 
 Every folder has a manifest and is checked before use; nothing is pickled. Two steps are kept, and the older one
@@ -11,7 +12,6 @@ is removed only after the newer one has been read back. A folder appears and dis
 operation.
 """
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -31,12 +31,11 @@ from gptpipe.base.files import (
     first_fault,
     read_json,
     seal,
-    to_json,
     unseal,
     write_bytes,
     write_json,
 )
-from gptpipe.base.manifest import new_folder, verify
+from gptpipe.base.manifest import new_folder, read_manifest, verify
 from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header
@@ -45,6 +44,7 @@ from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 from gptpipe.shell.locks import disk_errors, sync_folder
 from gptpipe.train.distributed import is_writer
 from gptpipe.train.optim import Muon
+from gptpipe.train.settings import Settings, changed_settings
 from gptpipe.train.state import VALIDATION_METRICS, Entry, Sample, TrainState, Validation
 
 _N_KEPT = 2  # step folders
@@ -61,20 +61,25 @@ _Step = Annotated[int, Field(ge=0, lt=2**40)]
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(tuple[int, int, dict[str, int | FiniteFloat]])
 
 
-def run_key(determinants: dict[str, Any]) -> str:
-    """Name of the checkpoint folder: a digest of what the user decides.
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in the folder of a training, from the oldest to the newest."""
+    return sorted(folder.glob("step-*/"))
 
-    The environment is compared on restore.
-    """
-    return hashlib.sha256(to_json(determinants)).hexdigest()[:16]
+
+def kept_in(folder: Path) -> list[Path]:
+    """The states of a training that are kept beyond its end."""
+    return sorted(folder.glob("kept-*/"))
 
 
 class Checkpoints:
     """Saves and restores the state of one training in a folder that the caller has locked."""
 
-    def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
-        self.folder, self.environment = folder, environment
+    def __init__(self, folder: Path, environment: dict[str, Any], settings: Settings | None = None) -> None:
+        self.folder, self.environment, self.settings = folder, environment, settings
         self.inexact: list[str] = []  # after which steps the environment changed, and how
+        self.changes: list[str] = []  # after which steps the settings changed, and how
+        self.changed_now: dict[str, str] = {}  # settings that differ from those of the restored checkpoint
+        self.ancestors: dict[str, str] = {}  # digest of the checkpoint of another run that this one continues
         self._run_id: str | None = None
 
     def provisional_run_id(self) -> str:
@@ -96,11 +101,23 @@ class Checkpoints:
 
         All ranks must call, and rank 0 writes.
         """
+        self._write(state, self.folder / _folder_name(state.step))
+        if is_writer():
+            self._drop_old()
+
+    def keep(self, state: TrainState) -> None:
+        """Make the state durable until the folder is removed, in place of one kept before. All ranks must call."""
+        target = self.folder / f"kept-{state.step:08d}"
+        self._write(state, target)
+        for old in kept_in(self.folder) if is_writer() else ():
+            if old != target:
+                _discard(old)
+
+    def _write(self, state: TrainState, target: Path) -> None:
         tensors = _tensors(state)
         if not is_writer():
             return
-        target = self.folder / _folder_name(state.step)
-        with new_folder(target, {}) as new:
+        with new_folder(target, self.ancestors) as new:
             write_bytes(new.path / _TENSORS, save(tensors))
             write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
             content = {
@@ -113,10 +130,11 @@ class Checkpoints:
                 "micro_batch_size": state.micro_batch_size,
                 "environment": self.environment,
                 "inexact": self.inexact,
+                "settings": self.settings and self.settings.model_dump(),
+                "changes": self.changes,
             }
             write_json(new.path / _STATE, content)
         verify(target)
-        self._drop_old()
 
     def restore(self, state: TrainState, *, allow_inexact: bool) -> bool:
         """Load the newest sound checkpoint into `state`; returns False if there is no checkpoint.
@@ -126,7 +144,7 @@ class Checkpoints:
         """
         if is_writer():
             self._remove_leftovers()
-        candidates = sorted(self.folder.glob("step-*/"), reverse=True)
+        candidates = checkpoints_in(self.folder)[::-1]
         for i, candidate in enumerate(candidates):
             try:
                 saved = self._read(candidate, state)
@@ -134,6 +152,8 @@ class Checkpoints:
                 complain(f"warning: {str(error).split(';')[0]}; trying the previous checkpoint")
                 continue
             self._check_environment(saved.content, allow_inexact)
+            self._note_changes(saved.content)
+            self.ancestors = read_manifest(candidate).made_from
             saved.copy_to(state)
             self._run_id = saved.content.run_id  # run.json may have been lost
             for unsound in candidates[:i] if is_writer() else ():
@@ -142,6 +162,26 @@ class Checkpoints:
         if candidates:
             raise IntegrityError(f"{self.folder}: no checkpoint is sound; remove the folder to train from the start")
         return False
+
+    def continue_from(self, checkpoint: Path, state: TrainState) -> None:
+        """Load a checkpoint of another training into `state`, and save it as the first checkpoint of this one.
+
+        This training keeps its own run, and the journal of the earlier steps is copied. Another environment is
+        recorded, not refused. Raises IntegrityError for a damaged checkpoint, and ResourceError.
+        """
+        origin = Checkpoints(checkpoint.parent, self.environment, self.settings)
+        saved = origin._read(checkpoint, state)
+        origin._check_environment(saved.content, allow_inexact=True)
+        origin._note_changes(saved.content)
+        saved.copy_to(state)
+        self.inexact, self.changed_now = origin.inexact, origin.changed_now
+        source = f"after step {state.step}: continued from run {saved.content.run_id}"
+        self.changes = [*saved.content.changes, source, *origin.changes[len(saved.content.changes) :]]
+        self.ancestors = {"continue_from": read_manifest(checkpoint).digest}
+        if is_writer() and state.best is not None:
+            with new_folder(self.best_folder(state.best.step), {}) as new:
+                write_bytes(new.path / WEIGHTS, save(origin.load_best(state.best.step)))
+        self.save(state)
 
     def _remove_leftovers(self) -> None:
         """Remove partial folders and lock files of a killed training.
@@ -158,7 +198,7 @@ class Checkpoints:
         verify(folder)
         path = folder / _STATE
         try:
-            content = read_json(path, _Content, _MAX_STATE_BYTES)
+            content = read_json(path, SavedState, _MAX_STATE_BYTES)
             path = folder / _JOURNAL
             journal = [_entry(line) for line in path.read_bytes().splitlines()]
             path = folder / _TENSORS
@@ -174,7 +214,7 @@ class Checkpoints:
 
     def _check_best(self, step: int, model: GPT) -> None:
         """Raises IntegrityError unless the best weights are there and fit the model."""
-        folder = self._best_folder(step)
+        folder = self.best_folder(step)
         verify(folder)
         try:
             saved = {name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()}
@@ -185,47 +225,46 @@ class Checkpoints:
 
     def save_best(self, model: GPT, step: int) -> None:
         """Keep the current weights as the best ones, validated at `step`."""
-        with new_folder(self._best_folder(step), {}) as new:
+        with new_folder(self.best_folder(step), {}) as new:
             weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
             write_bytes(new.path / WEIGHTS, save(weights))
-        verify(self._best_folder(step))
+        verify(self.best_folder(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Weights of the best model, by parameter name. Raises IntegrityError."""
-        folder = self._best_folder(step)
+        folder = self.best_folder(step)
         verify(folder)
         try:
             return load((folder / WEIGHTS).read_bytes())
         except (OSError, SafetensorError) as error:
             raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; train again") from error
 
-    def _best_folder(self, step: int) -> Path:
+    def best_folder(self, step: int) -> Path:
+        """The folder of the weights that were the best ones and were validated at `step`."""
         return self.folder / f"best-{step:08d}"
 
     def _drop_old(self) -> None:
-        steps = sorted(self.folder.glob("step-*/"))
+        steps = checkpoints_in(self.folder)
         for old in steps[:-_N_KEPT]:
             _discard(old)
         try:
-            kept = [read_json(step / _STATE, _Content, _MAX_STATE_BYTES) for step in steps[-_N_KEPT:]]
+            kept = [
+                read_json(step / _STATE, SavedState, _MAX_STATE_BYTES)
+                for step in [*steps[-_N_KEPT:], *kept_in(self.folder)]
+            ]
         except (OSError, ValueError):  # damaged since it was written: a resume will fall back, and remove it
             return
-        needed = {self._best_folder(content.best_step) for content in kept if content.best_step is not None}
+        needed = {self.best_folder(content.best_step) for content in kept if content.best_step is not None}
         for best in sorted(self.folder.glob("best-*")):
             if best not in needed:
                 _discard(best)
 
-    def _check_environment(self, content: "_Content", allow_inexact: bool) -> None:
+    def _check_environment(self, content: "SavedState", allow_inexact: bool) -> None:
         """Raises ResourceError in another environment.
 
         With `allow_inexact`, records the differences instead.
         """
-        saved = content.environment
-        different = [
-            f"{key} was {saved.get(key)}, is {self.environment.get(key)}"
-            for key in sorted(saved.keys() | self.environment.keys())
-            if saved.get(key) != self.environment.get(key)
-        ]
+        different = environment_changes(content.environment, self.environment)
         if different and not allow_inexact:
             raise ResourceError(
                 f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. Set GPTPIPE_ALLOW_INEXACT=1 "
@@ -236,8 +275,24 @@ class Checkpoints:
             complain(f"warning: resuming in another environment, not bit for bit: {'; '.join(different)}")
             self.inexact.append(f"after step {content.step}: {', '.join(different)}")
 
+    def _note_changes(self, content: "SavedState") -> None:
+        """Record which settings are not those of the checkpoint. The caller has decided that it may be used."""
+        self.changed_now = {}
+        if content.settings and self.settings:
+            self.changed_now = changed_settings(content.settings, self.settings)
+        self.changes = [*content.changes, *(f"after step {content.step}: {text}" for text in self.changed_now.values())]
 
-class _Content(BaseModel):
+
+def environment_changes(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """What differs between two results of `Runtime.describe`, as `key was ..., is ...`."""
+    return [
+        f"{key} was {saved.get(key)}, is {present.get(key)}"
+        for key in sorted(saved.keys() | present.keys())
+        if saved.get(key) != present.get(key)
+    ]
+
+
+class SavedState(BaseModel):
     """Content of state.json. Unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
@@ -251,13 +306,24 @@ class _Content(BaseModel):
     environment: dict[str, str | int | bool]
     samples: list[Sample] = []  # an earlier version did not save them
     inexact: list[str] = []  # an earlier version did not save it
+    settings: Settings | None = None  # the same
+    changes: list[str] = []
+
+
+def read_state(checkpoint: Path) -> SavedState:
+    """The content of state.json in a checkpoint's folder, without checking the rest. Raises IntegrityError."""
+    path = checkpoint / _STATE
+    try:
+        return read_json(path, SavedState, _MAX_STATE_BYTES)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: not what a training saves: {first_line(error):.200}; remove it") from error
 
 
 @dataclass(frozen=True)
 class _Saved:
     """A checkpoint in memory that has been checked."""
 
-    content: _Content
+    content: SavedState
     journal: list[Entry]
     tensors: dict[str, Tensor]
 
@@ -278,9 +344,9 @@ def _entry(line: bytes) -> Entry:
         raise ValueError(first_fault(error)) from error
 
 
-def _check_content(content: _Content, journal: list[Entry], name: str) -> None:
+def _check_content(content: SavedState, journal: list[Entry], name: str) -> None:
     """Raises ValueError unless the parts of a checkpoint agree with each other and with its folder's name."""
-    if name != _folder_name(content.step):
+    if not name.endswith(f"-{content.step:08d}"):
         raise ValueError(f"{_STATE} is of step {content.step}, not of the step in the folder's name")
     validated = [validation.step for validation in content.history]
     losses = [(validation.step, validation.val_loss) for validation in content.history]

@@ -28,6 +28,9 @@ class Events(Protocol):
     def save(self) -> None:
         """Make the state durable."""
 
+    def keep(self) -> None:
+        """Keep this state beyond the end of the training."""
+
     def roll_back(self, error: NumericError) -> None:
         """Restore the state that was saved last, or raise `error`."""
 
@@ -56,6 +59,8 @@ def train(state: TrainState, batches: Batches, plan: Plan, events: Events) -> No
             state.skipped = failed_batch + 1 - state.step
             continue
         events.log(state.step, metrics)
+        if state.step == plan.keep_at:  # before the validation, which a longer training may not make here
+            events.keep()
         _validate_if_due(state, plan, events)
         if state.step % params.save_every == 0 or state.step == plan.n_steps:
             events.save()

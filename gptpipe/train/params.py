@@ -1,7 +1,7 @@
 """Section `train` of params.yaml, and all that decides a training."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
@@ -13,6 +13,7 @@ class TrainParams(Section):
     """How the network is trained."""
 
     init_from: str | None
+    continue_from: str | None
     launcher: str
     parallel: Literal["ddp", "fsdp"]
     optimizer: Literal["adamw", "muon"]
@@ -37,6 +38,7 @@ class TrainParams(Section):
     max_steps: Positive | None
     eval_every: Positive
     save_every: Positive
+    keep_state: bool
     patience: Positive | None
     activation_checkpointing: bool
     sample_prompts: tuple[str, ...]
@@ -87,3 +89,8 @@ class RunParams(Section):
     seed: Count
     model: ModelParams
     train: TrainParams
+
+    def starting_from(self, name: str, shape: ModelParams) -> Self:
+        """The same with the name and the shape of the model that `train.init_from` has led to."""
+        train = self.train.model_copy(update={"init_from": name})
+        return self.model_copy(update={"train": train, "model": shape})

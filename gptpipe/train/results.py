@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 
 from gptpipe.base.files import to_json, write_bytes
-from gptpipe.base.manifest import Manifest, new_folder
+from gptpipe.base.manifest import Manifest, new_folder, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
 from gptpipe.score.metrics import Metrics
 from gptpipe.shell.errors import one_line
-from gptpipe.train.checkpoint import Checkpoints
+from gptpipe.train.checkpoint import Checkpoints, kept_in, read_state
 from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import red_flags
@@ -33,21 +33,38 @@ def write_model(
     Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
     """
     tokenizer, split = inputs.tokenizer, inputs.split
-    with new_folder(target, split.lineage("split")) as folder:
+    start = {f"init_from/{name}": digest for name, digest in checkpoints.settings.initial_weights.items()}
+    ancestors = {**split.lineage("split"), **start, **checkpoints.ancestors}
+    with new_folder(target, ancestors) as folder:
         weights = checkpoints.load_best(summary["best_step"])
         save_model(folder.path, params.model, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(folder.path)
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
-        write_bytes(folder.path / "README.md", _card(params, summary, split).encode())
+        write_bytes(folder.path / "README.md", _card(params, summary, ancestors).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
         folder.counts["reports"] = reports
 
 
-def _card(params: RunParams, summary: dict[str, Any], split: Manifest) -> str:
+def write_state(target: Path, split: Manifest, checkpoints: Checkpoints) -> None:
+    """The kept state in the layout of a checkpoint folder, with the best model of its time; empty if none is kept.
+
+    `target` is an output of DVC that a rerun does not remove, so that a longer training can continue from it.
+    """
+    with new_folder(target, {**split.lineage("split"), **checkpoints.ancestors}) as folder:
+        for kept in kept_in(checkpoints.folder)[-1:] if checkpoints.settings.train["keep_state"] else ():
+            verify(kept)
+            content = read_state(kept)
+            best = checkpoints.best_folder(content.best_step)
+            for path in sorted(path for part in (kept, best) for path in part.rglob("*") if path.is_file()):
+                write_bytes(folder.path / path.relative_to(checkpoints.folder), path.read_bytes())
+            folder.counts = {"step": content.step, "run_id": content.run_id}
+
+
+def _card(params: RunParams, summary: dict[str, Any], ancestors: dict[str, str]) -> str:
     """The model card: what training knows before the evaluation, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
-    ancestors = [(one_line(name), digest) for name, digest in sorted(split.lineage("split").items())]
-    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
+    listed = [(one_line(name), digest) for name, digest in sorted(ancestors.items())]
+    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": listed}
     return render_markdown(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
@@ -69,11 +86,8 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
-    """The content of reports/train.json.
-
-    `inexact` lists where the training continued in another environment.
-    """
+def summarise(params: RunParams, state: TrainState, n_steps: int, checkpoints: Checkpoints) -> dict[str, Any]:
+    """The content of reports/train.json, with the places where environment or settings changed."""
     best = state.best
     assert best is not None  # the loop validates at step 0
     metrics = next(metrics for step, metrics in _validation_metrics(state) if step == best.step)
@@ -85,8 +99,10 @@ def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[
         "val": {name.removeprefix("val/"): value for name, value in metrics.items()},
         "red_flags": red_flags(state.history, n_steps),
     }
-    if inexact:
-        summary["resumed_inexactly"] = inexact
+    if checkpoints.inexact:
+        summary["resumed_inexactly"] = checkpoints.inexact
+    if checkpoints.changes:
+        summary["changed_settings"] = checkpoints.changes
     return summary
 
 

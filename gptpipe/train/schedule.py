@@ -25,3 +25,18 @@ def learning_rate(step: int, n_steps: int, params: TrainParams) -> float:
         case "wsd":
             height = min(1.0, (n_steps - step) / (params.decay_fraction * n_steps))
     return params.lr * (params.final_lr_fraction + (1 - params.final_lr_fraction) * height)
+
+
+def steps_before_the_end_matters(n_steps: int, params: TrainParams) -> int:
+    """The number of steps at the start whose learning rates stay the same if the training is made longer.
+
+    They are all steps with a constant schedule, those before the decay with wsd, else those of the warm-up.
+    """
+    return next(
+        (
+            step
+            for step in range(n_steps)
+            if learning_rate(step, n_steps, params) != learning_rate(step, 2 * n_steps, params)
+        ),
+        n_steps,
+    )

@@ -22,23 +22,27 @@ from gptpipe.score.metrics import Metrics, compute_metrics
 from gptpipe.score.scoring import score
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
-from gptpipe.shell.errors import Interrupted, NumericError, ResourceError
+from gptpipe.shell.errors import IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.shell.locks import one_writer
 from gptpipe.train import distributed
-from gptpipe.train.checkpoint import Checkpoints, run_key
+from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.distributed import is_writer
+from gptpipe.train.earlier_trainings import Present, advice, declared_state, kept_state, take_over
 from gptpipe.train.inputs import Inputs, load_inputs
 from gptpipe.train.loop import train
 from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
-from gptpipe.train.params import RunParams
+from gptpipe.train.params import RunParams, TrainParams
 from gptpipe.train.red_flags import red_flags
-from gptpipe.train.results import samples_table, summarise, write_model, write_reports
+from gptpipe.train.results import samples_table, summarise, write_model, write_reports, write_state
 from gptpipe.train.runtime import loss_function
+from gptpipe.train.schedule import steps_before_the_end_matters
+from gptpipe.train.settings import settings_of
 from gptpipe.train.signals import deferred_signals
 from gptpipe.train.state import VALIDATION_METRICS, Entry, TrainState
 from gptpipe.train.step import Plan
 
+STATE = "state"  # name of the folder, beside that of the model, with the state that a longer training continues
 _MAX_ROLL_BACKS = 3  # to the same checkpoint; a fourth attempt would probably fail too
 _PLOTTED_STEPS = 40  # number of recent losses in the terminal's sparkline
 
@@ -68,8 +72,17 @@ OpenRecord = Callable[[str, Manifest, dict[str, Any]], AbstractContextManager[Re
 
 
 @distributed.process_group()
-def train_model(params: RunParams, split: Path, model_folder: Path, reports: Path, open_record: OpenRecord) -> Metrics:
+def train_model(
+    params: RunParams,
+    split: Path,
+    model_folder: Path,
+    reports: Path,
+    open_record: OpenRecord,
+    start: Path | None = None,
+) -> Metrics:
     """Train a model on `split`; write it to `model_folder`, its curves and summary to `reports`.
+
+    `start` is the model folder that `train.init_from` names. The caller has put its shape into `params`.
 
     Continues a stopped training of the same parameters and data. If that training is finished, only writes the
     results again. Returns the metrics of the best validation. Under torchrun, every rank calls this function
@@ -78,26 +91,36 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
     """
     distributed.batch_slice(params.train)  # fail early if the ranks cannot share a batch
     inputs = load_inputs(params, split)
-    state, initial_weights = _new_state(params, inputs)
+    state, initial_weights = _new_state(params, inputs, start)
     say(_describe(params, inputs, state.model))
-    folder = _checkpoint_folder(params, inputs, initial_weights)
+    settings = settings_of(params, inputs.split.digest, initial_weights, inputs.n_steps)
+    folder = project_root() / ".gptpipe" / "checkpoints" / settings.key
     _discard_foreign_checkpoint(folder, inputs)
     with _only_training_in(folder):
-        checkpoints = Checkpoints(folder, inputs.runtime.describe())
-        is_resumed = _resume(checkpoints, state)
-        plan = _plan(params, inputs, state, is_resumed=is_resumed)
+        present = Present(folder, settings, inputs.runtime.describe(), allow_inexact())
+        if is_writer():
+            take_over(present)
+        distributed.barrier()  # the other ranks look at the folder only now
+        checkpoints = Checkpoints(folder, present.environment, settings)
+        is_resumed = _resume(checkpoints, state) or _continue_other(
+            checkpoints, state, present, model_folder.with_name(STATE)
+        )
+        plan = _plan(params, inputs, state, keeps_micro_batches=is_resumed and not _has_new_micro_batches(checkpoints))
         with _open_record(open_record, checkpoints, inputs, state) as record:
             if checkpoints.inexact:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
+            if checkpoints.changes:
+                record.tags({"changed_settings": "; ".join(checkpoints.changes)})
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
-            summary = summarise(params, state, plan.n_steps, checkpoints.inexact)
+            summary = summarise(params, state, plan.n_steps, checkpoints)
             # Read only once: if the store answers during the next lines, the id changes, and the files would
             # disagree.
             run_id = record.run_id
             if is_writer():
                 digests = write_reports(reports, state, summary)
                 write_model(model_folder, params, inputs, checkpoints, summary, digests)
+                write_state(model_folder.with_name(STATE), inputs.split, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():
@@ -106,18 +129,17 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
     return best
 
 
-def _new_state(params: RunParams, inputs: Inputs) -> tuple[TrainState, dict[str, str]]:
+def _new_state(params: RunParams, inputs: Inputs, start: Path | None) -> tuple[TrainState, dict[str, str]]:
     """The state before the first step, and the SHA-256 of each weight file that it starts from."""
     torch.manual_seed(params.seed)
     model = GPT(params.model, inputs.tokenizer.vocab_size)
     model.activation_checkpointing = params.train.activation_checkpointing
     digests: dict[str, str] = {}
-    if params.train.init_from is not None:
-        folder = Path(params.train.init_from)
-        initialise_from(model, folder)
-        check_same_tokens(inputs.tokenizer, folder)
-        digests = {path.name: sha256_of(path) for path in weight_files(folder)}
-        say(f"train: starts from {folder}; `dvc repro` does not notice changes there: run `dvc repro -f train` then")
+    if start is not None:
+        check_same_tokens(inputs.tokenizer, start)  # first: another tokenizer usually has another size too
+        initialise_from(model, start)
+        digests = {path.name: sha256_of(path) for path in weight_files(start)}
+        say(f"train: starts from {params.train.init_from}")
     model.to(inputs.runtime.device)
     if rank_info().n_ranks > 1 and params.train.parallel == "fsdp":
         distributed.shard(model)
@@ -132,16 +154,6 @@ def _describe(params: RunParams, inputs: Inputs, model: GPT) -> str:
         f"{section.batch_size} x {params.model.context_length} tokens ({n_epochs:.1f} epochs), on {runtime.device}"
         f"{', compiled' if runtime.is_compiled else ''}, processes: {runtime.ranks}"
     )
-
-
-def _checkpoint_folder(params: RunParams, inputs: Inputs, initial_weights: dict[str, str]) -> Path:
-    """The folder of this training's checkpoints.
-
-    Its name is a digest of the parameters, the split and `init_from`.
-    """
-    determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
-    determinants |= {"split": inputs.split.digest, "init_from": initial_weights}
-    return project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
 
 
 def _discard_foreign_checkpoint(folder: Path, inputs: Inputs) -> None:
@@ -177,11 +189,40 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
     if finished_in(folder):
         say(f"train: already finished, after step {state.step:,}; writing its results again")
     elif is_resumed:
-        say(f"train: resumed after step {state.step:,}")
+        say("; ".join([f"train: resumed after step {state.step:,}", *checkpoints.changed_now.values()]))
     return is_resumed
 
 
-def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: bool) -> Plan:
+def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Present, exported: Path) -> bool:
+    """Continue the training that `train.continue_from` names, or extend a shorter one; returns whether there is one.
+
+    Otherwise, print which unfinished training could be named. Raises ConfigError and what
+    `Checkpoints.continue_from` raises.
+    """
+    name = present.settings.train["continue_from"]
+    source = kept_state(present, exported) if name is None else declared_state(present, name)
+    if source is None:
+        if is_writer() and (suggestion := advice(present)):
+            say(f"train: starts at step 0; {suggestion}", "quiet")
+        return False
+    try:
+        checkpoints.continue_from(source.checkpoint, state)
+    except IntegrityError as error:
+        if name is not None:
+            raise
+        complain(f"warning: cannot extend a finished training: {str(error).split(';')[0]}; starting at step 0")
+        return False
+    say("; ".join([f"train: continues from {source}", *checkpoints.changed_now.values()]))
+    return True
+
+
+def _has_new_micro_batches(checkpoints: Checkpoints) -> bool:
+    """Whether the user has set another size of micro-batches since the restored checkpoint."""
+    name = "micro_batch_size"
+    return f"train.{name}" in checkpoints.changed_now and checkpoints.settings.train[name] is not None
+
+
+def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, keeps_micro_batches: bool) -> Plan:
     """Build the loss and choose the size of the micro-batches.
 
     Raises ResourceError if single sequences do not fit.
@@ -193,7 +234,7 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: b
         own = distributed.batch_slice(section)
         n_own = own.stop - own.start
         # A resumed training keeps its micro-batch size even if more memory is free: the size affects rounding.
-        if not is_resumed or n_own % state.micro_batch_size:  # or the number of ranks has changed
+        if not keeps_micro_batches or n_own % state.micro_batch_size:  # or the number of ranks has changed
             size = fitting_micro_batch_size(
                 section.model_copy(update={"batch_size": n_own}),
                 model,
@@ -206,7 +247,13 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: b
                 model, loss, runtime.precision, size, n_own=n_own, n_spare=n_spare
             )
         distributed.warm_up(model, loss, runtime.precision, state.micro_batch_size)
-    return Plan(section, inputs.n_steps, params.seed, runtime.precision, loss)
+    keep_at = steps_before_the_end_matters(inputs.n_steps, section) if _can_be_extended(section) else None
+    return Plan(section, inputs.n_steps, params.seed, runtime.precision, loss, keep_at)
+
+
+def _can_be_extended(section: TrainParams) -> bool:
+    """Whether the state is kept from which a longer training could continue."""
+    return section.keep_state and section.schedule in ("wsd", "constant")
 
 
 def _open_record(
@@ -334,6 +381,9 @@ class _Training:
         self.checkpoints.save(self.state)
         self._saved_step = self.state.step
         self._send()
+
+    def keep(self) -> None:
+        self.checkpoints.keep(self.state)
 
     def roll_back(self, error: NumericError) -> None:
         failed_step = self.state.step + 1

@@ -39,6 +39,7 @@ class Plan:
     seed: int
     precision: torch.dtype
     loss: LossFunction  # the model's own, or its compiled or averaging form
+    keep_at: int | None = None  # the step after which the state is kept, to extend the finished training
 
 
 def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:

@@ -21,8 +21,11 @@ from gptpipe.base.manifest import new_folder
 from gptpipe.commands import dvc_state
 from gptpipe.commands.doctor import doctor
 from gptpipe.evaluate.registry import CHAMPION, MODEL_NAME
+from gptpipe.params import load_params
 from gptpipe.record.outbox import with_checksum
 from gptpipe.record.store import connect
+from gptpipe.train.checkpoint import Checkpoints
+from gptpipe.train.settings import settings_of
 
 pytestmark = pytest.mark.usefixtures("project")
 
@@ -38,8 +41,8 @@ def examine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     """
     monkeypatch.setattr(dvc_state, "changed_stages", list)
 
-    def run(*, fix: bool = False) -> tuple[int, dict[str, tuple[str, str]]]:
-        code = doctor(fix=fix)
+    def run(**options: bool) -> tuple[int, dict[str, tuple[str, str]]]:
+        code = doctor(**{"fix": False, **options})
         lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
         return code, {name: (status, text) for status, name, text in lines}
 
@@ -272,6 +275,28 @@ def test_checkpoints_and_partial_files_are_checked(project: Path, examine) -> No
     code, lines = examine()
     assert (code, lines["checkpoints"][0]) == (2, "error")  # 2, because there is no params.yaml here
     assert "step-00000003/state.json: differs" in lines["checkpoints"][1]
+
+
+def test_abandoned_trainings_are_listed_and_removed_only_on_request(project: Path, examine) -> None:
+    """One with the parameters that ship, and one with another learning rate."""
+    shutil.copy(ROOT / "params.yaml", project)
+    params = load_params(ROOT / "params.yaml")
+    other = params.model_copy(update={"train": params.train.model_copy(update={"lr": 1.0})})
+    root = project / ".gptpipe/checkpoints"
+    for name, section in (("a" * 16, params), ("b" * 16, other)):
+        state, _, _ = tiny.trained_state(1)
+        Checkpoints(root / name, {}, settings_of(section, "c" * 64, {}, 800)).save(state)
+    _, lines = examine()
+    status, text = lines["abandoned"]
+    assert status == "warning"
+    assert text.startswith("trainings that these parameters do not continue (1, 0.2 MiB): ")
+    assert f"{root / ('b' * 16)} (step 1, 0.2 MiB; train.lr was 1.0, is 0.01)" in text
+    examine(fix=True)
+    assert len(list(root.glob("*/"))) == 2
+    _, lines = examine(remove_checkpoints=True)
+    assert lines["abandoned"] == ("ok", "removed 1, 0.2 MiB")
+    assert [path.name for path in root.glob("*/")] == ["a" * 16]
+    assert examine()[1]["abandoned"] == ("ok", "none")
 
 
 def test_runs_without_a_process_are_reported_and_closed(made: Path, examine) -> None:

@@ -238,7 +238,7 @@ def test_an_encoding_without_end_of_text_is_a_config_error() -> None:
 
 
 def test_an_unknown_encoding_is_a_config_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'gpt5' is neither `trained` nor one of .*gpt2"):
+    with pytest.raises(ConfigError, match=r"'gpt5' is neither `trained`, nor a model .* nor one of .*gpt2"):
         named_tokenizer("gpt5")
 
 

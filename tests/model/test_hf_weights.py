@@ -18,7 +18,7 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model import hf_weights
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
-from gptpipe.model.hf_config import params_of
+from gptpipe.model.hf_config import params_of, with_shape_of
 from gptpipe.model.hf_weights import initialise_from, load_model, save_model
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.tokenize.tokenizers import train_tokenizer
@@ -224,6 +224,16 @@ def test_all_differences_to_the_folder_are_reported_at_once(tmp_path: Path) -> N
         assert part in str(caught.value)
     assert "head_dim" not in str(caught.value)  # 8 is the folder's 32 / 4
     assert "\n" not in str(caught.value)
+
+
+def test_the_shape_of_a_folder_replaces_all_but_context_length_and_dropout(tmp_path: Path) -> None:
+    saved(tmp_path, tiny.network(context_length=16))
+    present = tiny.model_params(architecture="llama", n_layer=5, n_embd=64, n_inner=8, context_length=8, dropout=0.5)
+    shape = with_shape_of(present, tmp_path)
+    assert shape == tiny.model_params(context_length=8, dropout=0.5, head_dim=8)
+    model = GPT(shape, 50)
+    initialise_from(model, tmp_path)
+    assert torch.equal(model.embedding.weight, tiny.network().embedding.weight)
 
 
 def test_another_head_dim_is_reported(tmp_path: Path) -> None:

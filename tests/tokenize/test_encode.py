@@ -11,15 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from sections import side_of, split_params, tokenize_params
 
-from gptpipe.base.manifest import verify
+from gptpipe.base.manifest import new_folder, verify
 from gptpipe.collect import shards
 from gptpipe.formats.corpus import id_of, shard_paths
 from gptpipe.formats.tokenizer import Tokenizer
-from gptpipe.shell.errors import InputError, IntegrityError
+from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.split.params import SplitParams
 from gptpipe.tokenize import encode
 from gptpipe.tokenize.encode import tokenize
 from gptpipe.tokenize.params import TokenizeParams
+from gptpipe.tokenize.tokenizers import train_tokenizer
 
 Corpus = Callable[[Iterable[str]], Path]
 SEED = 7
@@ -178,6 +179,7 @@ import os, sys
 from pathlib import Path
 from gptpipe.split.params import SplitParams
 from gptpipe.tokenize.params import TokenizeParams
+from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.tokenize import encode
 really, shards = encode._encode_shard, []
 def encode_shard(shard, path, tokenizer):
@@ -256,3 +258,35 @@ def test_a_damaged_corpus_is_an_error_before_anything_is_written(
     with pytest.raises(IntegrityError, match=r"docs-00000\.parquet: differs from its manifest"):
         tokenize(tmp_path / "raw", tmp_path / "tokens", trained, fifths.fractions, SEED)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt", "raw"]
+
+
+def test_the_tokens_of_a_model_are_used_and_belong_to_the_key(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
+) -> None:
+    """An interrupted stage does not continue with the tokens of a folder that was replaced."""
+    raw = corpus(sentences)
+    models = [tmp_path / "one", tmp_path / "two"]
+    for n, model in enumerate(models):
+        train_tokenizer(sentences[n::2], 300 + n).save(model)
+    params = tokenize_params(encoding="data/start/base")
+    counts = tokenize(raw, tmp_path / "tokens", params, fifths.fractions, SEED, models[0])
+    assert counts["vocab_size"] == 300
+    assert (tmp_path / "tokens/tokenizer/ranks.tiktoken").read_bytes() == (models[0] / "ranks.tiktoken").read_bytes()
+    keys = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "new_folder", lambda *arguments: keys.append(arguments[2]) or new_folder(*arguments))
+        for model in (*models, None):
+            section = params if model else trained
+            tokenize(raw, tmp_path / "tokens", section, fifths.fractions, SEED, model)
+    assert len(set(keys)) == 3
+
+
+def test_a_model_of_another_project_has_no_tokens_to_use(
+    tmp_path: Path, corpus: Corpus, sentences: list[str], fifths: SplitParams
+) -> None:
+    raw, model = corpus(sentences), tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_text("{}")
+    params = tokenize_params(encoding="data/start/model")
+    with pytest.raises(ConfigError, match=r"data/start/model has no ranks\.tiktoken, .*; name the encoding"):
+        tokenize(raw, tmp_path / "tokens", params, fifths.fractions, SEED, model)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from gptpipe.train.params import TrainParams
-from gptpipe.train.schedule import learning_rate
+from gptpipe.train.schedule import learning_rate, steps_before_the_end_matters
 
 N_STEPS = 110
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
@@ -39,3 +39,12 @@ def test_the_learning_rate_is_positive_at_most_lr_and_never_rises_after_the_warm
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
     assert max(rates) == 1.0 or warmup == 100  # at 100 the decay of wsd is well under way
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n_steps"),
+    # linear and cosine: the first step after the warm-up is at the peak; wsd: the last 55 steps decay, from the peak
+    [("constant", 110), ("wsd", 56), ("linear", 11), ("cosine", 11)],
+)
+def test_steps_whose_learning_rate_does_not_depend_on_the_length(schedule: str, n_steps: int) -> None:
+    assert steps_before_the_end_matters(N_STEPS, section(schedule)) == n_steps

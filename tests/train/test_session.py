@@ -371,6 +371,7 @@ def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
     monkeypatch.setattr(GPT, "loss", loss)
     with pytest.raises(NumericError, match="step 5"):
         project.train(tiny.params())
+    shutil.rmtree(project.root / ".gptpipe")
     params = tiny.params(train__on_spike="rollback")
     project.train(params)
     undisturbed_digests, record = project.digests(), project.records[-1]
