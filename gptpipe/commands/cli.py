@@ -4,13 +4,18 @@ Each function imports what it needs, so that `--help` does not wait for torch or
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptpipe import __version__
 from gptpipe.shell.console import complain, printable
+from gptpipe.shell.environment import is_project
+from gptpipe.shell.errors import ConfigError
 from gptpipe.shell.process import run
+
+_DEFAULT_MODEL = Path("models/gpt")
 
 
 def main() -> None:
@@ -34,7 +39,28 @@ store, 6 loss not finite."""
 
 def _dispatch(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
+    _enter_project(options)
     options.run(options)
+
+
+def _enter_project(options: argparse.Namespace) -> None:
+    """Change to the project's root, so that commands also work in its subfolders. Raises ConfigError.
+
+    Paths that the user gave stay relative to the folder of the call. Outside a project, `generate` works if it is
+    given a model.
+    """
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if is_project(folder)), None)
+    paths = {name: value for name, value in vars(options).items() if isinstance(value, Path)}
+    given = {name: path for name, path in paths.items() if path is not _DEFAULT_MODEL}
+    if root is None:
+        if "model" in given:
+            return
+        raise ConfigError(f"{here}: neither this folder nor one above is a gptpipe project; change to one with `cd`")
+    if root != here:
+        for name, path in given.items():
+            setattr(options, name, here / path)
+        os.chdir(root)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("prompt", nargs="?", help="text to continue")
     prompts.add_argument("--interactive", action="store_true", help="ask for prompts until an empty line")
-    generate.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
+    generate.add_argument("--model", type=Path, default=_DEFAULT_MODEL, help="model folder")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after this number of tokens")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
     generate.add_argument("--top-k", type=int, default=50, help="sample from the k most probable tokens; 0: all")

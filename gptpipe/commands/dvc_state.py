@@ -205,13 +205,40 @@ def check_workspaces(in_use: list[Path], *, fix: bool) -> Finding:
 
 
 def check_worktrees(*, fix: bool) -> Finding:
-    """Every git worktree has its folder; that of a `gptpipe restore` may have been removed by hand."""
-    command = ["git", "worktree", "prune", "--verbose"]
-    if not fix:
-        command.append("--dry-run")
+    """Every git worktree has its folder; that of a `gptpipe restore` may have been moved, or removed by hand."""
+    moved = _moved_worktrees()
+    if moved and fix:  # before `prune`, which would remove their entries
+        _git("worktree", "repair", *map(str, moved))
+    prune = _git("worktree", "prune", "--verbose", *([] if fix else ["--dry-run"]))
+    if isinstance(prune, Finding):
+        return prune
+    n_pruned = len(prune.strip().splitlines())
+    if n_pruned and not fix:
+        return warning(f"{n_pruned} without their folder", "`gptpipe doctor --fix` removes or repairs their entries")
+    if n_pruned:
+        return ok(f"removed {n_pruned} entries without their folder")
+    if moved:
+        return ok(f"repaired {len(moved)} that were moved with this project")
+    return ok("every worktree has its folder")
+
+
+def _moved_worktrees() -> list[Path]:
+    """Folders beside this project that git knows under an earlier path, as `gptpipe restore` makes them."""
+    entries = sorted(Path(".git/worktrees").glob("*/gitdir"))
+    recorded = [Path(entry.read_text(errors="surrogateescape").strip()).parent for entry in entries]
+    beside = [Path.cwd().with_name(folder.name) for folder in recorded]
+    return [
+        folder
+        for folder, old in zip(beside, recorded, strict=True)
+        if folder != old and (folder / ".git").is_file() and not old.exists()
+    ]
+
+
+def _git(*arguments: str) -> str | Finding:
+    """What a git command prints, or a warning if it fails."""
     try:
-        prune = subprocess.run(
-            command,
+        result = subprocess.run(
+            ["git", *arguments],
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -220,13 +247,7 @@ def check_worktrees(*, fix: bool) -> Finding:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return warning(f"git does not answer: {first_line(error)}")
-    if prune.returncode:
-        reason = (prune.stderr.strip().splitlines() or ["no reason given"])[0][:200]
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[0][:200]
         return warning(f"git does not answer: {reason}")
-    n_pruned = len((prune.stderr or prune.stdout).strip().splitlines())
-    if not n_pruned:
-        return ok("every worktree has its folder")
-    if not fix:
-        text = f"{n_pruned} without their folder"
-        return warning(text, "`gptpipe doctor --fix` removes their entries from git")
-    return ok(f"removed {n_pruned} entries without their folder")
+    return result.stderr or result.stdout

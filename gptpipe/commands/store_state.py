@@ -15,14 +15,14 @@ from mlflow.tracking import MlflowClient
 from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.commands.findings import NOT_MADE, Finding, ok, problem, warning
 from gptpipe.evaluate.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME
-from gptpipe.record.outbox import send_outbox
+from gptpipe.record.outbox import current_files, other_stores, send_outbox
+from gptpipe.record.sqlite_store import outdated_locations, sqlite_file, update_locations
 from gptpipe.record.starting_model import stored_model
 from gptpipe.record.store import find_run, read_run_id, store_errors
-from gptpipe.shell.environment import experiment_name, project_root, tracking_uri
+from gptpipe.shell.environment import experiment_name, tracking_uri
 from gptpipe.shell.errors import GptpipeError, IntegrityError, ResourceError, first_line
 
 MODEL, REPORTS = Path("models/gpt"), Path("reports")
-_SQLITE = "sqlite:///"
 
 
 class Store:
@@ -33,12 +33,11 @@ class Store:
     def check(self) -> Finding:
         """The store answers, and its schema is up to date. Creates neither the store nor the experiment."""
         uri = tracking_uri()
-        file = Path(uri.removeprefix(_SQLITE))
-        is_sqlite = uri.startswith(_SQLITE)
-        if is_sqlite and not file.exists():
-            return ok("none yet; the first training makes it")
         try:
-            if is_sqlite:  # MLflow would retry on a damaged file for minutes
+            file = sqlite_file(uri)
+            if file and not file.exists():
+                return ok("none yet; the first training makes it")
+            if file:  # MLflow would retry on a damaged file for minutes
                 _check_sqlite(file)
             mlflow.set_tracking_uri(uri)
             mlflow.set_registry_uri(uri)
@@ -61,18 +60,40 @@ def _check_sqlite(file: Path) -> None:
         raise sqlite3.DatabaseError(result)
 
 
+def check_locations(*, fix: bool) -> Finding:
+    """The artifacts of a SQLite store are where its database says, also after the project was moved or copied."""
+    file = sqlite_file(tracking_uri())
+    if file is None:
+        return ok("the server keeps them")
+    with store_errors():
+        outdated = outdated_locations(file)
+        if not outdated:
+            return ok("the store's locations are up to date")
+        if fix:
+            return ok(f"updated {update_locations(file)} locations in {file}, which was moved or copied")
+    return problem(
+        IntegrityError,
+        f"{file}: {len(outdated)} locations are those before it was moved or copied, for example {outdated[0].old}",
+        "`gptpipe doctor --fix` or the next run updates them",
+    )
+
+
 def check_outbox(client: MlflowClient | None, *, fix: bool) -> Finding:
-    """Records of runs that the store did not take yet."""
-    outbox = project_root() / ".gptpipe/outbox"
+    """Records of runs that their store did not take yet."""
     if fix and client:
         send_outbox()
-    waiting = sorted(outbox.glob("*.jsonl"))
+    waiting = current_files("*.jsonl")
     if waiting:
         return warning(
             f"{len(waiting)} records of runs are not sent, for example {waiting[0]}",
             "the next run or `gptpipe doctor --fix` sends them",
         )
-    unsendable = sorted([*outbox.glob("*.damaged"), *outbox.glob("*.refused")])
+    for store, paths in other_stores().items():
+        return warning(
+            f"{len(paths)} records of runs wait for another store, {store}, for example {paths[0]}",
+            "send them with its MLFLOW_TRACKING_URI, or move them one folder up to send them to the present store",
+        )
+    unsendable = [*current_files("*.damaged"), *current_files("*.refused")]
     if unsendable:
         return warning(
             f"{len(unsendable)} records of runs cannot be sent, for example {unsendable[0]}",

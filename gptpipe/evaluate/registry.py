@@ -17,7 +17,6 @@ from pathlib import Path
 import mlflow
 import mlflow.pyfunc
 import pandas as pd
-from filelock import FileLock
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -30,6 +29,7 @@ from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.record.description import describe_run
 from gptpipe.record.outbox import send_outbox
+from gptpipe.record.sqlite_store import sqlite_file, store_lock
 from gptpipe.record.starting_model import MODEL_FOLDER, stored_model
 from gptpipe.record.store import (
     REPRODUCE,
@@ -41,7 +41,7 @@ from gptpipe.record.store import (
     store_errors,
     update_description,
 )
-from gptpipe.shell.environment import project_root
+from gptpipe.shell.environment import project_root, tracking_uri
 from gptpipe.shell.errors import IntegrityError
 
 MODEL_NAME = "gpt"
@@ -89,8 +89,8 @@ def record_evaluation(
         with store_errors():
             send_outbox()
             client = connect(to_write=True)
-            lock = project_root() / ".gptpipe" / "registry.lock"
-            with FileLock(lock, timeout=_LOCK_SECONDS):  # two evaluations at once must not both create a version
+            store = sqlite_file(tracking_uri())
+            with store_lock(store, "registry", _LOCK_SECONDS):  # two evaluations must not both create a version
                 run = _finished_run(client, all_params, evaluation.split, run_id)
                 _log_evaluation(client, run.info.run_id, evaluation, page, charts)
                 number = _ensure_version(client, run, model, evaluate_params)

@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from gptpipe.base.files import to_json
 from gptpipe.base.manifest import Manifest
 from gptpipe.base.params import PARAMS, Section
-from gptpipe.record.store import MAX_TAG_CHARACTERS, REPRODUCE
+from gptpipe.record.store import MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, REPRODUCE
 from gptpipe.shell.console import complain
 from gptpipe.shell.environment import git, project_root, provenance
 
@@ -74,18 +74,39 @@ def describe_run(params: Section, split: Manifest, environment: dict[str, Any]) 
     patch, left_out = changed_code()
     tags = _tags(params, environment)
     if left_out:
-        tags["left_out_of_code.patch"] = ", ".join(left_out)[:MAX_TAG_CHARACTERS]
+        tags["left_out_of_code.patch"] = _shortened(", ".join(left_out), MAX_TAG_CHARACTERS)
     packages = {f"{package.name}=={package.version}\n" for package in distributions()}
     texts = {"environment.txt": "".join(sorted(packages)), "lineage.json": split.to_bytes().decode()}
     if patch is not None and len(patch) <= _MAX_PATCH_BYTES:
         texts[f"{REPRODUCE}/code.patch"] = patch
+    values, whole_values = _fit_params(_flat(params.model_dump(mode="json")))
+    texts |= whole_values
     return {
         "name": os.environ.get("DVC_EXP_NAME"),
         "tags": tags,
-        "params": _flat(params.model_dump(mode="json")),
+        "params": values,
         "datasets": [_dataset(split, side) for side in ("train", "val", "test")],
         "texts": texts,
     }
+
+
+def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The parameters, shortened to what MLflow takes, and the whole values of the shortened ones, by artifact."""
+    fitting: dict[str, str] = {}
+    artifacts: dict[str, str] = {}
+    for key, value in values.items():
+        fitting[key] = value
+        if len(value) > MAX_PARAM_CHARACTERS:
+            path = f"parameters/{key}.txt"
+            artifacts[path] = value
+            digest = hashlib.sha256(value.encode()).hexdigest()  # keeps different values different in MLflow
+            note = f"... [{len(value):,} characters, SHA-256 {digest}; the whole value is in the artifact {path}]"
+            fitting[key] = value[: MAX_PARAM_CHARACTERS - len(note)] + note
+            complain(
+                f"warning: {key} has {len(value):,} characters, MLflow takes {MAX_PARAM_CHARACTERS:,}; the whole value "
+                f"is in the run's artifact {path}"
+            )
+    return fitting, artifacts
 
 
 def _tags(params: Section, environment: dict[str, Any]) -> dict[str, str]:
@@ -97,14 +118,18 @@ def _tags(params: Section, environment: dict[str, Any]) -> dict[str, str]:
         **origin,
         **{f"environment.{key}": str(value) for key, value in environment.items()},
         "params_digest": hashlib.sha256(to_json(params.model_dump(mode="json"))).hexdigest()[:12],
-        "changed": ", ".join(f"{key}={value}" for key, value in changed.items())[:MAX_TAG_CHARACTERS],
+        "changed": _shortened(", ".join(f"{key}={value}" for key, value in changed.items()), MAX_TAG_CHARACTERS),
         "process": f"{os.getpid()} on {platform.node()}",
         "mlflow.loggedArtifacts": json.dumps([{"path": "samples.json", "type": "table"}]),
     }
     if "dvc.exp_name" in origin:  # the runs of a sweep change the same parameters of the same commit
         baseline = origin.get("dvc.baseline_rev", "")[:7]
-        tags["sweep"] = f"{baseline}: {', '.join(changed)}"[:MAX_TAG_CHARACTERS]
+        tags["sweep"] = _shortened(f"{baseline}: {', '.join(changed)}", MAX_TAG_CHARACTERS)
     return tags
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _dataset(split: Manifest, side: str) -> dict[str, str]:

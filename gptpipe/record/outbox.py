@@ -1,9 +1,11 @@
-"""The outbox: operations that the tracking store has not taken yet, in `.gptpipe/outbox/`, a file per run.
+"""The outbox: operations that the tracking store has not taken yet, in `.gptpipe/outbox/STORE/`, a file per run.
 
-The next command that logs sends them. What can never be sent does not block the rest. It is moved to a file
-beside it, which a warning names: `RUN.jsonl.damaged` contains lines that are not operations,
-`RUN.jsonl.refused` contains operations that the store always refuses. Each line begins with a checksum, so that
-a flipped bit is noticed.
+STORE is the digest of the store's name, which `store.txt` contains. The next command that logs to this store sends
+the operations. Files directly in `.gptpipe/outbox/` belong to no store and are sent to the next one.
+
+What can never be sent does not block the rest. It is moved to a file beside it, which a warning names:
+`RUN.jsonl.damaged` contains lines that are not operations, `RUN.jsonl.refused` contains operations that the store
+always refuses. Each line begins with a checksum, so that a flipped bit is noticed.
 """
 
 import hashlib
@@ -16,9 +18,10 @@ from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from gptpipe.base.files import write_bytes
-from gptpipe.record.store import RUN_ID, Operation, RefusedError, RunWriter, StoreError
+from gptpipe.record.sqlite_store import sqlite_file
+from gptpipe.record.store import RUN_ID, Operation, RefusedError, RunWriter, StoreError, without_credentials
 from gptpipe.shell.console import complain, say
-from gptpipe.shell.environment import project_root
+from gptpipe.shell.environment import SQLITE, experiment_name, project_root, tracking_uri
 from gptpipe.shell.errors import ResourceError, first_line
 
 # The operations of `RunWriter.write`, as lines of a file. Whole numbers fit into the store's columns.
@@ -48,6 +51,7 @@ class _Description(TypedDict):
     texts: dict[_ArtifactPath, str]
 
 
+_STORE_FILE = "store.txt"
 _OPERATION: TypeAdapter[Operation] = TypeAdapter(
     tuple[Literal["create"], _Description]
     | tuple[Literal["metrics"], list[tuple[_Name, FiniteFloat, _Whole, _Whole]]]
@@ -58,7 +62,44 @@ _OPERATION: TypeAdapter[Operation] = TypeAdapter(
 
 
 def outbox_folder() -> Path:
+    """The folder of the current store."""
+    return _outbox() / hashlib.sha256(store_name().encode()).hexdigest()[:12]
+
+
+def _outbox() -> Path:
     return project_root() / ".gptpipe" / "outbox"
+
+
+def store_name() -> str:
+    """The experiment and the store to which records are sent now.
+
+    A SQLite store inside the project is named by its path there, so that its records stay with it after a move.
+    """
+    uri = tracking_uri()
+    file = sqlite_file(uri)
+    if file is None:
+        address = without_credentials(uri).rstrip("/")
+    else:
+        root = project_root().resolve()
+        path = file.resolve()
+        address = f"{SQLITE}{path.relative_to(root) if path.is_relative_to(root) else path}"
+    return f"experiment {experiment_name()} in {address}"
+
+
+def other_stores() -> dict[str, list[Path]]:
+    """The files that wait for other stores than the current one, by the name of their store."""
+    stores: dict[str, list[Path]] = {}
+    for path in sorted(_outbox().glob("*/*.jsonl")):
+        if path.parent != outbox_folder():
+            name_file = path.with_name(_STORE_FILE)
+            name = name_file.read_text(errors="replace").strip() if name_file.exists() else path.parent.name
+            stores.setdefault(name, []).append(path)
+    return stores
+
+
+def current_files(pattern: str) -> list[Path]:
+    """The files for the current store, and those for any store."""
+    return sorted([*_outbox().glob(pattern), *outbox_folder().glob(pattern)])
 
 
 def keep(path: Path, operations: list[Operation]) -> bool:
@@ -71,6 +112,8 @@ def keep(path: Path, operations: list[Operation]) -> bool:
     try:
         earlier = path.read_bytes() if path.exists() else b""  # of the same run, before it was resumed
         write_bytes(path, earlier + _to_lines(operations))
+        if path.parent == outbox_folder():
+            write_bytes(path.with_name(_STORE_FILE), f"{store_name()}\n".encode())
     except (OSError, ResourceError) as error:
         complain(f"warning: {len(operations)} records of this run are lost: {first_line(error)}")
         return False
@@ -78,17 +121,17 @@ def keep(path: Path, operations: list[Operation]) -> bool:
 
 
 def send_outbox() -> None:
-    """Send what earlier runs could not send. If the store fails, the rest waits for the next command."""
-    folder = outbox_folder()
+    """Send what earlier runs could not send to this store. If the store fails, the rest waits for the next command."""
+    outbox = _outbox()
     try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):
-            for path in sorted(folder.glob("*.jsonl")):
+        with FileLock(outbox.with_suffix(".lock"), timeout=0):
+            for path in current_files("*.jsonl"):
                 if not _send_file(path):
                     return
     except Timeout:  # another process is sending
         return
     except OSError as error:
-        complain(f"warning: {folder}: {error.strerror or error}; make it readable and writable to send what waits")
+        complain(f"warning: {outbox}: {error.strerror or error}; make it readable and writable to send what waits")
 
 
 def _send_file(path: Path) -> bool:

@@ -5,9 +5,8 @@ import logging
 import os
 import re
 import sqlite3
-import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,29 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the user has not agreed to it
 
 import mlflow
-from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from gptpipe.shell.environment import experiment_name, project_root, tracking_uri
+from gptpipe.record.sqlite_store import (
+    VIEW_TAG,
+    artifacts_of,
+    check_unlocked,
+    create_store,
+    is_moved,
+    sqlite_file,
+    store_lock,
+    update_locations,
+)
+from gptpipe.shell.environment import experiment_name, tracking_uri
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 
 RUN_ID = re.compile("[0-9a-f]{32}")  # of MLflow; a provisional run id has the same form
 REPRODUCE = "reproduce"  # folder of the artifacts that `gptpipe restore` needs besides the commit
 TRAINING = "training_run_id"  # tag: the provisional id of a training's run, used until the store has assigned an id
 MAX_TAG_CHARACTERS = 5000  # MLflow's limits
-_MAX_PARAM_CHARACTERS = 6000
-_LOCKED_SECONDS = 5.0  # maximal wait for a SQLite store that another program has locked
+MAX_PARAM_CHARACTERS = 6000
 
 # A saved view of MLflow's runs page that shows the main metrics, because MLflow shows none by default. The view
 # is in the page's menu, and a link above the runs opens it. Its format is that of MLflow 3.17; other versions
@@ -52,7 +59,7 @@ _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.experiment.primaryMetric.name": "test/bits_per_byte",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
-    "mlflow.sharedViewState.figures": json.dumps(_VIEW),
+    VIEW_TAG: json.dumps(_VIEW),
 }
 
 for library in ("mlflow", "sqlalchemy"):  # they log tracebacks of errors that `store_errors` reports
@@ -93,42 +100,27 @@ def without_credentials(text: str) -> str:
 def connect(*, to_write: bool = False) -> MlflowClient:
     """A client of the store. Creates the store and the experiment if they do not exist. Raises StoreError.
 
-    Several processes may connect to a fresh store at once; a lock lets one of them create it. With `to_write`,
-    fails within seconds if another program has locked a SQLite store; MLflow would wait for minutes.
+    Several processes may connect to a fresh store at once; a lock lets one of them create it. If a SQLite store was
+    moved, its locations of artifacts are updated. With `to_write`, fails within seconds if another program has locked
+    a SQLite store; MLflow would wait for minutes.
     """
     uri = tracking_uri()
-    is_sqlite = uri.startswith("sqlite:///")
-    file = Path(uri.removeprefix("sqlite:///"))
-    folder = project_root() / ".gptpipe"
     with store_errors():
+        file = sqlite_file(uri)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "store.lock"):
-            if is_sqlite and not file.exists():
-                _create_sqlite_store(file)
-        if is_sqlite and to_write:
-            with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS)) as database:
-                database.execute("BEGIN IMMEDIATE")  # fails if it is locked
-        with FileLock(folder / "store.lock"):
+        with store_lock(file, "store"):
+            if file and not file.exists():
+                create_store(file)
+            if file and is_moved(file):
+                update_locations(file)
+        if file and to_write:
+            check_unlocked(file)
+        with store_lock(file, "store"):
             client = MlflowClient(uri)
             if client.get_experiment_by_name(experiment_name()) is None:
-                _create_experiment(client, (project_root() / "mlartifacts").as_uri() if is_sqlite else None)
+                _create_experiment(client, artifacts_of(file) if file else None)
     return client
-
-
-def _create_sqlite_store(file: Path) -> None:
-    """Create MLflow's tables in a new file, and remove the partial files of killed attempts.
-
-    Each attempt uses a new name: MLflow refuses partial tables forever, and this process keeps the file open.
-    """
-    for partial in file.parent.glob(f".{file.name}.*"):
-        partial.unlink()
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
-    MlflowClient(f"sqlite:///{partial}")
-    with closing(sqlite3.connect(partial)) as database:
-        database.execute("PRAGMA journal_mode=WAL")  # readers such as the UI do not block the writer
-    partial.replace(file)
 
 
 def _create_experiment(client: MlflowClient, artifacts: str | None) -> None:
@@ -263,7 +255,7 @@ def create_run(client: MlflowClient, description: dict[str, Any], name: str, run
     for path, text in description["texts"].items():
         client.log_text(run_id, text, path)
     update_description(client, run_id)
-    params = [Param(key, value[:_MAX_PARAM_CHARACTERS]) for key, value in description["params"].items()]
+    params = [Param(key, value[:MAX_PARAM_CHARACTERS]) for key, value in description["params"].items()]
     client.log_batch(run_id, params=params)
     return run_id
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from gptpipe.shell.errors import ConfigError
 
 VERBOSITIES = ("quiet", "normal", "verbose")
+SQLITE = "sqlite:///"  # start of the address of a SQLite database
 
 
 def project_root() -> Path:
@@ -25,6 +26,12 @@ def project_root() -> Path:
         if os.path.isdir(folder / ".dvc"):  # noqa: PTH112  Path.is_dir raises an error without permission
             return folder
     return here
+
+
+def is_project(folder: Path) -> bool:
+    """Whether a folder is the root of a project: it has a `.dvc` folder or a `params.yaml`."""
+    # Path.is_dir and Path.is_file raise an error without permission.
+    return os.path.isdir(folder / ".dvc") or os.path.isfile(folder / "params.yaml")  # noqa: PTH112, PTH113
 
 
 def n_workers() -> int:
@@ -105,8 +112,22 @@ def allow_inexact() -> bool:
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI; by default the SQLite store at the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI; by default the SQLite store at the project's root.
+
+    A relative path of a SQLite store starts at the project's root, also for an experiment in a temporary copy.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return sqlite_uri(project_root() / "mlflow.db")
+    path = uri.removeprefix(SQLITE)
+    if not uri.startswith(SQLITE) or path.startswith(("/", ":memory:")) or not path:
+        return uri
+    return f"{sqlite_uri(project_root().absolute())}/{path}"
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of a SQLite database. SQLAlchemy ends the path at `?`, and decodes `%` and two hex digits."""
+    return SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def experiment_name() -> str:

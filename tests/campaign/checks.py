@@ -83,7 +83,8 @@ def leftovers(project: Path) -> frozenset[str]:
 
 def _is_left_over(path: Path) -> bool:
     is_state = path.is_dir() and re.fullmatch(r"(step|best)-\d+", path.name)
-    return bool(path.name.endswith((".partial", ".done", ".lock")) or is_state or path.parent.name == "outbox")
+    is_unsent = "outbox" in path.parts and ".jsonl" in path.suffixes
+    return bool(path.name.endswith((".partial", ".done", ".lock")) or is_state or is_unsent)
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def leftover(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
 def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     """Damage the record of a training in the outbox. The next command that logs names the file."""
     lab.begin({"stage": "evaluate", "state": "waiting record"})
-    (path,) = (lab.project.path / ".gptpipe/outbox").glob("*.jsonl")
+    (path,) = (lab.project.path / ".gptpipe/outbox").rglob("*.jsonl")
     if not damage(path, trial["way"], chance):
         return []
     ended = lab.project.run("evaluate")

@@ -158,6 +158,41 @@ def test_plan_without_a_split_is_one_line_with_advice(
     assert "dvc repro" in line
 
 
+def test_commands_work_in_a_subfolder_with_paths_relative_to_it(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subfolder = tmp_path / "data/sources"
+    (tmp_path / ".dvc").mkdir()
+    subfolder.mkdir(parents=True)
+    shutil.copytree(model, tmp_path / "models/gpt")
+    shutil.copytree(model, subfolder / "mine")
+    for options in ([], ["--model", "mine"]):
+        monkeypatch.chdir(subfolder)
+        _dispatch(["generate", "the", "--max-new-tokens", "2", *options])
+        assert capsys.readouterr().out.startswith("the")
+    shutil.rmtree(subfolder / "mine")
+    monkeypatch.chdir(subfolder)
+    code, line = fails_with_one_line(capsys, "generate", "the", "--model", "mine")
+    assert (code, str(subfolder / "mine") in line) == (4, True)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(subfolder)
+    code, line = fails_with_one_line(capsys, "plan")
+    assert (code, "data/split" in line) == (4, True)
+
+
+@pytest.mark.parametrize("command", ["plan", "data", "doctor", "compare", "generate", "restore"])
+def test_a_folder_outside_any_project_is_reported_and_stays_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, line = fails_with_one_line(capsys, command, *(["x"] if command in ("generate", "restore") else []))
+    assert (code, line) == (
+        2,
+        f"error: {tmp_path}: neither this folder nor one above is a gptpipe project; change to one with `cd`",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("stage", ["collect", "tokenize", "split", "train", "evaluate"])
 def test_help_of_a_stage_says_what_it_does(stage: str) -> None:
     result = python("-m", f"stages.{stage}", "--help")

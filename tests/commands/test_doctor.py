@@ -15,15 +15,17 @@ import pytest
 import tiny
 from filelock import FileLock
 from mlflow.tracking import MlflowClient
+from toy_registration import evaluate
 
 from gptpipe.base.files import write_bytes
 from gptpipe.base.manifest import new_folder
 from gptpipe.commands import dvc_state
 from gptpipe.commands.doctor import doctor
 from gptpipe.evaluate.registry import CHAMPION, MODEL_NAME
-from gptpipe.params import load_params
-from gptpipe.record.outbox import with_checksum
+from gptpipe.params import Params, load_params
+from gptpipe.record.outbox import keep, outbox_folder, with_checksum
 from gptpipe.record.store import connect
+from gptpipe.shell.environment import sqlite_uri
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.settings import settings_of
 
@@ -322,6 +324,68 @@ def test_waiting_records_are_reported_and_sent(made: Path, examine) -> None:
     assert waiting.exists()
     assert examine(fix=True)[1]["outbox"] == ("ok", "none")
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [(7, 2.5)]
+
+
+def test_records_for_another_store_are_reported_and_not_sent(
+    made: Path, examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, run_id = create_run("", "FINISHED")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mary:secret@127.0.0.1:9")
+    waiting = outbox_folder() / f"{run_id}.jsonl"
+    assert keep(waiting, [("metrics", [["train/loss", 2.5, 1, 7]])])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(made / "mlflow.db"))
+    status, text = examine(fix=True)[1]["outbox"]
+    assert (status, "experiment gptpipe in http://***@127.0.0.1:9" in text, "secret" in text) == (
+        "warning",
+        True,
+        False,
+    )
+    assert client.get_metric_history(run_id, "train/loss") == []
+
+
+def test_locations_of_a_copied_store_are_reported_and_updated(
+    made: Path, examine, params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    evaluate(params, tiny.make_model(made / "models/gpt"), None, 2.0)
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    shutil.copytree(made, copy)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri(copy / "mlflow.db"))
+    code, lines = examine()
+    assert (code, lines["artifacts"][0], lines["champion"][0]) == (4, "error", "ok")
+    assert f"for example {made}/mlartifacts; `gptpipe doctor --fix`" in lines["artifacts"][1]
+    assert "not checked" in lines["champion"][1]
+    _, lines = examine(fix=True)
+    assert lines["artifacts"] == ("ok", f"updated 4 locations in {copy}/mlflow.db, which was moved or copied")
+    assert lines["champion"] == ("ok", "gpt version 1: all files match the manifest")
+    shutil.rmtree(copy / "mlartifacts")
+    assert examine()[1]["champion"][0] == "error"  # it is not read from the old folder
+
+
+def test_restored_folders_that_were_moved_with_the_project_are_repaired(
+    examine, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    old, new = (tmp_path_factory.mktemp(name) for name in ("old", "new"))
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-C", str(old / "project")]
+    subprocess.run(["git", "init", "-q", str(old / "project")], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    subprocess.run([*git, "worktree", "add", "-q", "--detach", str(old / "project-0123")], check=True)
+    for name in ("project", "project-0123"):
+        (old / name).rename(new / name)
+    (new / "project/.dvc").mkdir()
+    monkeypatch.chdir(new / "project")
+    assert examine()[1]["worktrees"][0] == "warning"
+    assert examine(fix=True)[1]["worktrees"] == ("ok", "repaired 1 that were moved with this project")
+    status = subprocess.run(["git", "-C", str(new / "project-0123"), "status"], capture_output=True, text=True)
+    assert "Not currently on any branch" in status.stdout
+    assert examine()[1]["worktrees"] == ("ok", "every worktree has its folder")
+
+
+def test_code_of_another_folder_is_reported(project: Path, examine) -> None:
+    (project / "gptpipe").mkdir()
+    status, text = examine()[1]["versions"]
+    assert status == "warning"
+    assert text.startswith(f"`gptpipe` runs the code in {ROOT}, not that of this project")
 
 
 def test_champion_and_run_of_the_workspace_are_checked(made: Path, examine) -> None:

@@ -18,7 +18,7 @@ from toy_registration import evaluate
 from gptpipe.base.files import write_bytes
 from gptpipe.params import Params
 from gptpipe.record import run as record_module
-from gptpipe.record import store as store_module
+from gptpipe.record import sqlite_store
 from gptpipe.record.description import changed_code, describe_run, may_hold_secrets
 from gptpipe.record.outbox import send_outbox, with_checksum
 from gptpipe.record.run import training_run
@@ -109,6 +109,26 @@ def test_tags_name_the_parameters_that_differ_from_the_commit(
     assert "+train: {lr: 1e-4" in patch
 
 
+def test_a_long_parameter_is_complete_in_an_artifact_and_the_run_says_so(
+    params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [("words " * 1500 + ending,) for ending in ("one", "two")]
+    values = []
+    for texts in prompts:
+        long = params.model_copy(update={"train": params.train.model_copy(update={"sample_prompts": texts})})
+        with training_run(long, None, LINEAGE, {}) as record:
+            pass
+        client = connect()
+        values.append(client.get_run(record.run_id).data.params["train.sample_prompts"])
+        artifact = Path(client.download_artifacts(record.run_id, "parameters/train.sample_prompts.txt"))
+        assert artifact.read_text() == str(list(texts))
+    assert values[0].startswith("['words words")
+    assert values[0].endswith("the whole value is in the artifact parameters/train.sample_prompts.txt]")
+    assert {len(value) for value in values} == {6000}
+    assert values[0] != values[1]  # `gptpipe compare` groups runs by their values
+    assert capsys.readouterr().err.count("warning: train.sample_prompts has 9,007 characters, MLflow takes 6,000") == 2
+
+
 def test_the_load_of_the_machine_is_logged(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "_SYSTEM_SECONDS", 0.2)
     with training_run(params, None, LINEAGE, {}) as record:
@@ -156,7 +176,7 @@ def test_a_run_names_the_commit_of_its_code(project: Path, params: Params) -> No
     assert connect().get_run(record.run_id).data.tags["mlflow.source.git.commit"] == head
 
 
-def test_what_a_dead_server_did_not_take_is_sent_later(
+def test_what_a_dead_server_did_not_take_waits_for_this_server(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as unused:  # a port that refuses connections
@@ -168,12 +188,21 @@ def test_what_a_dead_server_did_not_take_is_sent_later(
         record.metrics([(1, 1000, {"train/loss": 3.0})])
         record.tags({"best_step": "1"})
     assert "does not answer" in capsys.readouterr().err
-    assert [path.stem for path in (project / ".gptpipe/outbox").glob("*.jsonl")] == [record.run_id]
+    assert [path.stem for path in (project / ".gptpipe/outbox").rglob("*.jsonl")] == [record.run_id]
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with training_run(params, None, LINEAGE, {}) as later:
         later.metrics([(1, 1000, {"train/loss": 9.0})])
-    assert list((project / ".gptpipe/outbox").iterdir()) == []
+    assert rows(project) == [("train/loss", 1, 9.0)]  # the record belongs to the server
+    (waiting,) = (project / ".gptpipe/outbox").rglob("*.jsonl")
+    assert waiting.with_name("store.txt").read_text() == f"experiment gptpipe in http://127.0.0.1:{port}\n"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    send_outbox()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    assert waiting.exists()
+    waiting.rename(project / ".gptpipe/outbox" / waiting.name)  # as the documentation says
+    send_outbox()
+    assert list((project / ".gptpipe/outbox").rglob("*.jsonl")) == []
     assert rows(project) == [("train/loss", 1, 3.0), ("train/loss", 1, 9.0)]
     client = connect()
     runs = client.search_runs([client.get_experiment_by_name("gptpipe").experiment_id])
@@ -186,7 +215,7 @@ def test_a_locked_store_fails_in_seconds_and_nothing_is_lost(
 ) -> None:
     """MLflow would wait for 20 seconds in each of its calls."""
     connect()
-    monkeypatch.setattr(store_module, "_LOCKED_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite_store, "_LOCKED_SECONDS", 0.1)
     with closing(sqlite3.connect(project / "mlflow.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="locked"):
@@ -194,7 +223,7 @@ def test_a_locked_store_fails_in_seconds_and_nothing_is_lost(
         connect()  # readers are not affected
         with training_run(params, None, LINEAGE, {}) as record:
             record.metrics([(1, 1000, {"train/loss": 3.0})])
-        assert [path.stem for path in (project / ".gptpipe/outbox").glob("*.jsonl")] == [record.run_id]
+        assert [path.stem for path in (project / ".gptpipe/outbox").rglob("*.jsonl")] == [record.run_id]
     send_outbox()
     assert rows(project) == [("train/loss", 1, 3.0)]
 
@@ -275,7 +304,7 @@ def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
         record.tags({"best_step": "1"})
     run = connect().get_run(record.run_id)
     assert (run.info.status, run.data.tags["best_step"]) == ("FINISHED", "1")
-    aside = {path.name: path.read_text() for path in (project / ".gptpipe/outbox").iterdir()}
+    aside = {path.name: path.read_text() for path in (project / ".gptpipe/outbox").rglob("*.refused")}
     assert aside.pop(f"{RUN}.jsonl.refused").encode() == content
     assert [json.loads(line.partition(" ")[2]) for line in aside.values()] == [["tags", {"x" * 1000: "refused"}]]
     assert f"it has no run {RUN}" in capsys.readouterr().err
@@ -293,7 +322,7 @@ def test_an_unexpected_error_while_tracking_is_reported_and_nothing_is_lost(
     assert "Traceback" not in said
     send_outbox()
     assert rows(project) == [("train/loss", 1, 3.0)]
-    assert list((project / ".gptpipe/outbox").iterdir()) == []
+    assert list((project / ".gptpipe/outbox").rglob("*.jsonl")) == []
     assert record.run_id
 
 

@@ -198,12 +198,12 @@ def test_a_server_that_starts_late_and_is_killed_gets_each_step_once(
         server.kill()
         first.metrics(entries(4, 5))
     assert "does not answer" in capsys.readouterr().err
-    assert len(list((project / ".gptpipe/outbox").iterdir())) == 1
+    assert len(list((project / ".gptpipe/outbox").rglob("*.jsonl"))) == 1
     assert server.counts() == {(first.run_id, step): 1 for step in (1, 2, 3)}
     server.start()
     with training_run(params, first.run_id, LINEAGE, {}) as second:
         second.metrics(entries(1, 2, 3, 4, 5, 6))
-    assert list((project / ".gptpipe/outbox").iterdir()) == []
+    assert list((project / ".gptpipe/outbox").rglob("*.jsonl")) == []
     assert server.counts() == {(first.run_id, step): 1 for step in range(1, 7)}
     assert connect().get_run(first.run_id).info.status == "FINISHED"
 
@@ -256,13 +256,13 @@ def test_a_faulty_server_does_not_change_a_training_and_nothing_is_lost(
     open_record = functools.partial(training_run, params)
     train_model(params, toy_split, project / "models/gpt", project / "reports", open_record)
     assert Project(project, toy_split).digests() == undisturbed
-    assert len(list((project / ".gptpipe/outbox").glob("*.jsonl"))) == 1
+    assert len(list((project / ".gptpipe/outbox").rglob("*.jsonl"))) == 1
     # The thread ends as it would with its process.
     wait_until(lambda: all(thread.name != "tracking" for thread in threading.enumerate()))
     middleman.mood = "helpful"
     for _ in range(10):  # the server may still work on an abandoned request, and refuse its repetition
         send_outbox()
-        if not list((project / ".gptpipe/outbox").glob("*.jsonl")):
+        if not list((project / ".gptpipe/outbox").rglob("*.jsonl")):
             break
         time.sleep(1)
     assert list(logged().values()) == [list(range(1, params.train.max_steps + 1))]
