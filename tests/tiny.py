@@ -79,6 +79,7 @@ EVALUATE: dict[str, Any] = {
     "top_p": 1.0,
     "continuation_documents": 3,
     "continuation_tokens": 4,
+    "check_transformers": False,  # importing transformers takes 7 seconds
 }
 WORDS = ("the", "a", "red", "blue", "old", "cat", "dog", "tree", "sees", "likes", "was", "near", "naïve", "café", "and")
 SWITCHES: list[dict[str, Any]] = [

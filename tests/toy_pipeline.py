@@ -31,6 +31,7 @@ SECTIONS = {
     "train.sample_tokens": 4,
     "evaluate.max_new_tokens": 4,
     "evaluate.continuation_tokens": 4,
+    "evaluate.check_transformers": False,  # importing transformers takes 7 seconds
 }
 # Outputs of the stages that must not differ between two runs.
 REPRODUCIBLE = (

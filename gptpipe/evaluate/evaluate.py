@@ -15,6 +15,7 @@ from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.charts import length_histogram
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.evaluate.reference_points import reference_bits_per_byte
+from gptpipe.evaluate.transformers_check import check_with_transformers, is_installed
 from gptpipe.formats.sides import SIDES, Side
 from gptpipe.formats.streams import Stream, open_stream, verify_split
 from gptpipe.formats.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Evaluation:
     samples: str  # the page reports/samples.md
     step: int  # the training step that the model is from
     split: Manifest
+    transformers: str | None = None  # the outcome of the comparison with transformers; None: not compared
 
     def metrics(self) -> Metrics:
         """The metrics under their names in the tracking store, such as `test/bits_per_byte`."""
@@ -51,29 +53,35 @@ class Evaluation:
         return metrics
 
     def summary(self) -> list[str]:
-        """One line of headline metrics for each held-out side."""
+        """One line of headline metrics for each held-out side, and one about transformers if it was compared."""
         lines: list[str] = []
         for side in _HELD_OUT:
             if side in self.results:
                 metrics, xz = self.results[side], self.results["reference_bits_per_byte"][side]["xz"]
                 bits = f"{metrics['bits_per_byte']:.4f} ± {metrics['bits_per_byte_standard_error']:.4f} bits per byte"
                 lines.append(f"{side} {bits} (xz -9e: {xz:.4f}), perplexity {metrics['perplexity']:.2f}")
-        return lines
+        return [*lines, self.transformers] if self.transformers else lines
 
 
 def evaluate_model(
     model_folder: Path, split_folder: Path, reports: Path, params: EvaluateParams, seed: int
 ) -> Evaluation:
-    """Score a model on the held-out documents, sample from it, and write reports. Raises IntegrityError."""
+    """Score a model on the held-out documents, sample from it, and write reports.
+
+    Raises IntegrityError, also if transformers computes something else from the model folder.
+    """
     keep_freed_memory()
     model_manifest, split = _verified(model_folder, split_folder)
     model, tokenizer = load_generator(model_folder)
     model.to(best_device())
     streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in SIDES}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
-
-    scores = _score(model, held_out)
     last = streams["test"] if "test" in held_out else streams["val"]
+
+    compared = None
+    if params.check_transformers and is_installed():
+        compared = check_with_transformers(model_folder, model, tokenizer, last.tokens)
+    scores = _score(model, held_out)
     continuations = continue_documents(
         model, tokenizer, last, params.continuation_documents, params.continuation_tokens
     )
@@ -95,7 +103,7 @@ def evaluate_model(
         write_bytes(reports / f"eval.{name}.csv", table.to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
-    return Evaluation(results, card, page, model_manifest.counts["best_step"], split)
+    return Evaluation(results, card, page, model_manifest.counts["best_step"], split, compared)
 
 
 def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:

@@ -17,3 +17,4 @@ class EvaluateParams(Section):
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)]
     continuation_documents: Count
     continuation_tokens: Positive
+    check_transformers: bool

@@ -23,6 +23,7 @@ def save_tokenizer_json(folder: Path, tokenizer: Tokenizer, context_length: int)
         "eos_token": end,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
+        "split_special_tokens": True,  # text that spells a special token is ordinary text, as in our encoding
     }
     write_json(folder / "tokenizer_config.json", config)
 

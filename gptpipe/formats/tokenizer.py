@@ -34,18 +34,25 @@ PATTERN = (
     r"|\s+(?!\S)|\s+"
 )
 
-# The patterns that are accepted: ours, that of earlier models of this project, GPT-2's, GPT-4's and GPT-4o's. The
-# pieces of any text join to the same text. Other patterns may lose text, or make tiktoken panic.
-PATTERNS = (
-    PATTERN,
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    tiktoken_ext.openai_public.r50k_pat_str,
+# The patterns of OpenAI's encodings, from tiktoken.
+GPT2_PATTERN: str = tiktoken_ext.openai_public.r50k_pat_str
+GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+GPT4O_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# That of earlier models of this project.
+_EARLIER_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# The patterns that are accepted. The pieces of any text join to the same text. Other patterns may lose text, or make
+# tiktoken panic.
+PATTERNS = (PATTERN, _EARLIER_PATTERN, GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN)
 
 _MAX_RANKS_BYTES = 1 << 26  # about 4 million tokens; o200k_base has 200,000
 _MAX_ENCODING_BYTES = 1 << 20

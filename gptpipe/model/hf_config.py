@@ -77,8 +77,10 @@ def config_of(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[st
         config |= {"attn_pdrop": params.dropout, "embd_pdrop": params.dropout}
         return {**config, "activation_function": "gelu_new", "n_ctx": params.context_length}
     config |= {key: values[name] for name, key in _LLAMA_KEYS.items()}
-    rope = {"rope_theta": params.rope_theta, "rope_type": "default"}
-    return {**config, "attention_bias": False, "hidden_act": "silu", "rope_parameters": rope}
+    config |= {"attention_bias": False, "hidden_act": "silu"}
+    # transformers 5 reads rope_theta inside rope_parameters. Version 4 reads it here only, and else assumes 10,000.
+    config["rope_theta"] = params.rope_theta
+    return {**config, "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"}}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

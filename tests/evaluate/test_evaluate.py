@@ -10,6 +10,7 @@ import tiny
 from toy_project import Project
 
 from gptpipe.base.manifest import verify
+from gptpipe.evaluate import evaluate
 from gptpipe.evaluate.evaluate import documents_digest, evaluate_model
 from gptpipe.formats.streams import open_stream
 from gptpipe.shell.errors import IntegrityError
@@ -71,3 +72,23 @@ def test_a_model_of_another_split_is_refused(project: Project, tmp_path: Path) -
     with pytest.raises(IntegrityError, match="was trained on another split"):
         evaluate_model(project.root / "models/gpt", other, tmp_path / "reports", params.evaluate, params.seed)
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_difference_to_transformers_ends_the_evaluation(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before reports are written, so that the stage does not reach the registry."""
+    params = tiny.params(evaluate__check_transformers=True)
+    arguments = (project.root / "models/gpt", project.split, tmp_path / "reports", params.evaluate, params.seed)
+
+    def differs(*_: object) -> str:
+        raise IntegrityError("models/gpt: transformers 9 computes other logits")
+
+    monkeypatch.setattr(evaluate, "check_with_transformers", differs)
+    with pytest.raises(IntegrityError, match="other logits"):
+        evaluate_model(*arguments)
+    assert not (tmp_path / "reports").exists()
+    monkeypatch.setattr(evaluate, "check_with_transformers", lambda *_: "transformers 9 gives the same")
+    assert evaluate_model(*arguments).summary()[-1] == "transformers 9 gives the same"
+    monkeypatch.setattr(evaluate, "is_installed", lambda: False)
+    assert len(evaluate_model(*arguments).summary()) == 2

@@ -76,6 +76,12 @@ def test_we_read_what_we_save(tmp_path: Path, switches: dict[str, Any]) -> None:
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
+def test_rope_theta_is_where_each_version_of_transformers_reads_it(tmp_path: Path) -> None:
+    """Version 4 reads the key itself and assumes 10,000 without it; version 5 reads it inside rope_parameters."""
+    config = json.loads((saved(tmp_path, tiny.network(rope_theta=500.0)) / "config.json").read_bytes())
+    assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (500.0, 500.0)
+
+
 @pytest.mark.parametrize("switches", [tiny.SWITCHES[0], tiny.SWITCHES[3]], ids=lambda s: str(s["architecture"]))
 def test_transformers_gives_the_same_loss_on_a_stream(tmp_path: Path, switches: dict[str, Any]) -> None:
     """The definition of the loss: every token but the first, in consecutive windows of the stream, in nats."""
