@@ -10,7 +10,8 @@ def learning_rate(step: int, n_steps: int, params: TrainParams) -> float:
 
     Linear warm-up to `lr` over `warmup_steps`; then to `lr * final_lr_fraction` at the end: along half a cosine
     (Loshchilov and Hutter, 2017, arXiv:1608.03983), linearly, or (wsd: warm-up, stable, decay; Hu et al., 2024,
-    arXiv:2404.06395) constant but for a linear fall over the last `decay_fraction` of the steps.
+    arXiv:2404.06395) constant but for a linear fall over the last `decay_fraction` of the steps. The fall never
+    begins before the warm-up ends, so the rate has no jumps.
     """
     if step < params.warmup_steps:
         return params.lr * (step + 1) / params.warmup_steps
@@ -23,7 +24,8 @@ def learning_rate(step: int, n_steps: int, params: TrainParams) -> float:
         case "linear":
             height = 1 - progress
         case "wsd":
-            height = min(1.0, (n_steps - step) / (params.decay_fraction * n_steps))
+            n_decaying = min(params.decay_fraction * n_steps, n_steps - params.warmup_steps)
+            height = min(1.0, (n_steps - step) / n_decaying)
     return params.lr * (params.final_lr_fraction + (1 - params.final_lr_fraction) * height)
 
 
