@@ -21,7 +21,7 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
-from gptpipe.score.continuations import continue_documents, continue_text, load_generator, overlap_scores
+from gptpipe.score.continuations import announce_cut, continue_documents, continue_text, load_generator, overlap_scores
 from gptpipe.score.metrics import Metrics, calibration_error, calibration_table, compute_metrics, metrics_by_source
 from gptpipe.score.scoring import Scores, score
 from gptpipe.shell.console import Progress
@@ -114,6 +114,8 @@ def _score(model: GPT, held_out: Mapping[Side, Stream]) -> dict[Side, Scores]:
 
 def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int) -> dict[str, str]:
     """The continuation of each prompt."""
+    for i, prompt in enumerate(params.prompts):
+        announce_cut(model, tokenizer, prompt, f"evaluate.prompts[{i}]")
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     return {
         prompt: "".join(continue_text(model, tokenizer, prompt, params.max_new_tokens, sampling))

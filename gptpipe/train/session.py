@@ -17,7 +17,7 @@ from gptpipe.model.device import memory_errors
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
-from gptpipe.score.continuations import continue_text
+from gptpipe.score.continuations import announce_cut, continue_text
 from gptpipe.score.metrics import Metrics, compute_metrics
 from gptpipe.score.scoring import score
 from gptpipe.shell.console import Progress, complain, say
@@ -250,6 +250,8 @@ class _Training:
         """
         state = self.state
         self._saved_step = state.step if is_saved else None
+        for i, prompt in enumerate(self.params.train.sample_prompts):
+            announce_cut(state.model, self.inputs.tokenizer, prompt, f"train.sample_prompts[{i}]")
         progress = Progress("train", unit="steps", total=self.plan.n_steps, done=state.step)
         with deferred_signals() as self._check_stop, progress as self._progress:
             try:

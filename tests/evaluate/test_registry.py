@@ -170,9 +170,9 @@ def test_the_registered_model_generates_without_pickle(params: Params, model: Pa
 
 
 WRONG = [
-    ({"temperature": -1.0}, "a temperature and a seed of 0 or more"),
-    ({"top_k": -1}, "top_k of 1 or more"),
-    ({"top_p": 0.0}, "top_p above 0"),
+    ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
+    ({"top_k": -1}, "top_k is -1; it must be 1 or more"),
+    ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
     ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
     ({"max_new_tokens": "many"}, "max_new_tokens"),
     ({"temperature": "hot"}, "temperature"),

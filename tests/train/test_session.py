@@ -285,6 +285,14 @@ def stop(*_: object) -> None:
     raise Interrupted(signal.SIGTERM, "stopped")
 
 
+def test_a_sample_prompt_longer_than_the_context_is_announced_once(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.train(tiny.params(train__sample_prompts=("the ", "Zürich, " * 9)))
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "only the last 16 are used" in line]
+    assert warning.startswith("warning: train.sample_prompts[1] has ")
+
+
 def test_patience_ends_a_training_early(project: Project) -> None:
     params = tiny.params(
         train__lr=3.0, train__schedule="constant", train__grad_clip=None, train__eval_every=1, train__patience=2
