@@ -1,5 +1,6 @@
 """Stage train as one function: from the verified split to the finished model folder."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -86,7 +87,10 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
         checkpoints = Checkpoints(folder, inputs.runtime.describe())
         is_resumed = _resume(checkpoints, state)
         plan = _plan(params, inputs, state, is_resumed=is_resumed)
+        previous_run = _choose_run(checkpoints, params)
         with _open_record(open_record, checkpoints, inputs, state) as record:
+            if previous_run:
+                record.tags({"continues_run": previous_run})
             if checkpoints.inexact:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
             training = _Training(params, inputs, plan, state, checkpoints, record)
@@ -137,9 +141,11 @@ def _describe(params: RunParams, inputs: Inputs, model: GPT) -> str:
 def _checkpoint_folder(params: RunParams, inputs: Inputs, initial_weights: dict[str, str]) -> Path:
     """The folder of this training's checkpoints.
 
-    Its name is a digest of the parameters, the split and `init_from`.
+    Its name is a digest of the parameters, the split and `init_from`. Without `on_spike`, so that a training that a
+    spike has stopped can continue with roll-backs.
     """
-    determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": {"launcher", "parallel"}})
+    changeable = {"launcher", "parallel", "on_spike"}
+    determinants = params.model_dump(include={"seed", "model", "train"}, exclude={"train": changeable})
     determinants |= {"split": inputs.split.digest, "init_from": initial_weights}
     return project_root() / ".gptpipe" / "checkpoints" / run_key(determinants)
 
@@ -209,6 +215,17 @@ def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, is_resumed: b
     return Plan(section, inputs.n_steps, params.seed, runtime.precision, loss)
 
 
+def _choose_run(checkpoints: Checkpoints, params: RunParams) -> str | None:
+    """Choose the run of the record; returns the id of the run that a new one continues, if it does."""
+    if not is_writer():
+        return None
+    is_finished = bool(finished_in(checkpoints.folder))
+    previous = checkpoints.choose_run(params.train.on_spike, is_finished=is_finished)
+    if previous and not is_finished:
+        say(f"train: continues run {previous} in a new run, because roll-backs replace points that it has")
+    return previous
+
+
 def _open_record(
     open_record: OpenRecord, checkpoints: Checkpoints, inputs: Inputs, state: TrainState
 ) -> AbstractContextManager[Record]:
@@ -239,6 +256,7 @@ class _Training:
     _progress: Progress = field(init=False)
     _check_stop: Callable[[], None] = field(init=False)
     _saved_step: int | None = None  # of the newest checkpoint
+    _n_saved: int = 0  # entries of the journal that the newest checkpoint has
     _n_sent: int = 0  # entries of the journal that the record has
     _printed_flags: set[str] = field(default_factory=set)
     _roll_backs: list[int] = field(default_factory=list)  # the step that each went back to
@@ -246,10 +264,11 @@ class _Training:
     def run(self, *, is_saved: bool) -> None:
         """Train to the end; `is_saved` says whether the state comes from a checkpoint.
 
-        Raises Interrupted once the state is saved.
+        Raises Interrupted once the state is saved. However it ends, the record gets the journal.
         """
         state = self.state
         self._saved_step = state.step if is_saved else None
+        self._n_saved = len(state.journal)
         for i, prompt in enumerate(self.params.train.sample_prompts):
             announce_cut(state.model, self.inputs.tokenizer, prompt, f"train.sample_prompts[{i}]")
         progress = Progress("train", unit="steps", total=self.plan.n_steps, done=state.step)
@@ -257,11 +276,12 @@ class _Training:
             try:
                 with _memory_errors(state):
                     train(state, self.inputs.batches, self.plan, self)
+                self._save_if_new()  # patience may run out between two saves
             except Interrupted:
                 self._save_if_new()
                 raise
-            self._save_if_new()  # patience may run out between two saves
-            self._send()
+            finally:
+                self._send()
 
     def _save_if_new(self) -> None:
         if self._saved_step != self.state.step:
@@ -290,8 +310,10 @@ class _Training:
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
         metrics = compute_metrics(scores.by_document, self.inputs.val.documents)
-        self.log(self.state.step, {f"val/{name}": metrics[name] for name in VALIDATION_METRICS})
-        return distributed.from_first(metrics["loss"])
+        loss = distributed.from_first(metrics["loss"])
+        if math.isfinite(loss):  # otherwise the loop stops; checkpoints and records have finite numbers only
+            self.log(self.state.step, {f"val/{name}": metrics[name] for name in VALIDATION_METRICS})
+        return loss
 
     def after_validation(self) -> None:
         """Keep the best weights, print the validation and its red flags, sample, and send all to the record."""
@@ -303,8 +325,7 @@ class _Training:
         self._print_validation()
         self._report_red_flags()
         self._sample(model)
-        if self.params.train.on_spike == "stop":  # otherwise a roll-back may discard the entries; `save` sends them
-            self._send()
+        self._send()
 
     def _print_validation(self) -> None:
         validation = self.state.history[-1]
@@ -335,12 +356,14 @@ class _Training:
     def save(self) -> None:
         self.checkpoints.save(self.state)
         self._saved_step = self.state.step
+        self._n_saved = len(self.state.journal)
         self._send()
 
     def roll_back(self, error: NumericError) -> None:
         failed_step = self.state.step + 1
         micro_batch_size = self.state.micro_batch_size
         self.checkpoints.restore(self.state, allow_inexact=allow_inexact())
+        self._n_saved = len(self.state.journal)
         self.state.micro_batch_size = micro_batch_size  # the saved one may be of another number of ranks
         self._roll_backs.append(self.state.step)
         if self._roll_backs.count(self.state.step) > _MAX_ROLL_BACKS:
@@ -350,6 +373,11 @@ class _Training:
         self.record.tags({f"rolled_back.{failed_step:08d}": str(error)})
 
     def _send(self) -> None:
-        """Send the journal entries that the record does not have yet."""
-        self.record.metrics(self.state.journal[self._n_sent :])
-        self._n_sent = len(self.state.journal)
+        """Send the journal entries that the record does not have yet.
+
+        If the training may be rolled back, only those that are saved: the record never takes an entry back.
+        """
+        is_final = self.params.train.on_spike == "stop"
+        n_sendable = len(self.state.journal) if is_final else self._n_saved
+        self.record.metrics(self.state.journal[self._n_sent : n_sendable])
+        self._n_sent = n_sendable
