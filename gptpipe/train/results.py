@@ -12,6 +12,7 @@ from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
 from gptpipe.score.metrics import Metrics
+from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import one_line
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.inputs import Inputs
@@ -40,6 +41,7 @@ def write_model(
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
         write_bytes(folder.path / "README.md", _card(params, summary, split).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+        folder.counts["scoring"] = summary["scoring"]
         folder.counts["reports"] = reports
 
 
@@ -47,7 +49,13 @@ def _card(params: RunParams, summary: dict[str, Any], split: Manifest) -> str:
     """The model card: what training knows before the evaluation, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
     ancestors = [(one_line(name), digest) for name, digest in sorted(split.lineage("split").items())]
-    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": ancestors}
+    values = {
+        "val": summary["val"],
+        "summary": summary,
+        "origin": origin,
+        "ancestors": ancestors,
+        "scoring": scoring_in_words(summary["scoring"]),
+    }
     return render_markdown(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
@@ -69,7 +77,7 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[str]) -> dict[str, Any]:
+def summarise(params: RunParams, inputs: Inputs, state: TrainState, inexact: list[str]) -> dict[str, Any]:
     """The content of reports/train.json.
 
     `inexact` lists where the training continued in another environment.
@@ -83,7 +91,8 @@ def summarise(params: RunParams, state: TrainState, n_steps: int, inexact: list[
         "tokens": state.step * params.train.batch_size * params.model.context_length,
         "parameters": state.model.n_parameters(),
         "val": {name.removeprefix("val/"): value for name, value in metrics.items()},
-        "red_flags": red_flags(state.history, n_steps),
+        "scoring": inputs.scoring.describe(),
+        "red_flags": red_flags(state.history, inputs.n_steps),
     }
     if inexact:
         summary["resumed_inexactly"] = inexact

@@ -20,7 +20,7 @@ from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
 from gptpipe.score.continuations import announce_cut, continue_text
 from gptpipe.score.metrics import Metrics, compute_metrics
-from gptpipe.score.scoring import score
+from gptpipe.score.scoring import score, scoring_in_words
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
 from gptpipe.shell.errors import Interrupted, NumericError, ResourceError
@@ -91,11 +91,12 @@ def train_model(params: RunParams, split: Path, model_folder: Path, reports: Pat
         with _open_record(open_record, checkpoints, inputs, state) as record:
             if previous_run:
                 record.tags({"continues_run": previous_run})
+            record.tags({"scoring": scoring_in_words(inputs.scoring.describe())})
             if checkpoints.inexact:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
-            summary = summarise(params, state, plan.n_steps, checkpoints.inexact)
+            summary = summarise(params, inputs, state, checkpoints.inexact)
             # Read only once: if the store answers during the next lines, the id changes, and the files would
             # disagree.
             run_id = record.run_id
@@ -303,7 +304,7 @@ class _Training:
         scores = score(
             model,
             self.inputs.val,
-            precision=self.plan.precision,
+            self.inputs.scoring,
             part=rank_info()[:2],
             advance=lambda _: self.check_stop(),
         )

@@ -55,6 +55,7 @@ def test_the_files_that_a_training_writes(project: Project) -> None:
     reports = model.counts.pop("reports")
     assert reports == {name: sha256_of(project.root / "reports" / name) for name in reports}
     assert len(reports) == 4
+    assert model.counts.pop("scoring") == {"precision": "float32", "document_masking": False}
     assert model.counts == {"best_step": 12, "steps": 12, "tokens": 12 * 4 * 16, "parameters": 25152}
     assert sorted(model.files) == [
         "README.md",
