@@ -17,7 +17,7 @@ from gptpipe.shell.errors import one_line
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
-from gptpipe.train.red_flags import red_flags
+from gptpipe.train.red_flags import final_red_flags
 from gptpipe.train.state import VALIDATION_METRICS, Sample, TrainState
 
 
@@ -92,7 +92,7 @@ def summarise(params: RunParams, inputs: Inputs, state: TrainState, inexact: lis
         "parameters": state.model.n_parameters(),
         "val": {name.removeprefix("val/"): value for name, value in metrics.items()},
         "scoring": inputs.scoring.describe(),
-        "red_flags": red_flags(state.history, inputs.n_steps),
+        "red_flags": final_red_flags(state.history, inputs.n_steps),
     }
     if inexact:
         summary["resumed_inexactly"] = inexact

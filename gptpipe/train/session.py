@@ -33,7 +33,7 @@ from gptpipe.train.loop import train
 from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.params import RunParams
-from gptpipe.train.red_flags import red_flags
+from gptpipe.train.red_flags import final_red_flags, red_flags
 from gptpipe.train.results import samples_table, summarise, write_model, write_reports
 from gptpipe.train.runtime import loss_function
 from gptpipe.train.signals import deferred_signals
@@ -283,6 +283,7 @@ class _Training:
                 raise
             finally:
                 self._send()
+            self._report_red_flags(final_red_flags(state.history, self.plan.n_steps))
 
     def _save_if_new(self) -> None:
         if self._saved_step != self.state.step:
@@ -324,7 +325,7 @@ class _Training:
         if self.state.is_best:
             self.checkpoints.save_best(model, self.state.step)
         self._print_validation()
-        self._report_red_flags()
+        self._report_red_flags(red_flags(self.state.history, self.plan.n_steps))
         self._sample(model)
         self._send()
 
@@ -334,12 +335,15 @@ class _Training:
         mark = ", best so far" if self.state.is_best else ""
         say(f"train: step {validation.step:,}: {train_loss}val loss {validation.val_loss:.4f}{mark}")
 
-    def _report_red_flags(self) -> None:
-        flags = red_flags(self.state.history, self.plan.n_steps)
+    def _report_red_flags(self, flags: dict[str, str]) -> None:
+        """Print the flags that are new. Make them the flags of the record, without those that no longer hold."""
         for name in sorted(flags.keys() - self._printed_flags):
             complain(f"red flag: {flags[name]}")
+        # Also those that this training reported before it was resumed.
+        earlier = self._printed_flags | red_flags(self.state.history[:-1], self.plan.n_steps).keys()
         self._printed_flags |= flags.keys()
-        self.record.tags({f"red_flag.{name}": message for name, message in flags.items()})
+        tags = {**dict.fromkeys(earlier, ""), **flags}
+        self.record.tags({f"red_flag.{name}": message for name, message in tags.items()})
 
     def _sample(self, model: GPT) -> None:
         """Continue the sample prompts, with the same seed each time, so that the samples compare."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from gptpipe.train import session
 from gptpipe.train.batches import Batches
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.runtime import Runtime
-from gptpipe.train.state import TrainState
+from gptpipe.train.state import TrainState, Validation
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
@@ -106,7 +107,11 @@ def test_the_model_written_is_the_best_not_the_last(project: Project) -> None:
     best = project.train(params)
     summary = json.loads((project.root / "reports/train.json").read_bytes())
     assert summary["best_step"] == 0
-    assert {"exploding", "lr_too_high"} <= set(summary["red_flags"])
+    assert {"exploding", "lr_too_high", "untrained"} <= set(summary["red_flags"])
+    assert project.records[0].tagged["red_flag.untrained"] == summary["red_flags"]["untrained"]
+    card = unescape((project.root / "models/gpt/README.md").read_text())
+    assert "This model is untrained" in card
+    assert summary["red_flags"]["untrained"] in card
     validations = pd.read_csv(project.root / "reports/train.validations.csv")
     assert best["loss"] == pytest.approx(validations["val_loss"][0])
     model = load_model(project.root / "models/gpt")
@@ -285,6 +290,26 @@ def test_a_step_is_saved_once_even_if_the_training_stops_directly_after_it(
 
 def stop(*_: object) -> None:
     raise Interrupted(signal.SIGTERM, "stopped")
+
+
+def test_a_red_flag_that_no_longer_holds_leaves_the_record(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if the training was interrupted in between. Otherwise the record would contain opposite advice."""
+
+    def flags(history: list[Validation], n_steps: int) -> dict[str, str]:
+        return {"lr_too_low": "too low"} if len(history) == 2 else {"exploding": "too high"} if len(history) > 2 else {}
+
+    monkeypatch.setattr(session, "red_flags", flags)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=5)
+    first = project.records[0].tagged
+    assert {name: text for name, text in first.items() if "flag" in name} == {"red_flag.lr_too_low": "too low"}
+    sent: list[dict[str, str]] = []
+    monkeypatch.setattr(ListRecord, "tags", lambda _, tags: sent.append(tags))
+    project.train(tiny.params())
+    assert {"red_flag.lr_too_low": "", "red_flag.exploding": "too high"} in sent
+    assert capsys.readouterr().err.count("red flag: too high") == 1
 
 
 def test_a_sample_prompt_longer_than_the_context_is_announced_once(
