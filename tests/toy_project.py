@@ -57,7 +57,7 @@ class ListRecord:
         self.texts[name] = content
 
     def tags(self, tags: dict[str, str]) -> None:
-        self.tagged |= tags
+        self.tagged = {name: text for name, text in {**self.tagged, **tags}.items() if text}  # as the store does
 
 
 class Project:

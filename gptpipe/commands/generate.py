@@ -3,13 +3,12 @@
 import argparse
 import sys
 from contextlib import suppress
-from io import TextIOWrapper
 from pathlib import Path
 
 from gptpipe.base.manifest import verify
 from gptpipe.model.device import best_device, memory_errors
 from gptpipe.model.generate import Sampling
-from gptpipe.score.continuations import continue_text, load_generator
+from gptpipe.score.continuations import announce_cut, continue_text, load_generator
 from gptpipe.shell.console import printable
 from gptpipe.shell.errors import ConfigError, InputError
 
@@ -30,8 +29,6 @@ def generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         seed=options.seed,
     )
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows other characters as `?`
     generator = _Generator(options.model, options.max_new_tokens, sampling)
     if options.interactive:
         _answer_prompts(generator)
@@ -51,10 +48,10 @@ class _Generator:
 
     def answer(self, prompt: str) -> None:
         """Print the prompt and its continuation, piece by piece."""
-        if any(
-            "\ud800" <= character <= "\udfff" for character in prompt
-        ):  # how Python decodes bytes that are not UTF-8
+        # How Python decodes bytes that are not UTF-8.
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(_NOT_UTF8)
+        announce_cut(self._model, self._tokenizer, prompt, "the prompt")
         pieces = continue_text(self._model, self._tokenizer, prompt, self._max_new_tokens, self._sampling)
         with memory_errors(lambda: "out of memory; shorten the prompt, or lower --max-new-tokens"):
             _print_piece(prompt)

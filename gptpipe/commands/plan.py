@@ -11,7 +11,7 @@ import torch
 from gptpipe.formats.streams import Stream
 from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
-from gptpipe.score.scoring import score
+from gptpipe.score.scoring import Scoring, score
 from gptpipe.train.batches import Batches
 from gptpipe.train.inputs import load_inputs
 from gptpipe.train.memory import estimated_bytes, fitting_micro_batch_size, free_bytes
@@ -66,7 +66,7 @@ def estimate_training(params: Params, split: Path) -> Estimate:
     plan = Plan(section, n_steps, params.seed, runtime.precision, loss)
 
     warm_up, step = _measure_steps(state, inputs.batches, plan)
-    timing = _Timing(warm_up, step, _measure_validation(model, inputs.val, runtime.precision))
+    timing = _Timing(warm_up, step, _measure_validation(model, inputs.val, inputs.scoring))
 
     n_tokens = n_steps * section.batch_size * params.model.context_length
     n_passes = n_tokens / len(inputs.train.tokens)
@@ -99,14 +99,14 @@ def _measure_steps(state: TrainState, batches: Batches, plan: Plan) -> tuple[flo
     return max(0.0, warm_up), step
 
 
-def _measure_validation(model: GPT, stream: Stream, precision: torch.dtype) -> float:
+def _measure_validation(model: GPT, stream: Stream, scoring: Scoring) -> float:
     """Seconds of a validation, estimated from the first windows of the stream."""
     n = min(len(stream.tokens), _N_MEASURED_WINDOWS * model.params.context_length + 1)
     if n < 2:
         return 0.0
     beginning = Stream(stream.tokens[:n], stream.documents)
     started = time.perf_counter()
-    score(model, beginning, precision=precision)
+    score(model, beginning, scoring)
     return (time.perf_counter() - started) * len(stream.tokens) / n
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gptpipe.base.files import write_bytes, write_json
-from gptpipe.base.manifest import Manifest, verify
+from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.charts import length_histogram
 from gptpipe.evaluate.params import EvaluateParams
@@ -22,9 +22,9 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
-from gptpipe.score.continuations import continue_documents, continue_text, load_generator, overlap_scores
+from gptpipe.score.continuations import announce_cut, continue_documents, continue_text, load_generator, overlap_scores
 from gptpipe.score.metrics import Metrics, calibration_error, calibration_table, compute_metrics, metrics_by_source
-from gptpipe.score.scoring import Scores, score
+from gptpipe.score.scoring import Scores, Scoring, score
 from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import IntegrityError
 
@@ -81,7 +81,8 @@ def evaluate_model(
     compared = None
     if params.check_transformers and is_installed():
         compared = check_with_transformers(model_folder, model, tokenizer, last.tokens)
-    scores = _score(model, held_out)
+    scoring = _scoring(model_folder, model_manifest, tokenizer.end_of_text)
+    scores = _score(model, held_out, scoring)
     continuations = continue_documents(
         model, tokenizer, last, params.continuation_documents, params.continuation_tokens
     )
@@ -94,6 +95,7 @@ def evaluate_model(
     results["reference_bits_per_byte"] = reference_bits_per_byte(streams["train"], held_out, tokenizer)
     results["continuations"] = overlap_scores(continuations)
     results["test_digest"] = documents_digest(streams["test"])
+    results["scoring"] = scoring.describe()
 
     trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
     card = render_markdown(_TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out))
@@ -114,14 +116,26 @@ def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifes
     return model, split
 
 
-def _score(model: GPT, held_out: Mapping[Side, Stream]) -> dict[Side, Scores]:
+def _scoring(folder: Path, manifest: Manifest, end_of_text: int) -> Scoring:
+    """How the training scored the model. Raises IntegrityError."""
+    try:
+        return Scoring.described(manifest.counts["scoring"], end_of_text)
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{folder / MANIFEST}: it does not say how the model was scored in training; run `dvc repro -f train`"
+        ) from error
+
+
+def _score(model: GPT, held_out: Mapping[Side, Stream], scoring: Scoring) -> dict[Side, Scores]:
     n_tokens = sum(len(stream.tokens) - 1 for stream in held_out.values())
     with Progress("evaluate", unit="tokens", total=n_tokens) as progress:
-        return {side: score(model, stream, advance=progress.advance) for side, stream in held_out.items()}
+        return {side: score(model, stream, scoring, advance=progress.advance) for side, stream in held_out.items()}
 
 
 def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int) -> dict[str, str]:
     """The continuation of each prompt."""
+    for i, prompt in enumerate(params.prompts):
+        announce_cut(model, tokenizer, prompt, f"evaluate.prompts[{i}]")
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     return {
         prompt: "".join(continue_text(model, tokenizer, prompt, params.max_new_tokens, sampling))

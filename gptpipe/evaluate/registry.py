@@ -43,6 +43,7 @@ from gptpipe.record.store import (
 )
 from gptpipe.shell.environment import project_root, tracking_uri
 from gptpipe.shell.errors import IntegrityError
+from gptpipe.train.state import VALIDATION_METRICS
 
 MODEL_NAME = "gpt"
 CHAMPION = "champion"
@@ -66,6 +67,7 @@ _SERVING_REQUIREMENTS = (
     "tiktoken",
     "torch",
 )
+_OF_TRAINING = {f"val/{name}" for name in VALIDATION_METRICS}  # metrics that the training logged at its validations
 _LOCK_SECONDS = 600.0  # maximal wait while another evaluation registers its model
 
 
@@ -134,14 +136,17 @@ def _log_evaluation(
 
 
 def _log_new_metrics(client: MlflowClient, run_id: str, step: int, metrics: dict[str, float]) -> None:
-    """Log metrics at a step.
+    """Log metrics at a step, except those that an earlier evaluation logged there with the same value.
 
-    Skip those that already have this value there, for example from the training's validation.
+    A validation metric of the training stays as it is: it is of the same tokens and the same weights, and a second
+    value, which another device rounds differently, would be a second point on its curve.
     """
     now = time.time_ns() // 1_000_000
     new = []
     for key, value in metrics.items():
         logged = [metric.value for metric in client.get_metric_history(run_id, key) if metric.step == step]
+        if key in _OF_TRAINING and logged:
+            continue
         if not any(math.isclose(value, other, rel_tol=1e-6) for other in logged):
             new.append(Metric(key, value, now, step))
     client.log_batch(run_id, metrics=new)

@@ -15,6 +15,7 @@ from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
 from gptpipe.evaluate.charts import Line, bar_chart, line_chart
+from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import IntegrityError
 
 _TEMPLATE = Path(__file__).with_name("templates") / "report.html.jinja"
@@ -110,6 +111,7 @@ def write_report(
         _TEMPLATE,
         results=results,
         trained=training.summary,
+        scoring=scoring_in_words(results["scoring"]),
         samples=training.samples,
         sides=[side for side in ("test", "val") if side in results],
         charts=charts,

@@ -10,7 +10,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from gptpipe.base.manifest import verify
 from gptpipe.model.generate import Sampling
-from gptpipe.score.continuations import continue_text, load_generator
+from gptpipe.score.continuations import announce_cut, continue_text, load_generator
 from gptpipe.shell.errors import ConfigError
 
 
@@ -38,6 +38,8 @@ class Generator(PythonModel):
             raise MlflowException.invalid_parameter_value(str(error)) from error
         if max_new_tokens < 1:
             raise MlflowException.invalid_parameter_value("max_new_tokens must be 1 or more")
+        for i, prompt in enumerate(model_input["prompt"]):
+            announce_cut(self.model, self.tokenizer, prompt, f"prompt {i}")
         texts = [
             prompt + "".join(continue_text(self.model, self.tokenizer, prompt, max_new_tokens, sampling))
             for prompt in model_input["prompt"]

@@ -22,12 +22,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        is_valid = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and 0 <= self.seed < 2**63
-        if not is_valid or (self.top_k is not None and self.top_k < 1):
-            raise ConfigError(
-                "sampling needs a temperature and a seed of 0 or more, a top_k of 1 or more, and a top_p above 0 and "
-                "at most 1"
-            )
+        checks = {
+            "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "seed": (0 <= self.seed < 2**63, "0 or more, and below 2^63"),
+        }
+        for name, (is_valid, allowed) in checks.items():
+            if not is_valid:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {allowed}")
 
 
 def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[Tensor]:

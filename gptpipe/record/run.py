@@ -72,6 +72,7 @@ class RunRecord:
         self._put("text", [name, content])
 
     def tags(self, tags: dict[str, str]) -> None:
+        """Set tags. An empty text removes the tag."""
         self._put("tags", tags)
 
     def _put(self, kind: str, content: Any) -> None:

@@ -197,8 +197,7 @@ class RunWriter:
                     name, text = content
                     client.log_text(self.run_id, text, name)
                 case "tags":
-                    tags = [RunTag(key, value[:MAX_TAG_CHARACTERS]) for key, value in content.items()]
-                    client.log_batch(self.run_id, tags=tags)
+                    _set_tags(client, self.run_id, content)
                 case "end":
                     self._end(client, self.run_id, content)
 
@@ -230,6 +229,16 @@ class RunWriter:
                 client.delete_run(run.info.run_id)
         client.set_terminated(run_id, status=status)
         update_description(client, run_id)
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
+    """Set the tags of a run. A tag whose text is empty is removed."""
+    to_set = [RunTag(key, value[:MAX_TAG_CHARACTERS]) for key, value in tags.items() if value]
+    if to_set:
+        client.log_batch(run_id, tags=to_set)
+    removed = [key for key, value in tags.items() if not value]
+    for key in client.get_run(run_id).data.tags.keys() & removed if removed else ():
+        client.delete_tag(run_id, key)
 
 
 def _steps_by_metric(client: MlflowClient, run_id: str) -> dict[str, set[int]]:

@@ -13,6 +13,7 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import load_model
+from gptpipe.shell.console import complain
 from gptpipe.shell.errors import IntegrityError
 
 _BATCH = 16  # documents continued at once; each needs a cache of keys and values for the whole context
@@ -33,10 +34,27 @@ def load_generator(folder: Path) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
+def announce_cut(model: GPT, tokenizer: Tokenizer, prompt: str, name: str) -> None:
+    """Warn if the model sees only the end of a prompt, because the prompt is longer than the context."""
+    _announce_cut(model, len(tokenizer.encode(prompt)), name)
+
+
+def _announce_cut(model: GPT, n_tokens: int, name: str) -> None:
+    context = model.params.context_length
+    if n_tokens > context:
+        complain(
+            f"warning: {name} has {n_tokens:,} tokens, the context of the model has {context:,}; only the last "
+            f"{context:,} are used"
+        )
+
+
 def continue_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces, to the end of the document or for `max_new_tokens`."""
+    """Yield the continuation of a prompt in pieces, to the end of the document or for `max_new_tokens`.
+
+    Of a prompt longer than the context, the model sees only the end: see `announce_cut`.
+    """
     device = model.embedding.weight.device
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_text]], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
@@ -64,6 +82,8 @@ def continue_documents(
     Uses the first `n_documents` with more than 2 * `n_tokens` tokens.
     """
     table = stream.documents[stream.documents["n_tokens"] > 2 * n_tokens].head(n_documents)
+    if len(table):
+        _announce_cut(model, n_tokens, "evaluate.continuation_tokens: the start of each document")
     device = model.embedding.weight.device
     results: list[Continuation] = []
     for start in range(0, len(table), _BATCH):

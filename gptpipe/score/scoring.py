@@ -1,11 +1,13 @@
 """Score every token of a stream but the first, each once, in consecutive windows of the context length.
 
-The last window may be shorter. Nothing is sampled, and the batch size affects only rounding.
+The last window may be shorter. Nothing is sampled, and the batch size affects only rounding. A model is scored as it
+was trained: in the same precision, and if its attention stayed inside documents in training, it does so here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +16,39 @@ import torch.nn.functional as F
 
 from gptpipe.formats.streams import Stream
 from gptpipe.model.device import autocast
-from gptpipe.model.gpt import GPT
+from gptpipe.model.gpt import GPT, document_mask
 
 CONFIDENCE_BINS = 10  # of equal width, from 0 to 1
 _MAX_LOGITS = 1 << 24  # logits computed in one forward pass: 64 MB in float32
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model is scored. Stage train writes it down with the model, and stage evaluate does the same."""
+
+    precision: torch.dtype = torch.float32  # of matrix products
+    end_of_text: int | None = None  # if given, a token attends only to tokens of its own document, which ends with this
+
+    def describe(self) -> dict[str, str | bool]:
+        """The form in which manifests and reports contain it."""
+        return {
+            "precision": str(self.precision).removeprefix("torch."),
+            "document_masking": self.end_of_text is not None,
+        }
+
+    @classmethod
+    def described(cls, description: dict[str, Any], end_of_text: int) -> "Scoring":
+        """The inverse of `describe`. Raises KeyError for a precision that no training has."""
+        precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[description["precision"]]
+        return cls(precision, end_of_text if description["document_masking"] else None)
+
+
+def scoring_in_words(description: dict[str, Any]) -> str:
+    """The result of `Scoring.describe` as the end of a sentence, for pages and tags."""
+    reach = "document" if description["document_masking"] else "window"
+    return f"in {description['precision']}; a token attends to its own {reach} only"
 
 
 @dataclass(frozen=True)
@@ -37,22 +66,23 @@ class Scores:
 def score(
     model: GPT,
     stream: Stream,
+    scoring: Scoring = Scoring(),
     *,
-    precision: torch.dtype = torch.float32,
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score a stream, or part i of n of it: `part` is (i, n). The scores of all parts add up.
 
-    The parts take turns of one batch each. After each turn, `advance` is called with the number of tokens that
-    all parts together score in it. Memory: the logits of one batch, three numbers per document, and as many per
-    position.
+    The windows and the scored tokens are the same for any `scoring`. The parts take turns of one batch each.
+    After each turn, `advance` is called with the number of tokens that all parts together score in it. Memory:
+    the logits and the mask of one batch, three numbers per document, and as many per position.
     """
     context = model.params.context_length
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
     scores = Scores(*(np.zeros((3, n)) for n in (len(ends), context, CONFIDENCE_BINS)))
     n_targets = max(0, len(stream.tokens) - 1)
-    batches = _batches(n_targets, context, model.vocab_size)
+    width = model.vocab_size if scoring.end_of_text is None else max(model.vocab_size, context)  # of logits or mask
+    batches = _batches(n_targets, context, width)
     i_part, n_parts = part
     was_training = model.training
     model.eval()
@@ -61,7 +91,7 @@ def score(
             turn = batches[i : i + n_parts]
             if i_part < len(turn):
                 start, end = turn[i_part]
-                nats, hits, confidence = _score_windows(model, stream.tokens[start : end + 1], precision)
+                nats, hits, confidence = _score_windows(model, stream.tokens[start : end + 1], scoring)
                 document = np.searchsorted(ends, np.arange(start + 1, end + 1), side="right")
                 confidence_bin = np.minimum(confidence * CONFIDENCE_BINS, CONFIDENCE_BINS - 1).astype(np.int64)
                 _add(scores.by_document, document, nats, hits)
@@ -73,10 +103,13 @@ def score(
     return scores
 
 
-def _batches(n_targets: int, context: int, vocab_size: int) -> list[tuple[int, int]]:
-    """First and last + 1 position of the tokens scored at once: whole windows, then the shorter last window."""
+def _batches(n_targets: int, context: int, width: int) -> list[tuple[int, int]]:
+    """First and last + 1 position of the tokens scored at once: whole windows, then the shorter last window.
+
+    `width` is the number of values that each token needs at once.
+    """
     n_in_full_windows = n_targets // context * context
-    n_at_once = max(1, _MAX_LOGITS // (context * vocab_size)) * context
+    n_at_once = max(1, _MAX_LOGITS // (context * width)) * context
     return list(pairwise(sorted({*range(0, n_in_full_windows, n_at_once), n_in_full_windows, n_targets})))
 
 
@@ -87,15 +120,15 @@ def _add(sums: Array, columns: npt.NDArray[np.int64], first: Array, hits: Array)
 
 
 @torch.no_grad()
-def _score_windows(
-    model: GPT, tokens: npt.NDArray[np.unsignedinteger], precision: torch.dtype
-) -> tuple[Array, Array, Array]:
+def _score_windows(model: GPT, tokens: npt.NDArray[np.unsignedinteger], scoring: Scoring) -> tuple[Array, Array, Array]:
     """Score tokens[1:] in windows of equal length: nats, whether the top token is right, its probability."""
     chunk = torch.from_numpy(tokens.astype(np.int64)).to(model.embedding.weight.device)
     targets = chunk[1:]
     n_windows = max(1, len(targets) // model.params.context_length)
-    with autocast(chunk.device, precision):
-        logits = model(chunk[:-1].view(n_windows, -1)).flatten(0, 1)  # (B * T, V)
+    windows = chunk[:-1].view(n_windows, -1)  # (B, T)
+    mask = None if scoring.end_of_text is None else document_mask(windows, scoring.end_of_text)
+    with autocast(chunk.device, scoring.precision):
+        logits = model.head(model.hidden(windows, mask=mask)).flatten(0, 1)  # (B * T, V)
     nats = F.cross_entropy(logits.float(), targets, reduction="none")
     best = logits.argmax(dim=-1)
     lead = (logits.gather(-1, best[:, None]) - logits.gather(-1, targets[:, None]))[:, 0].float()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -29,6 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 def run(main: Callable[[], None], advice: str = "") -> None:
     """Run a program. Print one line for a signal or an error that the user can fix, and exit with its code."""
+    _escape_unencodable()
     try:
         _run(main)
     except KeyboardInterrupt as error:
@@ -38,6 +40,13 @@ def run(main: Callable[[], None], advice: str = "") -> None:
     except BrokenPipeError:  # the reader of the output has ended, for example `| head`
         sys.stderr.close()
         sys.exit(141)
+
+
+def _escape_unencodable() -> None:
+    """Print characters that the terminal's encoding does not have as escapes like `\\xe9`; they would be errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(main: Callable[[], None]) -> None:

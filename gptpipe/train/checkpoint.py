@@ -1,6 +1,7 @@
 """Resumable training state on disk, in `.gptpipe/checkpoints/KEY/`, outside DVC.
 
-    run.json                 the provisional id of the training's run, chosen before the first step
+    run.json                 the provisional id of the training's run, chosen before the first step; the value of
+                             on_spike; the id of the run that this run continues
     best-00000400/           weights of the best model so far, by validation loss
     step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
                              with its step and time) and state.json (everything else, with the settings)
@@ -87,14 +88,32 @@ class Checkpoints:
 
         Created and saved at the first call, so it survives a kill.
         """
+        self._run_id = self._run_id or self._saved_run().get("run_id")
         if self._run_id is None:
-            path = self.folder / _RUN
-            with suppress(OSError, ValueError, KeyError):  # no training yet, or damaged
-                self._run_id = str(unseal(path.read_bytes())["run_id"])
-                return self._run_id
             self._run_id = uuid.uuid4().hex
-            write_bytes(path, seal({"run_id": self._run_id}))
+            write_bytes(self.folder / _RUN, seal({"run_id": self._run_id}))
         return self._run_id
+
+    def choose_run(self, on_spike: str, *, is_finished: bool) -> str | None:
+        """Choose the run for this value of `on_spike`; returns the id of the run that it continues, if it is new.
+
+        With `stop`, points are recorded before they are saved. Roll-backs would give some of them other values,
+        but a record never changes a point. So a training that changes to `rollback` gets a new run.
+        """
+        saved = self._saved_run()
+        chosen = {**saved, "run_id": self.provisional_run_id(), "on_spike": on_spike}
+        if saved.get("on_spike") == "stop" and on_spike == "rollback" and not is_finished:
+            chosen |= {"run_id": uuid.uuid4().hex, "continues": self.provisional_run_id()}
+        self._run_id = chosen["run_id"]
+        if chosen != saved:
+            write_bytes(self.folder / _RUN, seal(chosen))
+        return chosen.get("continues")
+
+    def _saved_run(self) -> dict[str, str]:
+        """The content of run.json; empty if there is no training yet, or if it is damaged."""
+        with suppress(OSError, ValueError):
+            return unseal((self.folder / _RUN).read_bytes())
+        return {}
 
     def save(self, state: TrainState) -> None:
         """Make the state durable, then drop what is no longer needed.
@@ -155,7 +174,8 @@ class Checkpoints:
             self._note_changes(saved.content)
             self.ancestors = read_manifest(candidate).made_from
             saved.copy_to(state)
-            self._run_id = saved.content.run_id  # run.json may have been lost
+            # run.json may have been lost. If not, it may name a newer run than the checkpoint.
+            self._run_id = self._run_id or self._saved_run().get("run_id") or saved.content.run_id
             for unsound in candidates[:i] if is_writer() else ():
                 _discard(unsound)
             return True

@@ -10,6 +10,7 @@ from gptpipe.formats.streams import Stream, open_stream, verify_split
 from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.device import keep_freed_memory
 from gptpipe.model.gpt import GPT
+from gptpipe.score.scoring import Scoring
 from gptpipe.shell.errors import ConfigError, InputError
 from gptpipe.train.batches import Batches
 from gptpipe.train.params import RunParams
@@ -27,6 +28,7 @@ class Inputs:
     batches: Batches
     n_steps: int
     runtime: Runtime
+    scoring: Scoring  # as trained: the same precision and the same mask
 
 
 def load_inputs(params: RunParams, split: Path) -> Inputs:
@@ -60,4 +62,5 @@ def load_inputs(params: RunParams, split: Path) -> Inputs:
         flops_per_token = GPT(params.model, tokenizer.vocab_size).flops_per_token()
     flops = flops_per_token * n_steps * section.batch_size * params.model.context_length
     runtime = resolve_runtime(section, flops, params.model)
-    return Inputs(manifest, tokenizer, train, val, batches, n_steps, runtime)
+    scoring = Scoring(runtime.precision, tokenizer.end_of_text if section.document_masking else None)
+    return Inputs(manifest, tokenizer, train, val, batches, n_steps, runtime, scoring)

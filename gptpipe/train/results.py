@@ -12,11 +12,12 @@ from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
 from gptpipe.score.metrics import Metrics
+from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import one_line
 from gptpipe.train.checkpoint import Checkpoints, kept_in, read_state
 from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
-from gptpipe.train.red_flags import red_flags
+from gptpipe.train.red_flags import final_red_flags
 from gptpipe.train.state import VALIDATION_METRICS, Sample, TrainState
 
 
@@ -42,6 +43,7 @@ def write_model(
         save_tokenizer_json(folder.path, tokenizer, params.model.context_length)
         write_bytes(folder.path / "README.md", _card(params, summary, ancestors).encode())
         folder.counts = {name: summary[name] for name in ("best_step", "steps", "tokens", "parameters")}
+        folder.counts["scoring"] = summary["scoring"]
         folder.counts["reports"] = reports
 
 
@@ -64,7 +66,13 @@ def _card(params: RunParams, summary: dict[str, Any], ancestors: dict[str, str])
     """The model card: what training knows before the evaluation, under the header that model hubs read."""
     origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
     listed = [(one_line(name), digest) for name, digest in sorted(ancestors.items())]
-    values = {"val": summary["val"], "summary": summary, "origin": origin, "ancestors": listed}
+    values = {
+        "val": summary["val"],
+        "summary": summary,
+        "origin": origin,
+        "ancestors": listed,
+        "scoring": scoring_in_words(summary["scoring"]),
+    }
     return render_markdown(Path(__file__).with_name("card.jinja"), **dict(params), **values)
 
 
@@ -86,7 +94,7 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def summarise(params: RunParams, state: TrainState, n_steps: int, checkpoints: Checkpoints) -> dict[str, Any]:
+def summarise(params: RunParams, inputs: Inputs, state: TrainState, checkpoints: Checkpoints) -> dict[str, Any]:
     """The content of reports/train.json, with the places where environment or settings changed."""
     best = state.best
     assert best is not None  # the loop validates at step 0
@@ -97,7 +105,8 @@ def summarise(params: RunParams, state: TrainState, n_steps: int, checkpoints: C
         "tokens": state.step * params.train.batch_size * params.model.context_length,
         "parameters": state.model.n_parameters(),
         "val": {name.removeprefix("val/"): value for name, value in metrics.items()},
-        "red_flags": red_flags(state.history, n_steps),
+        "scoring": inputs.scoring.describe(),
+        "red_flags": final_red_flags(state.history, inputs.n_steps),
     }
     if checkpoints.inexact:
         summary["resumed_inexactly"] = checkpoints.inexact

@@ -1,5 +1,6 @@
 """Stage train as one function: from the verified split to the finished model folder."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,9 +18,9 @@ from gptpipe.model.device import memory_errors
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
-from gptpipe.score.continuations import continue_text
+from gptpipe.score.continuations import announce_cut, continue_text
 from gptpipe.score.metrics import Metrics, compute_metrics
-from gptpipe.score.scoring import score
+from gptpipe.score.scoring import score, scoring_in_words
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
 from gptpipe.shell.errors import IntegrityError, Interrupted, NumericError, ResourceError
@@ -33,7 +34,7 @@ from gptpipe.train.loop import train
 from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.params import RunParams, TrainParams
-from gptpipe.train.red_flags import red_flags
+from gptpipe.train.red_flags import final_red_flags, red_flags
 from gptpipe.train.results import samples_table, summarise, write_model, write_reports, write_state
 from gptpipe.train.runtime import loss_function
 from gptpipe.train.schedule import steps_before_the_end_matters
@@ -106,14 +107,18 @@ def train_model(
             checkpoints, state, present, model_folder.with_name(STATE)
         )
         plan = _plan(params, inputs, state, keeps_micro_batches=is_resumed and not _has_new_micro_batches(checkpoints))
+        previous_run = _choose_run(checkpoints, params)
         with _open_record(open_record, checkpoints, inputs, state) as record:
+            if previous_run:
+                record.tags({"continues_run": previous_run})
+            record.tags({"scoring": scoring_in_words(inputs.scoring.describe())})
             if checkpoints.inexact:
                 record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
             if checkpoints.changes:
                 record.tags({"changed_settings": "; ".join(checkpoints.changes)})
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
-            summary = summarise(params, state, plan.n_steps, checkpoints)
+            summary = summarise(params, inputs, state, checkpoints)
             # Read only once: if the store answers during the next lines, the id changes, and the files would
             # disagree.
             run_id = record.run_id
@@ -256,6 +261,17 @@ def _can_be_extended(section: TrainParams) -> bool:
     return section.keep_state and section.schedule in ("wsd", "constant")
 
 
+def _choose_run(checkpoints: Checkpoints, params: RunParams) -> str | None:
+    """Choose the run of the record; returns the id of the run that a new one continues, if it does."""
+    if not is_writer():
+        return None
+    is_finished = bool(finished_in(checkpoints.folder))
+    previous = checkpoints.choose_run(params.train.on_spike, is_finished=is_finished)
+    if previous and not is_finished:
+        say(f"train: continues run {previous} in a new run, because roll-backs replace points that it has")
+    return previous
+
+
 def _open_record(
     open_record: OpenRecord, checkpoints: Checkpoints, inputs: Inputs, state: TrainState
 ) -> AbstractContextManager[Record]:
@@ -286,6 +302,7 @@ class _Training:
     _progress: Progress = field(init=False)
     _check_stop: Callable[[], None] = field(init=False)
     _saved_step: int | None = None  # of the newest checkpoint
+    _n_saved: int = 0  # entries of the journal that the newest checkpoint has
     _n_sent: int = 0  # entries of the journal that the record has
     _printed_flags: set[str] = field(default_factory=set)
     _roll_backs: list[int] = field(default_factory=list)  # the step that each went back to
@@ -293,20 +310,25 @@ class _Training:
     def run(self, *, is_saved: bool) -> None:
         """Train to the end; `is_saved` says whether the state comes from a checkpoint.
 
-        Raises Interrupted once the state is saved.
+        Raises Interrupted once the state is saved. However it ends, the record gets the journal.
         """
         state = self.state
         self._saved_step = state.step if is_saved else None
+        self._n_saved = len(state.journal)
+        for i, prompt in enumerate(self.params.train.sample_prompts):
+            announce_cut(state.model, self.inputs.tokenizer, prompt, f"train.sample_prompts[{i}]")
         progress = Progress("train", unit="steps", total=self.plan.n_steps, done=state.step)
         with deferred_signals() as self._check_stop, progress as self._progress:
             try:
                 with _memory_errors(state):
                     train(state, self.inputs.batches, self.plan, self)
+                self._save_if_new()  # patience may run out between two saves
             except Interrupted:
                 self._save_if_new()
                 raise
-            self._save_if_new()  # patience may run out between two saves
-            self._send()
+            finally:
+                self._send()
+            self._report_red_flags(final_red_flags(state.history, self.plan.n_steps))
 
     def _save_if_new(self) -> None:
         if self._saved_step != self.state.step:
@@ -328,15 +350,17 @@ class _Training:
         scores = score(
             model,
             self.inputs.val,
-            precision=self.plan.precision,
+            self.inputs.scoring,
             part=rank_info()[:2],
             advance=lambda _: self.check_stop(),
         )
         for sums in vars(scores).values():
             distributed.all_reduce(torch.from_numpy(sums))
         metrics = compute_metrics(scores.by_document, self.inputs.val.documents)
-        self.log(self.state.step, {f"val/{name}": metrics[name] for name in VALIDATION_METRICS})
-        return distributed.from_first(metrics["loss"])
+        loss = distributed.from_first(metrics["loss"])
+        if math.isfinite(loss):  # otherwise the loop stops; checkpoints and records have finite numbers only
+            self.log(self.state.step, {f"val/{name}": metrics[name] for name in VALIDATION_METRICS})
+        return loss
 
     def after_validation(self) -> None:
         """Keep the best weights, print the validation and its red flags, sample, and send all to the record."""
@@ -346,10 +370,9 @@ class _Training:
         if self.state.is_best:
             self.checkpoints.save_best(model, self.state.step)
         self._print_validation()
-        self._report_red_flags()
+        self._report_red_flags(red_flags(self.state.history, self.plan.n_steps))
         self._sample(model)
-        if self.params.train.on_spike == "stop":  # otherwise a roll-back may discard the entries; `save` sends them
-            self._send()
+        self._send()
 
     def _print_validation(self) -> None:
         validation = self.state.history[-1]
@@ -357,12 +380,15 @@ class _Training:
         mark = ", best so far" if self.state.is_best else ""
         say(f"train: step {validation.step:,}: {train_loss}val loss {validation.val_loss:.4f}{mark}")
 
-    def _report_red_flags(self) -> None:
-        flags = red_flags(self.state.history, self.plan.n_steps)
+    def _report_red_flags(self, flags: dict[str, str]) -> None:
+        """Print the flags that are new. Make them the flags of the record, without those that no longer hold."""
         for name in sorted(flags.keys() - self._printed_flags):
             complain(f"red flag: {flags[name]}")
+        # Also those that this training reported before it was resumed.
+        earlier = self._printed_flags | red_flags(self.state.history[:-1], self.plan.n_steps).keys()
         self._printed_flags |= flags.keys()
-        self.record.tags({f"red_flag.{name}": message for name, message in flags.items()})
+        tags = {**dict.fromkeys(earlier, ""), **flags}
+        self.record.tags({f"red_flag.{name}": message for name, message in tags.items()})
 
     def _sample(self, model: GPT) -> None:
         """Continue the sample prompts, with the same seed each time, so that the samples compare."""
@@ -380,6 +406,7 @@ class _Training:
     def save(self) -> None:
         self.checkpoints.save(self.state)
         self._saved_step = self.state.step
+        self._n_saved = len(self.state.journal)
         self._send()
 
     def keep(self) -> None:
@@ -389,6 +416,7 @@ class _Training:
         failed_step = self.state.step + 1
         micro_batch_size = self.state.micro_batch_size
         self.checkpoints.restore(self.state, allow_inexact=allow_inexact())
+        self._n_saved = len(self.state.journal)
         self.state.micro_batch_size = micro_batch_size  # the saved one may be of another number of ranks
         self._roll_backs.append(self.state.step)
         if self._roll_backs.count(self.state.step) > _MAX_ROLL_BACKS:
@@ -398,6 +426,11 @@ class _Training:
         self.record.tags({f"rolled_back.{failed_step:08d}": str(error)})
 
     def _send(self) -> None:
-        """Send the journal entries that the record does not have yet."""
-        self.record.metrics(self.state.journal[self._n_sent :])
-        self._n_sent = len(self.state.journal)
+        """Send the journal entries that the record does not have yet.
+
+        If the training may be rolled back, only those that are saved: the record never takes an entry back.
+        """
+        is_final = self.params.train.on_spike == "stop"
+        n_sendable = len(self.state.journal) if is_final else self._n_saved
+        self.record.metrics(self.state.journal[self._n_sent : n_sendable])
+        self._n_sent = n_sendable

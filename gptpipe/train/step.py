@@ -24,6 +24,7 @@ from gptpipe.train.schedule import learning_rate
 from gptpipe.train.state import TrainState
 
 STABILITY_ADVICE = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
+_ROLL_BACK_ADVICE = "; with train.on_spike: rollback it continues from the last checkpoint, without these batches"
 # A spike is measured against the last 100 steps, once there are 20.
 _MAX_RECENT, _MIN_RECENT = 100, 20
 _MIN_LOSS_SPREAD = 0.05  # nats per token; a smaller standard deviation counts as this
@@ -60,9 +61,10 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
     loss = all_reduce(_backward(state, plan, tokens, targets, own.start)).item()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = gather(nn.utils.get_total_norm(gradients)).item()
+    advice = STABILITY_ADVICE + (_ROLL_BACK_ADVICE if params.on_spike == "stop" else "")
     try:
-        _check_finite(state.step + 1, loss, norm)
-        _check_spike(state.step + 1, loss, norm, state.steps[-_MAX_RECENT:], params.spike_sigmas)
+        _check_finite(state.step + 1, loss, norm, advice)
+        _check_spike(state.step + 1, loss, norm, state.steps[-_MAX_RECENT:], params.spike_sigmas, advice)
     except NumericError:
         model.zero_grad(set_to_none=True)
         raise
@@ -134,15 +136,17 @@ def _without_averaging(loss: LossFunction) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _check_finite(step: int, loss: float, norm: float) -> None:
+def _check_finite(step: int, loss: float, norm: float, advice: str) -> None:
     """Raises NumericError for a loss or a gradient norm that is not finite."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NumericError(
-            f"train: step {step}: loss {loss}, gradient norm {norm}; stopped before the update: {STABILITY_ADVICE}"
+            f"train: step {step}: loss {loss}, gradient norm {norm}; stopped before the update: {advice}"
         )
 
 
-def _check_spike(step: int, loss: float, norm: float, recent: list[tuple[float, float]], sigmas: float | None) -> None:
+def _check_spike(
+    step: int, loss: float, norm: float, recent: list[tuple[float, float]], sigmas: float | None, advice: str
+) -> None:
     """Raises SpikeError for a loss or gradient norm over `sigmas` standard deviations above recent steps."""
     if sigmas is None or len(recent) < _MIN_RECENT:
         return
@@ -156,7 +160,7 @@ def _check_spike(step: int, loss: float, norm: float, recent: list[tuple[float, 
         if n_sigmas > sigmas:
             raise SpikeError(
                 f"train: step {step}: {name} {value:.4g} spikes, {n_sigmas:.1f} standard deviations above the last "
-                f"{len(recent)} steps; stopped before the update: {STABILITY_ADVICE}"
+                f"{len(recent)} steps; stopped before the update: {advice}"
             )
 
 

@@ -1,5 +1,6 @@
 """The command `gptpipe`, the help of the stages, and how errors end a program."""
 
+import io
 import os
 import pty
 import re
@@ -14,6 +15,7 @@ import pytest
 from tiny import make_model
 
 from gptpipe.commands.cli import _dispatch
+from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.shell.errors import GptpipeError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.shell.process import run
 
@@ -119,9 +121,18 @@ def test_generate_needs_either_prompt_or_interactive(arguments: list[str]) -> No
     [
         (["the", "--max-new-tokens", "0"], 2),
         (["the", "--max-new-tokens", "-5"], 2),
+        (["the", "--max-new-tokens", "-1"], 2),
+        (["the", "--max-new-tokens", "-20"], 2),
         (["the", "--top-k", "-1"], 2),
+        (["the", "--top-p", "0"], 2),
+        (["the", "--top-p", "1.5"], 2),
+        (["the", "--top-p", "nan"], 2),
+        (["the", "--seed", "-1"], 2),
         (["the", "--seed", str(2**70)], 2),
         (["the", "--temperature", "nan"], 2),
+        (["the", "--temperature", "-0.1"], 2),
+        (["the", "--temperature", "inf"], 2),
+        (["--interactive", "--max-new-tokens", "-1"], 2),
         (["the \udcff"], 3),  # a byte that is not UTF-8
     ],
 )
@@ -129,6 +140,26 @@ def test_generate_rejects_invalid_options(
     model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
 ) -> None:
     assert fails_with_one_line(capsys, "generate", "--model", model, *arguments)[0] == code
+
+
+def test_generate_says_if_it_cuts_the_prompt(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "the cat sat on the mat, " * 9
+    n_tokens = len(Tokenizer.load(Path(model)).encode(prompt))
+    assert n_tokens > 16
+    for text in (prompt, "the cat"):
+        _dispatch(["generate", text, "--model", model, "--max-new-tokens", "2"])
+    output = capsys.readouterr()
+    assert output.out.startswith(prompt)
+    assert output.err == (
+        f"warning: the prompt has {n_tokens} tokens, the context of the model has 16; only the last 16 are used\n"
+    )
+
+
+def test_generate_prints_text_that_the_terminal_cannot_encode(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run(lambda: _dispatch(["generate", "café 猫", "--model", model, "--max-new-tokens", "1"]))
+    assert written.getvalue().startswith(rb"caf\xe9 \u732b")
 
 
 def fails_with_one_line(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:

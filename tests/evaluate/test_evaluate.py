@@ -2,17 +2,24 @@
 
 import json
 import math
+import shutil
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import tiny
+import torch
 from toy_project import Project
 
-from gptpipe.base.manifest import verify
+from gptpipe.base.files import write_bytes
+from gptpipe.base.manifest import MANIFEST, verify
 from gptpipe.evaluate import evaluate
 from gptpipe.evaluate.evaluate import documents_digest, evaluate_model
 from gptpipe.formats.streams import open_stream
+from gptpipe.score.continuations import load_generator
+from gptpipe.score.scoring import Scoring, score
 from gptpipe.shell.errors import IntegrityError
 
 METRICS = {
@@ -55,6 +62,44 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     assert f"{results['test']['loss']:.4f} ± {results['test']['loss_standard_error']:.4f}" in card
     assert card.startswith((project.root / "models/gpt/README.md").read_text())
     verify(project.root / "models/gpt")  # the output of stage train is unchanged
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "in float32; a token attends to its own window only"),
+        ({"train__document_masking": True}, "in float32; a token attends to its own document only"),
+        ({"train__precision": "bfloat16"}, "in bfloat16; a token attends to its own window only"),
+    ],
+)
+def test_a_model_is_scored_as_it_was_trained(
+    toy_split: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    """Training and evaluation give the same validation loss, and say how they scored."""
+    project, params = Project(tmp_path, toy_split), tiny.params(model__architecture="llama", **changes)
+    best = project.train(params)
+    reports = project.root / "reports"
+    evaluation = evaluate_model(project.root / "models/gpt", toy_split, reports, params.evaluate, params.seed)
+    assert evaluation.results["val"]["loss"] == pytest.approx(best["loss"], rel=1e-9)
+    model, tokenizer = load_generator(project.root / "models/gpt")
+    scoring = Scoring.described(evaluation.results["scoring"], tokenizer.end_of_text)
+    stream = open_stream(toy_split, "test")
+    nats, _, n_tokens = score(model, stream, scoring).by_document
+    assert evaluation.results["test"]["loss"] == pytest.approx(nats.sum() / n_tokens.sum(), rel=1e-9)
+    others = {Scoring(), Scoring(end_of_text=tokenizer.end_of_text), Scoring(torch.bfloat16)} - {scoring}
+    assert all(abs(score(model, stream, other).by_document[0].sum() / nats.sum() - 1) > 1e-6 for other in others)
+    assert project.records[0].tagged["scoring"] == words
+    assert words in unescape(evaluation.model_card)
+
+
+def test_a_model_that_does_not_say_how_it_was_scored_is_refused(project: Project, tmp_path: Path) -> None:
+    manifest = verify(project.root / "models/gpt")
+    shutil.copytree(project.root / "models/gpt", tmp_path / "gpt")
+    counts = {name: value for name, value in manifest.counts.items() if name != "scoring"}
+    write_bytes(tmp_path / "gpt" / MANIFEST, manifest.model_copy(update={"counts": counts}).to_bytes())
+    params = tiny.params()
+    with pytest.raises(IntegrityError, match="does not say how the model was scored"):
+        evaluate_model(tmp_path / "gpt", project.split, tmp_path / "reports", params.evaluate, params.seed)
 
 
 def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Pa
             assert f"{results[side][name]:.4f} ± {results[side][f'{name}_standard_error']:.4f}" in page
     assert page.count("<svg ") == len(TITLES)
     assert "lower train.lr" in page  # the red flag's words
+    assert "so it is untrained: it has the weights from before the first step" in page
     assert "&lt;b&gt;the&lt;/b&gt;" in page  # model text is never markup
     assert "<b>the</b>" not in page
     assert "<script>" not in page

@@ -62,7 +62,8 @@ def test_top_k_keeps_k_of_equally_probable_tokens() -> None:
     ],
 )
 def test_invalid_sampling_options_are_a_config_error(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="sampling needs"):
+    ((name, value),) = values.items()
+    with pytest.raises(ConfigError, match=f"^{name} is {value}; it must be "):
         Sampling(**values)
 
 

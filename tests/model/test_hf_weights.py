@@ -14,12 +14,14 @@ from torch import Tensor
 
 from gptpipe.base.manifest import new_folder
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
-from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.formats.streams import open_stream
+from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model import hf_weights
 from gptpipe.model.generate import Sampling, generate
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_config import params_of, with_shape_of
 from gptpipe.model.hf_weights import initialise_from, load_model, save_model
+from gptpipe.score.scoring import Scoring, score
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
@@ -85,9 +87,6 @@ def test_rope_theta_is_where_each_version_of_transformers_reads_it(tmp_path: Pat
 @pytest.mark.parametrize("switches", [tiny.SWITCHES[0], tiny.SWITCHES[3]], ids=lambda s: str(s["architecture"]))
 def test_transformers_gives_the_same_loss_on_a_stream(tmp_path: Path, switches: dict[str, Any]) -> None:
     """The definition of the loss: every token but the first, in consecutive windows of the stream, in nats."""
-    from gptpipe.formats.streams import open_stream
-    from gptpipe.score.scoring import score
-
     split = tiny.make_split(tmp_path)
     stream = open_stream(split, "val")
     vocab_size = 300
@@ -102,6 +101,28 @@ def test_transformers_gives_the_same_loss_on_a_stream(tmp_path: Path, switches: 
             logits = theirs(window[None, :-1]).logits[0]
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     assert n_tokens.sum() == len(tokens) - 1
+    assert nats.sum() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("switches", [tiny.SWITCHES[0], tiny.SWITCHES[3]], ids=lambda s: str(s["architecture"]))
+def test_transformers_gives_the_same_loss_with_the_mask_of_documents(tmp_path: Path, switches: dict[str, Any]) -> None:
+    """How to score a model that was trained with `document_masking` outside of gptpipe."""
+    stream = open_stream(tiny.make_split(tmp_path), "val")
+    end = Tokenizer.load(tmp_path / "split" / TOKENIZER).end_of_text
+    model = tiny.network(300, **switches)
+    nats, _, _ = score(model, stream, Scoring(end_of_text=end)).by_document
+    theirs = read_by_transformers(saved(tmp_path / "model", model))
+    tokens = torch.from_numpy(stream.tokens.astype(np.int64))
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        n = len(window) - 1
+        document = torch.cat((torch.zeros(1), (window[: n - 1] == end).cumsum(0)))
+        may_attend = (document[:, None] == document[None, :]) & torch.ones(n, n).tril().bool()
+        mask = torch.zeros(n, n).masked_fill(~may_attend, -torch.inf)[None, None]  # added to attention scores
+        with torch.no_grad():
+            logits = theirs(window[None, :-1], attention_mask=mask).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
     assert nats.sum() == pytest.approx(total, rel=1e-5)
 
 

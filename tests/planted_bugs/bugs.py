@@ -331,7 +331,70 @@ BUGS = (
         'np.searchsorted(ends, np.arange(start, end), side="right")',
         ("tests/score/test_scoring.py::test_against_a_loop",),
     ),
+    Bug(
+        "a model that is trained with a mask is scored without it",
+        "gptpipe/score/scoring.py",
+        "model.head(model.hidden(windows, mask=mask))",
+        "model.head(model.hidden(windows))",
+        ("tests/score/test_scoring.py::test_a_model_trained_with_document_masking_is_scored_within_documents",),
+    ),
+    Bug(
+        "evaluate scores in float32 without a mask, however the model was trained",
+        "gptpipe/evaluate/evaluate.py",
+        "score(model, stream, scoring, advance",
+        "score(model, stream, advance",
+        ("tests/evaluate/test_evaluate.py::test_a_model_is_scored_as_it_was_trained",),
+    ),
     # Training
+    Bug(
+        "the decay of the learning rate begins during the warm-up",
+        "gptpipe/train/schedule.py",
+        "min(params.decay_fraction * n_steps, n_steps - params.warmup_steps)",
+        "params.decay_fraction * n_steps",
+        ("tests/train/test_schedule.py::test_the_learning_rate_has_no_jumps",),
+    ),
+    Bug(
+        "overfitting is reported for an exploding training",
+        "gptpipe/train/red_flags.py",
+        "    elif _is_overfitting(best, trained):\n",
+        "    if _is_overfitting(best, trained):\n",
+        ("tests/train/test_red_flags.py::test_no_history_has_flags_that_contradict_each_other",),
+    ),
+    Bug(
+        "red flags that no longer hold stay in the record",
+        SESSION,
+        '        tags = {**dict.fromkeys(earlier, ""), **flags}\n',
+        "        tags = flags\n",
+        ("tests/train/test_session.py::test_a_red_flag_that_no_longer_holds_leaves_the_record",),
+    ),
+    Bug(
+        "the record of a failed training lacks the last points",
+        SESSION,
+        "            finally:\n                self._send()\n",
+        "            finally:\n                pass\n",
+        ("tests/train/test_session.py::test_the_record_of_a_training_that_fails_has_its_last_points",),
+    ),
+    Bug(
+        "points that a roll-back may change are recorded",
+        SESSION,
+        "len(self.state.journal) if is_final else self._n_saved",
+        "len(self.state.journal)",
+        ("tests/train/test_session.py::test_the_record_of_a_training_that_fails_has_its_last_points",),
+    ),
+    Bug(
+        "a training that a spike has stopped starts again",
+        SESSION,
+        'changeable = {"launcher", "parallel", "on_spike"}',
+        'changeable = {"launcher", "parallel"}',
+        ("tests/train/test_session.py::test_other_changes_of_on_spike_keep_the_run",),
+    ),
+    Bug(
+        "a training with roll-backs continues a run whose points it changes",
+        CHECKPOINT,
+        'if saved.get("on_spike") == "stop" and on_spike == "rollback"',
+        'if saved.get("on_spike") == "never" and on_spike == "rollback"',
+        ("tests/train/test_session.py::test_a_training_that_a_spike_has_stopped_can_continue_with_roll_backs",),
+    ),
     Bug(
         "the generator is not restored",
         CHECKPOINT,
@@ -444,6 +507,34 @@ BUGS = (
         "    if bits_per_byte >= best:\n",
         "    if bits_per_byte <= best:\n",
         ("tests/evaluate/test_registry.py::test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents",),
+    ),
+    Bug(
+        "a validation metric of the training gets a second value",
+        "gptpipe/evaluate/registry.py",
+        "if key in _OF_TRAINING and logged:",
+        "if key in _OF_TRAINING and not logged:",
+        ("tests/evaluate/test_registry.py::test_the_metrics_of_the_best_validation_are_logged_once",),
+    ),
+    # Commands
+    Bug(
+        "text that a terminal cannot encode is an error",
+        "gptpipe/shell/process.py",
+        'stream.reconfigure(errors="backslashreplace")',
+        'stream.reconfigure(errors="strict")',
+        (
+            "tests/shell/test_process.py::test_characters_that_a_terminal_cannot_encode_are_printed_as_escapes",
+            "tests/commands/test_cli.py::test_generate_prints_text_that_the_terminal_cannot_encode",
+        ),
+    ),
+    Bug(
+        "a prompt that is cut is not announced",
+        "gptpipe/score/continuations.py",
+        "    if n_tokens > context:\n",
+        "    if n_tokens < 0:\n",
+        (
+            "tests/score/test_continuations.py::test_a_prompt_longer_than_the_context_is_announced",
+            "tests/commands/test_cli.py::test_generate_says_if_it_cuts_the_prompt",
+        ),
     ),
     # Languages
     Bug(

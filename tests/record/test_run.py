@@ -88,6 +88,15 @@ def test_the_description_of_a_run_has_metrics_red_flags_and_the_command_to_resto
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] == "test/bits_per_byte"
 
 
+def test_a_tag_without_text_is_removed(params: Params) -> None:
+    with training_run(params, None, LINEAGE, {}) as record:
+        record.tags({"red_flag.lr_too_low": "too low", "red_flag.untrained": "untrained"})
+        record.tags({"red_flag.lr_too_low": "", "red_flag.never_set": "", "red_flag.exploding": "exploding"})
+    tags = connect().get_run(record.run_id).data.tags
+    assert {key for key in tags if key.startswith("red_flag.")} == {"red_flag.untrained", "red_flag.exploding"}
+    assert "Red flags: exploding; untrained." in tags["mlflow.note.content"]
+
+
 def test_tags_name_the_parameters_that_differ_from_the_commit(
     project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:

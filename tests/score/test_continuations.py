@@ -11,7 +11,13 @@ from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.generate import Sampling
 from gptpipe.score import continuations
-from gptpipe.score.continuations import Continuation, continue_documents, continue_text, overlap_scores
+from gptpipe.score.continuations import (
+    Continuation,
+    announce_cut,
+    continue_documents,
+    continue_text,
+    overlap_scores,
+)
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
 BYTES = train_tokenizer(["ab " * 50], 257)  # a token for every byte, and the end of text
@@ -50,6 +56,19 @@ def test_any_prompt_can_be_continued(prompt: str) -> None:
     texts = ["".join(continue_text(model, BYTES, prompt, 20, Sampling(seed=1))) for _ in range(2)]
     assert texts[0] == texts[1]
     assert texts[0]
+
+
+def test_a_prompt_longer_than_the_context_is_announced(toy_split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.network(300)
+    announce_cut(model, BYTES, "x" * 16, "it")
+    tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
+    continue_documents(model, tokenizer, stream, n_documents=1, n_tokens=16)
+    assert capsys.readouterr().err == ""
+    announce_cut(model, BYTES, "x" * 17, "it")
+    continue_documents(model, tokenizer, stream, n_documents=1, n_tokens=17)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning: it has 17 tokens, the context of the model has 16; only the last 16 are used"
+    assert second.startswith("warning: evaluate.continuation_tokens: the start of each document has 17 tokens")
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 64])

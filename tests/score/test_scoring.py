@@ -1,5 +1,6 @@
 """Scoring of every token but the first, exactly once, compared with a loop over single tokens."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from gptpipe.formats.streams import Stream, open_stream
 from gptpipe.score import scoring
-from gptpipe.score.scoring import CONFIDENCE_BINS, Scores, score
+from gptpipe.score.scoring import CONFIDENCE_BINS, Scores, Scoring, score
 
 
 def stream_of(*lengths: int) -> Stream:
@@ -28,8 +29,21 @@ def stream_of(*lengths: int) -> Stream:
     return Stream(tokens, pd.DataFrame(table))
 
 
-def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
-    """The expected sums, computed one token at a time."""
+END = 49  # the end-of-text token of streams of whole documents
+
+
+def ended(stream: Stream) -> Stream:
+    """The same stream with an end-of-text token at the end of each document, and nowhere else."""
+    tokens = np.where(stream.tokens == END, 0, stream.tokens).astype(np.uint16)
+    tokens[(stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy() - 1] = END
+    return Stream(tokens, stream.documents)
+
+
+def by_hand(model: Any, stream: Stream, *, masked: bool = False) -> dict[str, list[float]]:
+    """The expected sums, computed one token at a time.
+
+    If `masked`, the model sees nothing but the window's part of the document that the last input token is from.
+    """
     context = model.params.context_length
     tokens = [int(t) for t in stream.tokens]
     document = [i for i, n in enumerate(stream.documents["n_tokens"]) for _ in range(n)]
@@ -44,6 +58,8 @@ def by_hand(model: Any, stream: Stream) -> dict[str, list[float]]:
     }
     for target in range(1, len(tokens)):
         start = (target - 1) // context * context
+        if masked:
+            start = max(start, int(stream.documents["offset"][document[target - 1]]))
         with torch.no_grad():
             logits = model(torch.tensor([tokens[start:target]]))[0, -1]
         nats = -logits.log_softmax(-1)[tokens[target]].item()
@@ -77,6 +93,38 @@ def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...
     assert scores.by_confidence[2].tolist() == expected["n_by_confidence"]
     assert n_tokens.sum() == sum(reported) == len(stream.tokens) - 1
     assert nats.sum() == pytest.approx(scores.by_position[0].sum())
+
+
+@pytest.mark.parametrize("windows_at_once", [1, 2, 100])
+@pytest.mark.parametrize("lengths", [(1, 20, 3, 40), (17,), (5, 1, 1), (3,) * 20])
+def test_a_model_trained_with_document_masking_is_scored_within_documents(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int
+) -> None:
+    """The windows and the scored tokens stay the same. Rotary positions are relative, so the loop needs no mask."""
+    model, stream = tiny.network(), ended(stream_of(*lengths))
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
+    scores, expected = score(model, stream, Scoring(end_of_text=END)), by_hand(model, stream, masked=True)
+    nats, hits, n_tokens = scores.by_document
+    assert n_tokens.tolist() == expected["n_tokens"]
+    assert hits.tolist() == expected["correct"]
+    np.testing.assert_allclose(nats, expected["nats"], rtol=1e-5)
+    np.testing.assert_allclose(scores.by_position[0], expected["by_position"], rtol=1e-5)
+
+
+def test_the_masks_of_a_batch_are_as_large_as_its_logits_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a context of 16 and 4 tokens, a mask has 16 values per token, and logits have 4."""
+    model, stream = tiny.network(4), stream_of(65)
+    stream.tokens[:] %= 4
+    sizes = []
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 2 * 16 * 16)
+    monkeypatch.setattr(scoring, "document_mask", lambda windows, _: sizes.append(windows.shape))
+    score(model, stream, Scoring(end_of_text=3))
+    assert sizes == [(2, 16), (2, 16)]
+
+
+@pytest.mark.parametrize("how", [Scoring(), Scoring(torch.bfloat16, 7)])
+def test_how_a_model_is_scored_survives_being_written_down(how: Scoring) -> None:
+    assert Scoring.described(json.loads(json.dumps(how.describe())), 7) == how
 
 
 @pytest.mark.parametrize("n_parts", [2, 3, 7])

@@ -1,5 +1,6 @@
 """A stage ends by a signal, or when its parent ends, and leaves no partial files."""
 
+import io
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from gptpipe.shell.errors import InputError
+from gptpipe.shell.process import run
 
 ROOT = Path(__file__).parents[2]
 STAGE = """
@@ -47,6 +51,25 @@ def start(*command: object) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
     return process
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_characters_that_a_terminal_cannot_encode_are_printed_as_escapes(
+    monkeypatch: pytest.MonkeyPatch, name: str, encoding: str
+) -> None:
+    """Whatever a program prints: text, or an error that names a file."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+
+    def fail() -> None:
+        print("猫", file=getattr(sys, name), flush=True)
+        raise InputError("猫.txt: not there; give another")
+
+    with pytest.raises(SystemExit, match="3"):
+        run(fail)
+    expected = [rb"\u732b", rb"error: \u732b.txt: not there; give another"]
+    assert written.getvalue().splitlines() == (expected if name == "stderr" else expected[:1])
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from gptpipe.train.red_flags import red_flags
+from gptpipe.train.red_flags import final_red_flags, red_flags
 from gptpipe.train.state import Validation
 
 
@@ -71,6 +72,46 @@ def test_a_slow_straight_descent_has_too_low_a_learning_rate() -> None:
 )
 def test_a_rising_loss_is_never_called_too_slow(val: list[float], train: list[float]) -> None:
     assert "lr_too_low" not in red_flags(history(val, train), 400)
+
+
+@pytest.mark.parametrize(
+    ("val", "train", "peak", "expected"),
+    [
+        ([8.0, 4.0, 3.5, 3.6, 3.8], [5.0, 3.4, 3.0, 2.5], 12.5, {"exploding", "lr_too_high"}),  # once above the start
+        ([8.0, 5.0, 5.2, 5.5], [4.0, 5.4, 5.0], None, {"exploding", "lr_too_high"}),  # higher than it was, but falling
+        ([8.0, 8.04, 8.09], [7.8, 7.5], None, {"overfitting"}),  # flat by its size, yet it rises as training improves
+        ([8.0, 8.01, 8.02], [8.1, 8.2], None, {"not_decreasing"}),  # rises too little to matter, and is not slow
+    ],
+)
+def test_flags_do_not_contradict_each_other(
+    val: list[float], train: list[float], peak: float | None, expected: set[str]
+) -> None:
+    assert set(red_flags(history(val, train, peak), 100 * len(train))) == expected
+
+
+def test_no_history_has_flags_that_contradict_each_other() -> None:
+    """Random walks of both losses. Both advise either a higher or a lower learning rate, or less fitting, never two."""
+    rng = np.random.default_rng(0)
+    seen: set[str] = set()
+    for _ in range(2000):
+        walks = 8.0 + rng.normal(rng.normal(0, 0.3), rng.exponential(0.3), (2, 6)).cumsum(1)
+        val, train = ([round(max(0.1, float(x)), 3) for x in walk] for walk in walks)
+        peak = float(rng.choice([9.0, 13.0]))
+        flags = set(final_red_flags(history([8.0, *val], train, peak, float(rng.integers(2))), 600))
+        assert len(flags & {"exploding", "overfitting", "lr_too_low"}) <= 1
+        assert not flags >= {"lr_too_high", "lr_too_low"}
+        assert not flags >= {"overfitting", "not_decreasing"}
+        assert not flags >= {"overfitting", "lr_too_high"}
+        seen |= flags
+    assert seen == {"exploding", "overfitting", "lr_too_low", "lr_too_high", "not_decreasing", "untrained"}
+
+
+def test_a_model_from_before_the_first_step_is_untrained() -> None:
+    worse = history([8.0, 8.2, 8.4], [8.1, 8.3])
+    flags = final_red_flags(worse, 200)
+    assert "no later validation loss was below 8.000" in flags["untrained"]
+    assert "untrained" not in red_flags(worse, 200)  # it may still improve
+    assert "untrained" not in final_red_flags(history([8.0, 8.2, 7.9], [8.1, 8.0]), 200)
 
 
 def test_no_flag_about_the_learning_rate_before_a_fifth_of_the_steps() -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import tiny
 import torch
 from sections import split_params
-from toy_project import Project, start, wait_for_the_lock
+from toy_project import ListRecord, Project, start, wait_for_the_lock
 
 from gptpipe.base.files import sha256_of
 from gptpipe.base.manifest import verify
@@ -26,6 +27,7 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import load_model
 from gptpipe.params import Params
+from gptpipe.score.metrics import Metrics, compute_metrics
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
 from gptpipe.split.split import split
 from gptpipe.tokenize.tokenizers import train_tokenizer
@@ -33,7 +35,7 @@ from gptpipe.train import session
 from gptpipe.train.batches import Batches
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.runtime import Runtime
-from gptpipe.train.state import TrainState
+from gptpipe.train.state import TrainState, Validation
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
@@ -54,6 +56,7 @@ def test_the_files_that_a_training_writes(project: Project) -> None:
     reports = model.counts.pop("reports")
     assert reports == {name: sha256_of(project.root / "reports" / name) for name in reports}
     assert len(reports) == 4
+    assert model.counts.pop("scoring") == {"precision": "float32", "document_masking": False}
     assert model.counts == {"best_step": 12, "steps": 12, "tokens": 12 * 4 * 16, "parameters": 25152}
     assert sorted(model.files) == [
         "README.md",
@@ -104,7 +107,11 @@ def test_the_model_written_is_the_best_not_the_last(project: Project) -> None:
     best = project.train(params)
     summary = json.loads((project.root / "reports/train.json").read_bytes())
     assert summary["best_step"] == 0
-    assert {"exploding", "lr_too_high"} <= set(summary["red_flags"])
+    assert {"exploding", "lr_too_high", "untrained"} <= set(summary["red_flags"])
+    assert project.records[0].tagged["red_flag.untrained"] == summary["red_flags"]["untrained"]
+    card = unescape((project.root / "models/gpt/README.md").read_text())
+    assert "This model is untrained" in card
+    assert summary["red_flags"]["untrained"] in card
     validations = pd.read_csv(project.root / "reports/train.validations.csv")
     assert best["loss"] == pytest.approx(validations["val_loss"][0])
     model = load_model(project.root / "models/gpt")
@@ -285,6 +292,34 @@ def stop(*_: object) -> None:
     raise Interrupted(signal.SIGTERM, "stopped")
 
 
+def test_a_red_flag_that_no_longer_holds_leaves_the_record(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if the training was interrupted in between. Otherwise the record would contain opposite advice."""
+
+    def flags(history: list[Validation], n_steps: int) -> dict[str, str]:
+        return {"lr_too_low": "too low"} if len(history) == 2 else {"exploding": "too high"} if len(history) > 2 else {}
+
+    monkeypatch.setattr(session, "red_flags", flags)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(), stop_at=5)
+    first = project.records[0].tagged
+    assert {name: text for name, text in first.items() if "flag" in name} == {"red_flag.lr_too_low": "too low"}
+    sent: list[dict[str, str]] = []
+    monkeypatch.setattr(ListRecord, "tags", lambda _, tags: sent.append(tags))
+    project.train(tiny.params())
+    assert {"red_flag.lr_too_low": "", "red_flag.exploding": "too high"} in sent
+    assert capsys.readouterr().err.count("red flag: too high") == 1
+
+
+def test_a_sample_prompt_longer_than_the_context_is_announced_once(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.train(tiny.params(train__sample_prompts=("the ", "Zürich, " * 9)))
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "only the last 16 are used" in line]
+    assert warning.startswith("warning: train.sample_prompts[1] has ")
+
+
 def test_patience_ends_a_training_early(project: Project) -> None:
     params = tiny.params(
         train__lr=3.0, train__schedule="constant", train__grad_clip=None, train__eval_every=1, train__patience=2
@@ -383,6 +418,98 @@ def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
         project.train(params, stop_at=7)
     project.train(params)
     assert project.digests() == undisturbed_digests
+
+
+def fail_at_batch(
+    monkeypatch: pytest.MonkeyPatch, project: Project, i: int, error: BaseException | None = None
+) -> None:
+    """Let the loss of one batch of the training be infinite, or raise an error."""
+    real = GPT.loss
+    stream = open_stream(project.split, "train")
+    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(i)
+
+    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
+        if not torch.equal(tokens, poison):
+            return real(self, tokens, targets, **options)
+        if error:
+            raise error
+        return real(self, tokens, targets, **options) * math.inf
+
+    monkeypatch.setattr(GPT, "loss", loss)
+
+
+def recorded_steps(record: ListRecord) -> list[int]:
+    return [step for step, _, metrics in record.entries if "train/loss" in metrics]
+
+
+@pytest.mark.parametrize("error", [None, ResourceError("no memory"), RuntimeError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("on_spike", "n_recorded"), [("stop", 7), ("rollback", 6)])
+def test_the_record_of_a_training_that_fails_has_its_last_points(
+    project: Project, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, on_spike: str, n_recorded: int
+) -> None:
+    """The batch of step 8 fails; the last save was at 6. After a roll-back, other values would follow that save."""
+    fail_at_batch(monkeypatch, project, 7, error)
+    if error is None and on_spike == "rollback":
+        monkeypatch.setattr(session, "_MAX_ROLL_BACKS", 0)
+    with pytest.raises(type(error) if error else NumericError):
+        project.train(tiny.params(train__on_spike=on_spike, train__eval_every=100))
+    assert recorded_steps(project.records[0]) == list(range(1, n_recorded + 1))
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_recorded(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The points before it are."""
+
+    def metrics_of(*arguments: Any) -> Metrics:
+        metrics = compute_metrics(*arguments)
+        return metrics if project.records[0].entries == [] else {**metrics, "loss": math.nan}
+
+    monkeypatch.setattr(session, "compute_metrics", metrics_of)
+    with pytest.raises(NumericError, match="validation loss is nan after step 4"):
+        project.train(tiny.params(train__save_every=100))
+    record = project.records[0]
+    assert recorded_steps(record) == [1, 2, 3, 4]
+    assert [step for step, _, metrics in record.entries if "val/loss" in metrics] == [0]
+
+
+@pytest.mark.parametrize("save_every", [3, 100])
+def test_a_training_that_a_spike_has_stopped_can_continue_with_roll_backs(
+    project: Project, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
+    """It ends like a training with roll-backs from the start. The record of the stopped training is left alone."""
+    changes = {"train__save_every": save_every, "train__eval_every": 5}
+    rollback = tiny.params(train__on_spike="rollback", **changes)
+    fail_at_batch(monkeypatch, project, 7)
+    project.train(rollback)
+    expected = project.digests()
+    for folder in ("models", ".gptpipe"):
+        shutil.rmtree(project.root / folder)
+
+    with pytest.raises(NumericError, match=r"step 8: .*train\.on_spike: rollback it continues"):
+        project.train(tiny.params(**changes))
+    with pytest.raises(Interrupted):
+        project.train(rollback, stop_at=0)  # once the first points are sent
+    project.train(rollback)
+    assert project.digests() == expected
+    _, stopped, interrupted, finished = project.records
+    assert recorded_steps(stopped) == list(range(1, 8))
+    assert stopped.run_id != interrupted.run_id == finished.run_id
+    assert interrupted.tagged["continues_run"] == finished.tagged["continues_run"] == stopped.run_id
+    assert recorded_steps(finished) == list(range(1, 13))
+    losses = {step: metrics["train/loss"] for step, _, metrics in finished.entries if "train/loss" in metrics}
+    curve = pd.read_csv(project.root / "reports/train.steps.csv")
+    assert list(losses.values()) == pytest.approx(curve["loss"].tolist())
+
+
+def test_other_changes_of_on_spike_keep_the_run(project: Project) -> None:
+    """What was recorded with roll-backs was saved before. A finished training is not recorded twice."""
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(train__on_spike="rollback"), stop_at=6)
+    for on_spike in ("stop", "rollback"):
+        project.train(tiny.params(train__on_spike=on_spike))
+    assert len({record.run_id for record in project.records}) == 1
+    assert not any("continues_run" in record.tagged for record in project.records)
 
 
 def test_a_loss_that_always_fails_is_not_rolled_back_forever(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
