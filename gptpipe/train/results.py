@@ -33,6 +33,7 @@ def write_model(
     Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
     """
     tokenizer, split = inputs.tokenizer, inputs.split
+    assert checkpoints.settings is not None  # the session has set them
     start = {f"init_from/{name}": digest for name, digest in checkpoints.settings.initial_weights.items()}
     ancestors = {**split.lineage("split"), **start, **checkpoints.ancestors}
     with new_folder(target, ancestors) as folder:
@@ -45,15 +46,16 @@ def write_model(
         folder.counts["reports"] = reports
 
 
-def write_state(target: Path, split: Manifest, checkpoints: Checkpoints) -> None:
+def write_state(target: Path, params: RunParams, split: Manifest, checkpoints: Checkpoints) -> None:
     """The kept state in the layout of a checkpoint folder, with the best model of its time; empty if none is kept.
 
     `target` is an output of DVC that a rerun does not remove, so that a longer training can continue from it.
     """
     with new_folder(target, {**split.lineage("split"), **checkpoints.ancestors}) as folder:
-        for kept in kept_in(checkpoints.folder)[-1:] if checkpoints.settings.train["keep_state"] else ():
+        for kept in kept_in(checkpoints.folder)[-1:] if params.train.keep_state else ():
             verify(kept)
             content = read_state(kept)
+            assert content.best_step is not None  # a training validates before its first step
             best = checkpoints.best_folder(content.best_step)
             for path in sorted(path for part in (kept, best) for path in part.rglob("*") if path.is_file()):
                 write_bytes(folder.path / path.relative_to(checkpoints.folder), path.read_bytes())
