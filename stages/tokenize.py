@@ -15,7 +15,7 @@ def main() -> None:
     section, fractions = params.tokenize, params.split.fractions
     name = section.encoding if names_a_model(section.encoding) else None
     with starting_model("tokenize.encoding", name, Path("models/gpt")) as model:
-        folder = model and model.folder
+        folder = model.folder if model else None
         counts = tokenize(Path("data/raw"), Path("data/tokens"), section, fractions, params.seed, folder)
     say(
         f"tokenize: {counts['tokens']:,} tokens, vocabulary of {counts['vocab_size']:,}, "

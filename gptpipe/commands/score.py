@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gptpipe.base.manifest import verify
+from gptpipe.formats.sides import Side
 from gptpipe.formats.streams import open_stream, verify_split
 from gptpipe.formats.tokenizer import RANKS, TOKENIZER
 from gptpipe.model.device import best_device
@@ -10,6 +11,8 @@ from gptpipe.score.continuations import load_generator
 from gptpipe.score.metrics import compute_metrics
 from gptpipe.score.scoring import score
 from gptpipe.shell.errors import ConfigError
+
+_HELD_OUT: tuple[Side, ...] = ("val", "test")
 
 
 def score_split(model_folder: Path, split: Path) -> list[str]:
@@ -27,7 +30,7 @@ def score_split(model_folder: Path, split: Path) -> list[str]:
         )
     model.to(best_device())
     lines = []
-    for side in ("val", "test"):
+    for side in _HELD_OUT:
         stream = open_stream(split, side, tokenizer.vocab_size)
         if len(stream.tokens) > 1:
             metrics = compute_metrics(score(model, stream).by_document, stream.documents)

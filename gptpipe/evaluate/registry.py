@@ -41,9 +41,9 @@ from gptpipe.record.store import (
     store_errors,
     update_description,
 )
+from gptpipe.score.metrics import VALIDATION_METRICS
 from gptpipe.shell.environment import project_root, tracking_uri
 from gptpipe.shell.errors import IntegrityError
-from gptpipe.train.state import VALIDATION_METRICS
 
 MODEL_NAME = "gpt"
 CHAMPION = "champion"

@@ -8,6 +8,7 @@ import pandas as pd
 from gptpipe.score.scoring import Array
 
 Metrics = dict[str, float]
+VALIDATION_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # that a training logs
 
 
 def compute_metrics(scores: Array, documents: pd.DataFrame) -> Metrics:

@@ -40,13 +40,14 @@ from gptpipe.base.manifest import new_folder, read_manifest, verify
 from gptpipe.model.device import gather, shard_like
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import WEIGHTS, read_header
+from gptpipe.score.metrics import VALIDATION_METRICS
 from gptpipe.shell.console import complain
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 from gptpipe.shell.locks import disk_errors, sync_folder
 from gptpipe.train.distributed import is_writer
 from gptpipe.train.optim import Muon
 from gptpipe.train.settings import Settings, changed_settings
-from gptpipe.train.state import VALIDATION_METRICS, Entry, Sample, TrainState, Validation
+from gptpipe.train.state import Entry, Sample, TrainState, Validation
 
 _N_KEPT = 2  # step folders
 _STATE, _TENSORS, _JOURNAL, _RUN = "state.json", "state.safetensors", "journal.jsonl", "run.json"

@@ -11,14 +11,14 @@ from gptpipe.base.manifest import Manifest, new_folder, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
 from gptpipe.model.hf_weights import save_model
-from gptpipe.score.metrics import Metrics
+from gptpipe.score.metrics import VALIDATION_METRICS, Metrics
 from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import one_line
 from gptpipe.train.checkpoint import Checkpoints, kept_in, read_state
 from gptpipe.train.inputs import Inputs
 from gptpipe.train.params import RunParams
 from gptpipe.train.red_flags import final_red_flags
-from gptpipe.train.state import VALIDATION_METRICS, Sample, TrainState
+from gptpipe.train.state import Sample, TrainState
 
 
 def write_model(
@@ -34,6 +34,7 @@ def write_model(
     Its manifest also names the `reports` of the training with their SHA-256, so that evaluate can trust them.
     """
     tokenizer, split = inputs.tokenizer, inputs.split
+    assert checkpoints.settings is not None  # the session has set them
     start = {f"init_from/{name}": digest for name, digest in checkpoints.settings.initial_weights.items()}
     ancestors = {**split.lineage("split"), **start, **checkpoints.ancestors}
     with new_folder(target, ancestors) as folder:
@@ -47,15 +48,16 @@ def write_model(
         folder.counts["reports"] = reports
 
 
-def write_state(target: Path, split: Manifest, checkpoints: Checkpoints) -> None:
+def write_state(target: Path, params: RunParams, split: Manifest, checkpoints: Checkpoints) -> None:
     """The kept state in the layout of a checkpoint folder, with the best model of its time; empty if none is kept.
 
     `target` is an output of DVC that a rerun does not remove, so that a longer training can continue from it.
     """
     with new_folder(target, {**split.lineage("split"), **checkpoints.ancestors}) as folder:
-        for kept in kept_in(checkpoints.folder)[-1:] if checkpoints.settings.train["keep_state"] else ():
+        for kept in kept_in(checkpoints.folder)[-1:] if params.train.keep_state else ():
             verify(kept)
             content = read_state(kept)
+            assert content.best_step is not None  # a training validates before its first step
             best = checkpoints.best_folder(content.best_step)
             for path in sorted(path for part in (kept, best) for path in part.rglob("*") if path.is_file()):
                 write_bytes(folder.path / path.relative_to(checkpoints.folder), path.read_bytes())

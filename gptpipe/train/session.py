@@ -19,7 +19,7 @@ from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
 from gptpipe.score.continuations import announce_cut, continue_text
-from gptpipe.score.metrics import Metrics, compute_metrics
+from gptpipe.score.metrics import VALIDATION_METRICS, Metrics, compute_metrics
 from gptpipe.score.scoring import score, scoring_in_words
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
@@ -40,7 +40,7 @@ from gptpipe.train.runtime import loss_function
 from gptpipe.train.schedule import steps_before_the_end_matters
 from gptpipe.train.settings import settings_of
 from gptpipe.train.signals import deferred_signals
-from gptpipe.train.state import VALIDATION_METRICS, Entry, TrainState
+from gptpipe.train.state import Entry, TrainState
 from gptpipe.train.step import Plan
 
 STATE = "state"  # name of the folder, beside that of the model, with the state that a longer training continues
@@ -103,19 +103,16 @@ def train_model(
             take_over(present)
         distributed.barrier()  # the other ranks look at the folder only now
         checkpoints = Checkpoints(folder, present.environment, settings)
-        is_resumed = _resume(checkpoints, state) or _continue_other(
-            checkpoints, state, present, model_folder.with_name(STATE)
-        )
-        plan = _plan(params, inputs, state, keeps_micro_batches=is_resumed and not _has_new_micro_batches(checkpoints))
+        state_folder = model_folder.with_name(STATE)
+        is_resumed = _resume(checkpoints, state) or _continue_other(checkpoints, state, present, state_folder)
+        keeps_micro_batches = is_resumed and not _has_new_micro_batches(params, checkpoints)
+        plan = _plan(params, inputs, state, keeps_micro_batches=keeps_micro_batches)
         previous_run = _choose_run(checkpoints, params)
         with _open_record(open_record, checkpoints, inputs, state) as record:
             if previous_run:
                 record.tags({"continues_run": previous_run})
             record.tags({"scoring": scoring_in_words(inputs.scoring.describe())})
-            if checkpoints.inexact:
-                record.tags({"resumed_inexactly": "; ".join(checkpoints.inexact)})
-            if checkpoints.changes:
-                record.tags({"changed_settings": "; ".join(checkpoints.changes)})
+            _record_changes(record, checkpoints)
             training = _Training(params, inputs, plan, state, checkpoints, record)
             training.run(is_saved=is_resumed)
             summary = summarise(params, inputs, state, checkpoints)
@@ -125,13 +122,21 @@ def train_model(
             if is_writer():
                 digests = write_reports(reports, state, summary)
                 write_model(model_folder, params, inputs, checkpoints, summary, digests)
-                write_state(model_folder.with_name(STATE), inputs.split, checkpoints)
+                write_state(state_folder, params, inputs.split, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():
             mark_finished(folder, run_id, inputs.runtime.describe())
     best: Metrics = summary["val"]
     return best
+
+
+def _record_changes(record: Record, checkpoints: Checkpoints) -> None:
+    """Tag the run with what was different before some step."""
+    notes = {"resumed_inexactly": checkpoints.inexact, "changed_settings": checkpoints.changes}
+    for name, lines in notes.items():
+        if lines:
+            record.tags({name: "; ".join(lines)})
 
 
 def _new_state(params: RunParams, inputs: Inputs, start: Path | None) -> tuple[TrainState, dict[str, str]]:
@@ -205,7 +210,7 @@ def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Presen
     `Checkpoints.continue_from` raises.
     """
     name = present.settings.train["continue_from"]
-    source = kept_state(present, exported) if name is None else declared_state(present, name)
+    source = distributed.from_first(kept_state(present, exported)) if name is None else declared_state(present, name)
     if source is None:
         if is_writer() and (suggestion := advice(present)):
             say(f"train: starts at step 0; {suggestion}", "quiet")
@@ -221,10 +226,9 @@ def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Presen
     return True
 
 
-def _has_new_micro_batches(checkpoints: Checkpoints) -> bool:
+def _has_new_micro_batches(params: RunParams, checkpoints: Checkpoints) -> bool:
     """Whether the user has set another size of micro-batches since the restored checkpoint."""
-    name = "micro_batch_size"
-    return f"train.{name}" in checkpoints.changed_now and checkpoints.settings.train[name] is not None
+    return "train.micro_batch_size" in checkpoints.changed_now and params.train.micro_batch_size is not None
 
 
 def _plan(params: RunParams, inputs: Inputs, state: TrainState, *, keeps_micro_batches: bool) -> Plan:

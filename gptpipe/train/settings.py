@@ -48,6 +48,7 @@ _OF_LEARNING_RATE = frozenset(
         "train.max_steps",
     }
 )
+_NOT_IN_KEY = ("launcher", "parallel", "on_spike")
 # With other values of these, the saved tensors do not fit, or mean something else.
 _OF_TENSORS = ("split", "train.optimizer", "model.")
 _NOT_OF_TENSORS = ("model.dropout",)
@@ -67,11 +68,12 @@ class Settings(BaseModel):
 
     @property
     def key(self) -> str:
-        """Name of the checkpoint folder: a digest of all settings but how processes are started.
+        """Name of the checkpoint folder: a digest of the settings, but not of how processes are started.
 
-        The environment is compared on restore.
+        Nor of `on_spike`, so that a training that a spike has stopped before its first checkpoint keeps its folder,
+        which names its run. The environment is compared on restore.
         """
-        train = {name: value for name, value in self.train.items() if name not in ("launcher", "parallel")}
+        train = {name: value for name, value in self.train.items() if name not in _NOT_IN_KEY}
         return hashlib.sha256(to_json({**self.model_dump(), "train": train})).hexdigest()[:16]
 
 

@@ -10,7 +10,6 @@ from gptpipe.score.metrics import Metrics
 
 Entry = tuple[int, int, Metrics]  # of the journal: step, milliseconds since 1970, metrics
 Sample = tuple[int, str, str]  # step, prompt, continuation
-VALIDATION_METRICS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 
 
 @dataclass(frozen=True)

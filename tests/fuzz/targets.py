@@ -36,10 +36,10 @@ from gptpipe.formats.tokenizer import ENCODING, RANKS, Tokenizer
 from gptpipe.model.hf_config import CONFIG
 from gptpipe.model.hf_weights import WEIGHTS, load_model, save_model
 from gptpipe.params import load_params
+from gptpipe.score.metrics import VALIDATION_METRICS
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train.checkpoint import Checkpoints
-from gptpipe.train.state import VALIDATION_METRICS
 
 from . import mutations
 from .engine import Target

@@ -487,6 +487,20 @@ BUGS = (
         ("tests/train/test_session.py::test_a_finished_training_is_not_repeated",),
     ),
     Bug(
+        "a training continues with learning rates that it would not have had",
+        "gptpipe/train/settings.py",
+        "        learning_rate(step, n_before, before) == learning_rate(step, n_now, now) for step in range(n_done)\n",
+        "        True for step in range(n_done)\n",
+        ("tests/train/test_settings.py",),
+    ),
+    Bug(
+        "the kept state contains a validation that a longer training does not make",
+        LOOP,
+        "        if state.step == plan.keep_at:  # before",
+        "        _validate_if_due(state, plan, events)\n        if state.step == plan.keep_at:  # before",
+        ("tests/train/test_earlier_trainings.py::test_a_finished_training_is_extended_bit_for_bit",),
+    ),
+    Bug(
         "the model that is kept is the last, not the best",
         "gptpipe/train/results.py",
         'weights = checkpoints.load_best(summary["best_step"])',

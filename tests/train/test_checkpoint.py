@@ -20,10 +20,11 @@ from torch import Tensor
 
 from gptpipe.base.finished_training import discard, discard_finished, finished_in, mark_finished
 from gptpipe.base.manifest import new_folder
+from gptpipe.score.metrics import VALIDATION_METRICS
 from gptpipe.shell.errors import IntegrityError, ResourceError
 from gptpipe.train import checkpoint
 from gptpipe.train.checkpoint import Checkpoints
-from gptpipe.train.state import VALIDATION_METRICS, TrainState
+from gptpipe.train.state import TrainState
 from gptpipe.train.step import optimizer_step
 
 SMALL = {"model__n_embd": 8, "model__n_inner": 8, "model__n_layer": 1, "model__dropout": 0.1}

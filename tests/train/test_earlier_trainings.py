@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +384,16 @@ def test_a_training_that_stopped_at_a_spike_continues_with_a_roll_back(
     assert summary(project)["changed_settings"] == ['after step 3: train.on_spike was "stop", is "rollback"']
     assert [tag for tag in project.records[1].tagged if tag.startswith("rolled")] == ["rolled_back.00000005"]
     assert first_step(project) == 4
+
+
+def test_a_training_is_not_continued_if_the_weights_that_it_started_from_are_replaced(project: Project) -> None:
+    project.train(tiny.params())
+    base = (project.root / "models/gpt").rename(project.root / "base")
+    stopped(project, stop_at=6, train__init_from=str(base))
+    project.train(tiny.params(seed=8))
+    shutil.rmtree(base)
+    (project.root / "models/gpt").rename(base)
+    with pytest.raises(Interrupted):
+        project.train(tiny.params(train__init_from=str(base)), stop_at=7)
+    project.records[-2] = project.records[1]
+    assert first_step(project) == 1
