@@ -246,7 +246,7 @@ def _write_pyfunc(folder: Path, logged: LoggedModel, run: Run, model: Path, eval
         mlflow_model=Model(
             logged.artifact_location, run.info.run_id, model_uuid=logged.model_id, model_id=logged.model_id
         ),
-        signature=infer_signature(example, pd.DataFrame({"text": prompt}), options),
+        signature=infer_signature(None, pd.DataFrame({"text": prompt}), options),
         input_example=example,
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
@@ -169,14 +170,65 @@ def test_the_registered_model_generates_without_pickle(params: Params, model: Pa
         loaded.predict(prompts, params={"temperature": "hot"})
 
 
+CAT = "the cat"
+FORMS = {
+    "a text": CAT,
+    "a list": [CAT],
+    "a dict": {"prompt": CAT},
+    "a dict with a list": {"prompt": [CAT]},
+    "a list of dicts": [{"prompt": CAT}],
+    "an array": np.array([CAT]),
+    "a column": pd.Series([CAT]),
+    "a table": pd.DataFrame({"prompt": [CAT], "id": [7]}),
+}
+
+
+def test_prompts_may_be_a_text_a_list_a_dict_or_a_table_and_are_streamed(params: Params, model: Path) -> None:
+    evaluate(params, model, None, 2.0)
+    loaded = mlflow.pyfunc.load_model("models:/gpt@champion")
+    options = {"max_new_tokens": 6}
+    (text,) = loaded.predict(CAT, params=options)["text"]
+    assert text.startswith(CAT)
+    for form, prompts in FORMS.items():
+        assert list(loaded.predict(prompts, params=options)["text"]) == [text], form
+    assert list(loaded.predict([CAT, CAT], params=options)["text"]) == [text, text]
+    pieces = list(loaded.predict_stream({"prompt": CAT}, params=options))
+    assert (pieces[0], "".join(pieces)) == (CAT, text)
+    assert len(pieces) > 2
+    for wrong in (None, [CAT, None], {"prompt": None}, pd.DataFrame({"prompt": [CAT, None]})):
+        with pytest.raises(mlflow.MlflowException, match=r"prompt \d is null"):
+            loaded.predict(wrong)
+    with pytest.raises(mlflow.MlflowException, match="unknown parameter tempature; there are max_new_tokens, seed"):
+        loaded.predict(CAT, params={"tempature": 1.0})
+
+
+GOOD = [
+    {"inputs": CAT},
+    {"inputs": [CAT]},
+    {"inputs": {"prompt": CAT}},
+    {"instances": [CAT]},
+    {"instances": [{"prompt": CAT}]},
+    {"dataframe_records": [{"prompt": CAT}]},
+    {"dataframe_split": {"columns": ["prompt"], "data": [[CAT]]}},
+]
 WRONG = [
-    ({"temperature": -1.0}, "a temperature and a seed of 0 or more"),
-    ({"top_k": -1}, "top_k of 1 or more"),
-    ({"top_p": 0.0}, "top_p above 0"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-    ({"max_new_tokens": "many"}, "max_new_tokens"),
-    ({"temperature": "hot"}, "temperature"),
-    ([], "must be a dictionary"),
+    ({"inputs": [CAT], "params": {"temperature": -1.0}}, "a temperature and a seed of 0 or more"),
+    ({"inputs": [CAT], "params": {"top_k": -1}}, "top_k of 1 or more"),
+    ({"inputs": [CAT], "params": {"top_p": 0.0}}, "top_p above 0"),
+    ({"inputs": [CAT], "params": {"max_new_tokens": 0}}, "max_new_tokens must be 1 or more"),
+    ({"inputs": [CAT], "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
+    ({"inputs": [CAT], "params": {"temperature": "hot"}}, "temperature"),
+    ({"inputs": [CAT], "params": {"temperature": None}}, "temperature is null"),
+    ({"inputs": [CAT], "params": []}, "must be a dictionary"),
+    ({"inputs": [CAT], "params": {"tempature": 1.0}}, "unknown parameter tempature"),
+    ({"inputs": None}, "prompt 1 is null"),
+    ({"inputs": [CAT, None]}, "prompt 2 is null"),
+    ({"inputs": {"prompt": None}}, "prompt 1 is null"),
+    ({"inputs": 3}, "prompt 1 is of type int"),
+    ({"inputs": "\ud800"}, "prompt 1 is not valid Unicode"),
+    ({"dataframe_records": [{"prompt": CAT}, {"prompt": None}]}, "prompt 2 is null"),
+    ({"dataframe_records": [{"text": CAT}]}, "no column `prompt`"),
+    ({"prompt": CAT, "tempature": 1.0}, "the one key `prompt`, not prompt, tempature"),
 ]
 
 
@@ -196,8 +248,12 @@ def test_the_served_model_answers_with_text_and_explains_refusals(
             time.sleep(0.01)
         try:
             address = f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
-            status, answer = ask(address, {"max_new_tokens": 4})
-            assert (status, answer["predictions"][0]["text"][:7]) == (200, "the cat")
+            for good in GOOD:
+                status, answer = ask(address, {**good, "params": {"max_new_tokens": 4}})
+                assert status == 200, answer
+                assert answer["predictions"][0]["text"].startswith(CAT)
+            status, answer = ask(address, {"prompt": CAT, "max_new_tokens": 4})
+            assert (status, answer[0]["text"][:7]) == (200, CAT)
             for wrong, words in WRONG:
                 status, answer = ask(address, wrong)
                 assert (status, "stack_trace" in answer) == (400, False), answer
@@ -207,8 +263,8 @@ def test_the_served_model_answers_with_text_and_explains_refusals(
             thread.join()
 
 
-def ask(address: str, options: Any) -> tuple[int, dict[str, Any]]:
-    body = json.dumps({"dataframe_records": [{"prompt": "the cat"}], "params": options}).encode()
+def ask(address: str, content: dict[str, Any]) -> tuple[int, Any]:
+    body = json.dumps(content).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
