@@ -168,12 +168,12 @@ def make_split(folder: Path, n_documents: int = 90) -> Path:
     return folder / "split"
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, seed: int = 0) -> Path:
     """A model folder with a tokenizer of its own, untrained."""
     tokenizer = train_tokenizer(["the cat sat on the mat, the dog sat on the log"] * 3, 270)
     shape = model_params()
     with new_folder(folder, {}) as new:
-        weights = dict(network(tokenizer.vocab_size).named_parameters())
+        weights = dict(network(tokenizer.vocab_size, seed).named_parameters())
         save_model(new.path, shape, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(new.path)
     return folder

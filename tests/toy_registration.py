@@ -1,5 +1,6 @@
 """Registration of a toy model, undisturbed or with a fault at a chosen write."""
 
+import math
 import os
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import sqlalchemy
 from sqlalchemy import event
 from tiny import LINEAGE, make_model
@@ -23,10 +25,26 @@ from gptpipe.record.run import training_run
 KILLED, STOPPED, ENDED = 99, 98, 0
 
 
+def toy_documents(bits: float | None, digest: str = "d1") -> pd.DataFrame:
+    """Ten test documents of 100 bytes; `bits` per byte on average, a few percent more or less in each."""
+    percent = [] if bits is None else [-4, 4, -3, 3, -2, 2, -1, 1, 0, 0]
+    return pd.DataFrame(
+        {
+            "split": ["test" for _ in percent],
+            "id": [f"{digest}-{i}" for i, _ in enumerate(percent)],
+            "source": ["toy" for _ in percent],
+            "n_bytes": [100 for _ in percent],
+            "nats": [(bits or 0) * math.log(2) * (100 + more) for more in percent],
+        }
+    )
+
+
 def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
     results: dict[str, Any] = {"val": {"loss": 1.0}, "continuations": {}, "reference_bits_per_byte": {}}
     results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
-    evaluation = Evaluation(results, model_card="# card", samples="samples", step=7, split=LINEAGE)
+    evaluation = Evaluation(
+        results, model_card="# card", samples="samples", step=7, split=LINEAGE, documents=toy_documents(bits, digest)
+    )
     name = run_id or uuid.uuid4().hex  # of a run that the store does not know
     return record_evaluation(
         params, params.evaluate, evaluation, name, "<html/>", {"Loss by position": "<svg/>"}, model

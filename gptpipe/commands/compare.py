@@ -5,14 +5,18 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import mlflow
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import ttest_ind
+from scipy.stats import norm, sem, t, ttest_ind
 
 from gptpipe.base.files import write_bytes
 from gptpipe.evaluate.charts import thinned
+from gptpipe.evaluate.document_scores import paired_difference
+from gptpipe.evaluate.registry import document_scores_of
 from gptpipe.record.store import connect, store_errors
 from gptpipe.shell.environment import experiment_name
 from gptpipe.shell.errors import ConfigError, InputError
@@ -24,10 +28,11 @@ _MAX_RUNS = 50_000  # MLflow's limit
 
 
 def compare(names: Sequence[str], metric: str, curves: Path | None = None) -> str:
-    """A table with one row per group, best first: mean of `metric`, standard error, Welch's p against the best.
+    """A table with one row per group, best first: mean of `metric`, standard error, and the difference to the best.
 
     Of runs with equal parameters and equal seed only the newest counts, because a repetition is no new
-    evidence. The standard error of a single seed is that over documents. `names` select runs: the beginning of
+    evidence. The standard error of a single seed is that over documents. The table says whether the difference pairs
+    seeds, documents or nothing. `names` select runs: the beginning of
     an id, the name of a run or an experiment, or a sweep. Draws the losses of the groups into the file
     `curves`. Raises ConfigError, InputError, StoreError.
     """
@@ -36,7 +41,7 @@ def compare(names: Sequence[str], metric: str, curves: Path | None = None) -> st
     runs = _select_runs(names, metric)
     labels = _label_groups(runs)
     table = _statistics(runs, labels, metric)
-    text = str(table.to_string(na_rep="", float_format="{:.4f}".format))
+    text = str(table.to_string(na_rep="", float_format=" {:.4f}".format))
     if curves:
         groups = {label: runs[labels == label] for label in table.index}
         write_bytes(curves, _render(_draw(groups), curves.suffix, metric, text))
@@ -81,18 +86,75 @@ def _statistics(runs: pd.DataFrame, labels: "pd.Series[str]", metric: str) -> pd
     table = table.sort_values("mean", ascending=not metric.endswith(_HIGHER_IS_BETTER))
     if f"{column}_standard_error" in runs:
         table["sem"] = table["sem"].fillna(groups[f"{column}_standard_error"].first())
-    values = [runs.loc[labels == label, column] for label in table.index]  # the best group is first
-    table["p"] = [math.nan, *(_p_value(values[0], other) for other in values[1:])]
-    table.insert(0, "", ["best", *[""] * (len(table) - 1)])
-    table.columns = ["", "runs", metric, "standard error", "p against best"]
+    best, *others = (runs[labels == label] for label in table.index)  # the best group is first
+    differences = [_Difference(), *(_difference(other, best, metric) for other in others)]
+    table["difference"] = [difference.value for difference in differences]
+    table["error"] = [difference.standard_error for difference in differences]
+    table["p"] = [difference.p for difference in differences]
+    table["pairs"] = [f" {difference.pairs}" for difference in differences]
+    table.insert(0, "", ["best", *[""] * len(others)])
+    names = ["", "runs", metric, "standard error", "difference", "its error", "p", " paired by"]
+    table.columns = pd.Index(names)
     return table
 
 
-def _p_value(best: "pd.Series[float]", other: "pd.Series[float]") -> float:
-    """Welch's t-test; not a number if a group has a single run."""
-    if min(len(best), len(other)) < 2:
-        return math.nan
-    return float(ttest_ind(best, other, equal_var=False).pvalue)
+class _Difference(NamedTuple):
+    """The difference of two groups, with the p value of the hypothesis that it is zero, and what was paired."""
+
+    value: float = math.nan
+    standard_error: float = math.nan
+    p: float = math.nan
+    pairs: str = ""
+
+
+def _difference(group: pd.DataFrame, best: pd.DataFrame, metric: str) -> _Difference:
+    """Pairs the runs of equal seeds if there are two such pairs, else the documents of two runs, else nothing.
+
+    Seeds come first, because only they show the variation between trainings.
+    """
+    column = f"metrics.{metric}"
+    pairs = _pairs_of_runs(group, best)
+    if len(pairs) > 1:
+        differences = (pairs[f"{column}_group"] - pairs[f"{column}_best"]).to_numpy(dtype=np.float64)
+        value, error = float(differences.mean()), float(sem(differences))
+        p = 2 * t.sf(abs(value) / error, len(pairs) - 1) if error else math.nan
+        return _Difference(value, error, float(p), f"{len(pairs)} seeds")
+    runs = (pairs["run_id_group"], pairs["run_id_best"]) if len(pairs) else (group["run_id"], best["run_id"])
+    by_document = _difference_by_document(str(runs[0].iloc[0]), str(runs[1].iloc[0]), metric)
+    if by_document:
+        return by_document
+    values, best_values = (table[column].to_numpy(dtype=np.float64) for table in (group, best))
+    value = float(values.mean() - best_values.mean())
+    if min(len(values), len(best_values)) < 2:
+        return _Difference(value, pairs="nothing")
+    welch = ttest_ind(best_values, values, equal_var=False)
+    return _Difference(value, math.hypot(sem(values), sem(best_values)), float(welch.pvalue), "nothing")
+
+
+def _pairs_of_runs(group: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """The runs of both groups that have equal seeds, a row for each pair."""
+    if "params.seed" not in group:
+        return pd.DataFrame()
+    known = [runs[runs["params.seed"].notna()] for runs in (group, best)]
+    return known[0].merge(known[1], on="params.seed", suffixes=("_group", "_best"))
+
+
+@store_errors()
+def _difference_by_document(run_id: str, best_id: str, metric: str) -> _Difference | None:
+    """The difference over the documents of two runs; None if they are not the same or not stored."""
+    side, _, name = metric.partition("/")
+    if name != "bits_per_byte":
+        return None
+    client = mlflow.MlflowClient()
+    tables = [document_scores_of(client, run) for run in (run_id, best_id)]
+    if tables[0] is None or tables[1] is None:
+        return None
+    difference = paired_difference(tables[0], tables[1], side)
+    if difference is None:
+        return None
+    value, error = difference.bits_per_byte, difference.standard_error
+    p = 2 * norm.sf(abs(value) / error) if error else math.nan
+    return _Difference(value, error, float(p), f"{difference.n_documents:,} documents")
 
 
 def _draw(groups: dict[str, pd.DataFrame]) -> Figure:

@@ -17,7 +17,7 @@ from gptpipe.commands.findings import NOT_MADE, Finding, ok, problem, warning
 from gptpipe.evaluate.registry import CHAMPION, MODEL_DIGEST, MODEL_NAME
 from gptpipe.record.outbox import current_files, other_stores, send_outbox
 from gptpipe.record.sqlite_store import outdated_locations, sqlite_file, update_locations
-from gptpipe.record.starting_model import stored_model
+from gptpipe.record.starting_model import MODEL_FOLDER, stored_folder
 from gptpipe.record.store import find_run, read_run_id, store_errors
 from gptpipe.shell.environment import experiment_name, tracking_uri
 from gptpipe.shell.errors import GptpipeError, IntegrityError, ResourceError, first_line
@@ -162,7 +162,7 @@ def check_champion(client: MlflowClient) -> Finding:
         location = client.get_model_version_download_uri(MODEL_NAME, number)
     try:
         with TemporaryDirectory() as folder:
-            verify(stored_model(location, Path(folder)))
+            verify(stored_folder(location, MODEL_FOLDER, Path(folder)))
     except (GptpipeError, MlflowException, OSError) as error:
         reason = f"version {number}: {first_line(error).split('; ')[0][:200]}"
         if MODEL.exists() and read_manifest(MODEL).digest == champion.tags.get(MODEL_DIGEST):
@@ -170,6 +170,7 @@ def check_champion(client: MlflowClient) -> Finding:
         return problem(
             IntegrityError,
             reason,
-            f"it is not the model in {MODEL}: run `gptpipe restore {champion.run_id}`, then evaluate it there",
+            f"it is not the model in {MODEL}: run `gptpipe restore {champion.run_id}`, then in its folder "
+            f"`MLFLOW_TRACKING_URI='{tracking_uri()}' dvc repro -fs evaluate`",
         )
     return ok(f"{MODEL_NAME} version {number}: all files match the manifest")

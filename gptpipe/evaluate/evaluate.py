@@ -13,6 +13,8 @@ from gptpipe.base.files import write_bytes, write_json
 from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.charts import length_histogram
+from gptpipe.evaluate.document_scores import score_table
+from gptpipe.evaluate.overlapping_windows import overlapping_metrics
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.evaluate.reference_points import reference_bits_per_byte
 from gptpipe.evaluate.transformers_check import check_with_transformers, is_installed
@@ -41,6 +43,7 @@ class Evaluation:
     samples: str  # the page reports/samples.md
     step: int  # the training step that the model is from
     split: Manifest
+    documents: pd.DataFrame  # nats and bytes of each held-out document, as of `score_table`
     transformers: str | None = None  # the outcome of the comparison with transformers; None: not compared
 
     def metrics(self) -> Metrics:
@@ -88,7 +91,10 @@ def evaluate_model(
     )
     samples = _sample(model, tokenizer, params, seed)
 
-    results: dict[str, Any] = {side: _metrics_of_side(scores[side], held_out[side]) for side in held_out}
+    results: dict[str, Any] = {
+        side: _metrics_of_side(scores[side], stream) | overlapping_metrics(model, stream, scoring)
+        for side, stream in held_out.items()
+    }
     results["by_source"] = {
         side: metrics_by_source(scores[side].by_document, stream.documents) for side, stream in held_out.items()
     }
@@ -105,7 +111,8 @@ def evaluate_model(
         write_bytes(reports / f"eval.{name}.csv", table.to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
-    return Evaluation(results, card, page, model_manifest.counts["best_step"], split, compared)
+    documents = score_table(scores, held_out)
+    return Evaluation(results, card, page, model_manifest.counts["best_step"], split, documents, compared)
 
 
 def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:

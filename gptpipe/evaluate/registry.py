@@ -25,12 +25,13 @@ from mlflow.tracking import MlflowClient
 
 from gptpipe.base.manifest import Manifest, read_manifest, verify
 from gptpipe.base.params import Section
+from gptpipe.evaluate.document_scores import FOLDER, paired_difference, read_scores, write_scores
 from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.record.description import describe_run
 from gptpipe.record.outbox import send_outbox
 from gptpipe.record.sqlite_store import sqlite_file, store_lock
-from gptpipe.record.starting_model import MODEL_FOLDER, stored_model
+from gptpipe.record.starting_model import MODEL_FOLDER, stored_folder
 from gptpipe.record.store import (
     REPRODUCE,
     RefusedError,
@@ -43,7 +44,7 @@ from gptpipe.record.store import (
 )
 from gptpipe.score.metrics import VALIDATION_METRICS
 from gptpipe.shell.environment import project_root, tracking_uri
-from gptpipe.shell.errors import IntegrityError
+from gptpipe.shell.errors import IntegrityError, first_line
 
 MODEL_NAME = "gpt"
 CHAMPION = "champion"
@@ -95,10 +96,9 @@ def record_evaluation(
             with store_lock(store, "registry", _LOCK_SECONDS):  # two evaluations must not both create a version
                 run = _finished_run(client, all_params, evaluation.split, run_id)
                 _log_evaluation(client, run.info.run_id, evaluation, page, charts)
-                number = _ensure_version(client, run, model, evaluate_params)
+                number = _ensure_version(client, run, model, evaluate_params, evaluation.documents)
                 client.update_model_version(MODEL_NAME, number, description=evaluation.model_card)
-                bits_per_byte = evaluation.metrics().get("test/bits_per_byte")
-                return _choose_champion(client, number, bits_per_byte, evaluation.results["test_digest"])
+                return _choose_champion(client, number, evaluation)
     except RefusedError as error:
         return (
             f"warning: not recorded ({error}); the store refused it; check the store's version and what was deleted "
@@ -152,7 +152,9 @@ def _log_new_metrics(client: MlflowClient, run_id: str, step: int, metrics: dict
     client.log_batch(run_id, metrics=new)
 
 
-def _ensure_version(client: MlflowClient, run: Run, model: Path, evaluate_params: EvaluateParams) -> str:
+def _ensure_version(
+    client: MlflowClient, run: Run, model: Path, evaluate_params: EvaluateParams, documents: pd.DataFrame
+) -> str:
     """The number of the version of this model. Creates the version and its logged model, unless they exist.
 
     An unfinished or damaged logged model is uploaded again under its id, so that no incomplete one remains.
@@ -163,7 +165,12 @@ def _ensure_version(client: MlflowClient, run: Run, model: Path, evaluate_params
     if logged is None:
         tags = {MODEL_DIGEST: digest, "mlflow.source.name": "stages.evaluate"}
         logged = client.create_logged_model(run.info.experiment_id, "model", run.info.run_id, tags, run.data.params)
-    _upload_unless_complete(client, logged, run, model, digest, evaluate_params)
+    if not _is_complete(logged, digest):
+        with _temporary_folder() as folder:
+            _write_pyfunc(folder / "model", logged, run, model, evaluate_params)
+            write_scores(folder / "model/artifacts" / FOLDER, documents, digest)
+            client.log_model_artifacts(logged.model_id, str(folder / "model"))
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     outputs = run.outputs.model_outputs if run.outputs else []
     if logged.model_id not in {output.model_id for output in outputs}:
         client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -177,18 +184,6 @@ def _ensure_version(client: MlflowClient, run: Run, model: Path, evaluate_params
         tags = {MODEL_DIGEST: digest}
         registered = client.create_model_version(MODEL_NAME, uri, run.info.run_id, tags, model_id=logged.model_id)
     return str(registered.version)
-
-
-def _upload_unless_complete(
-    client: MlflowClient, logged: LoggedModel, run: Run, model: Path, digest: str, evaluate_params: EvaluateParams
-) -> None:
-    """Make sure that a logged model is READY and has all files of the model folder."""
-    with _temporary_folder() as folder:
-        if logged.status == LoggedModelStatus.READY and _is_complete(logged, digest, folder / "stored"):
-            return
-        _write_pyfunc(folder / "model", logged, run, model, evaluate_params)
-        client.log_model_artifacts(logged.model_id, str(folder / "model"))
-        client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
 
 def _version_of(client: MlflowClient, digest: str) -> ModelVersion | None:
@@ -213,17 +208,40 @@ def _logged_model_of(
     return logged_models[0] if logged_models else None
 
 
-def _is_complete(logged: LoggedModel, digest: str, folder: Path) -> bool:
-    """Whether a logged model has every file of the model folder, undamaged. Downloads go to `folder`."""
+def _is_complete(logged: LoggedModel, digest: str) -> bool:
+    """Whether a logged model is READY and has the model folder and the scores of documents, undamaged."""
+    if logged.status != LoggedModelStatus.READY:
+        return False
     try:
-        return verify(stored_model(logged.artifact_location, folder)).digest == digest
+        with _temporary_folder() as folder:
+            model = verify(stored_folder(logged.artifact_location, MODEL_FOLDER, folder))
+            scores = verify(stored_folder(logged.artifact_location, FOLDER, folder))
     except (IntegrityError, MlflowException, OSError):  # damaged, or missing
         return False
+    return model.digest == digest == scores.made_from.get(MODEL_FOLDER)
+
+
+def document_scores_of(client: MlflowClient, run_id: str) -> pd.DataFrame | None:
+    """The scores of documents that are stored with the model of a run; None if there are none, or damaged ones.
+
+    Raises MlflowException if the store fails.
+    """
+    outputs = client.get_run(run_id).outputs
+    if not outputs or not outputs.model_outputs:
+        return None
+    try:
+        location = client.get_logged_model(outputs.model_outputs[-1].model_id).artifact_location
+        with tempfile.TemporaryDirectory() as folder:  # `_temporary_folder` belongs to a registration
+            return read_scores(stored_folder(location, FOLDER, Path(folder)))
+    except (IntegrityError, OSError, MlflowException) as error:
+        if isinstance(error, MlflowException) and error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def _write_pyfunc(folder: Path, logged: LoggedModel, run: Run, model: Path, evaluate_params: EvaluateParams) -> None:
     """Write the model in MLflow's pyfunc format. The model code is a Python file, not a pickle."""
-    assert model.name == MODEL_FOLDER  # `stored_model` looks for it under this name
+    assert model.name == MODEL_FOLDER  # `stored_folder` looks for it under this name
     prompt = list(evaluate_params.prompts[:1]) or [""]
     example = pd.DataFrame({"prompt": prompt})
     options = {
@@ -241,7 +259,7 @@ def _write_pyfunc(folder: Path, logged: LoggedModel, run: Run, model: Path, eval
         mlflow_model=Model(
             logged.artifact_location, run.info.run_id, model_uuid=logged.model_id, model_id=logged.model_id
         ),
-        signature=infer_signature(example, pd.DataFrame({"text": prompt}), options),
+        signature=infer_signature(None, pd.DataFrame({"text": prompt}), options),
         input_example=example,
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _SERVING_REQUIREMENTS],
     )
@@ -267,13 +285,14 @@ def _temporary_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | None, test_digest: str) -> str:
-    """Move the alias only to a version that is better on the same test documents.
+def _choose_champion(client: MlflowClient, number: str, evaluation: Evaluation) -> str:
+    """Move the alias only to a version that is better on the same test documents, beyond what chance explains.
 
     Returns a line for the user.
     """
     outcome = f"registered {MODEL_NAME} version {number}"
-    client.set_model_version_tag(MODEL_NAME, number, "test_digest", test_digest)
+    bits_per_byte = evaluation.metrics().get("test/bits_per_byte")
+    client.set_model_version_tag(MODEL_NAME, number, "test_digest", evaluation.results["test_digest"])
     if bits_per_byte is None:
         return f"{outcome}; without a test split no {CHAMPION} is chosen"
     client.set_model_version_tag(MODEL_NAME, number, "test_bits_per_byte", repr(bits_per_byte))
@@ -283,14 +302,22 @@ def _choose_champion(client: MlflowClient, number: str, bits_per_byte: float | N
         return f"{outcome}, the first {CHAMPION}"
     if str(champion) == number:
         return f"{outcome}, which is the {CHAMPION} already: {bits_per_byte:.4f} bits per byte on test"
-    tags = client.get_model_version(MODEL_NAME, champion).tags
-    if tags.get("test_digest") != test_digest:
-        return f"{outcome}; the {CHAMPION}, version {champion}, was tested on other documents and stays"
-    best = float(tags.get("test_bits_per_byte", "inf"))
-    if bits_per_byte >= best:
-        return f"{outcome}; the {CHAMPION}, version {champion}, stays with {best:.4f} bits per byte on test"
+    version = client.get_model_version(MODEL_NAME, champion)
+    best = float(version.tags.get("test_bits_per_byte", "inf"))
+    stays = f"{outcome}; the {CHAMPION}, version {champion}, stays"
+    try:
+        with _temporary_folder() as folder:
+            location = client.get_model_version_download_uri(MODEL_NAME, champion)
+            of_champion = read_scores(stored_folder(location, FOLDER, folder))
+    except (IntegrityError, OSError, MlflowException) as error:
+        reason = first_line(error).split("; ")[0]
+        return f"{stays}: its scores cannot be read ({reason}); evaluate it again, or move the alias in `mlflow ui`"
+    difference = paired_difference(evaluation.documents, of_champion, "test")
+    if difference is None:
+        return f"{stays}: it was tested on other documents"
+    if not difference.is_lower:
+        needed = "a new champion must be lower by more than two standard errors"
+        return f"{stays} with {best:.4f} bits per byte on test; the difference is {difference}; {needed}"
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
-    return (
-        f"{outcome}, the new {CHAMPION}: {bits_per_byte:.4f} bits per byte on test; "
-        f"the previous {CHAMPION} had {best:.4f}"
-    )
+    change = f"{bits_per_byte:.4f} bits per byte on test, {best:.4f} before"
+    return f"{outcome}, the new {CHAMPION}: {change}; the difference is {difference}, more than two standard errors"

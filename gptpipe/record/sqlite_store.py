@@ -143,7 +143,9 @@ def _find_outdated(database: sqlite3.Connection, file: Path, tables: tuple[str, 
 
 
 def _local_path(location: str) -> Path | None:
-    """The path of a `file:` address; None for any other location, such as one in a bucket."""
+    """The path of a `file:` address or of a plain path; None for any other location, such as one in a bucket."""
+    if location.startswith("/"):
+        return Path(location)
     parts = urlsplit(location)
     return Path(url2pathname(parts.path)) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
 

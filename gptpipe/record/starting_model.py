@@ -87,18 +87,18 @@ def _registered_model(parameter: str, value: str, temporary: Path) -> StartingMo
         reason = first_line(error).removeprefix("tracking store: ")
         raise ConfigError(f"{parameter}: {value}: {reason}; `mlflow ui` shows the registered models") from error
     try:
-        folder = stored_model(location, temporary)
+        folder = stored_folder(location, MODEL_FOLDER, temporary)
         verify(folder)
     except (MlflowException, OSError) as error:
         raise IntegrityError(f"{parameter}: {value}: {first_line(error)}; `gptpipe doctor` checks the store") from error
     return StartingModel(f"models:/{name}/{version}", folder)
 
 
-def stored_model(location: str, folder: Path) -> Path:
-    """The model folder at an artifact location: in place if it is on this machine, else a copy in `folder`."""
+def stored_folder(location: str, name: str, folder: Path) -> Path:
+    """A folder of a stored model at its artifact location: in place if it is on this machine, else a copy in `folder`."""
     parts = urlsplit(location)
     if parts.scheme in ("", "file"):
-        return Path(url2pathname(parts.path), "artifacts", MODEL_FOLDER)
+        return Path(url2pathname(parts.path), "artifacts", name)
     import mlflow.artifacts
 
-    return Path(mlflow.artifacts.download_artifacts(f"{location}/artifacts/{MODEL_FOLDER}", dst_path=str(folder)))
+    return Path(mlflow.artifacts.download_artifacts(f"{location}/artifacts/{name}", dst_path=str(folder)))

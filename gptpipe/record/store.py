@@ -94,7 +94,7 @@ def store_errors() -> Iterator[None]:
 
 def without_credentials(text: str) -> str:
     """The text with user names and passwords in addresses replaced by `***`."""
-    return re.sub(r"://\S*@", "://***@", text)
+    return re.sub(r"://(?!/)\S*@", "://***@", text)  # after a third slash is a path
 
 
 def connect(*, to_write: bool = False) -> MlflowClient:

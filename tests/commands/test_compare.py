@@ -1,16 +1,29 @@
 """`gptpipe compare` over runs with known metrics, compared with statistics computed here."""
 
+import math
 import re
 from pathlib import Path
 
 import mlflow
 import pytest
-from scipy.stats import ttest_ind
+from scipy.stats import sem, ttest_ind, ttest_rel
+from tiny import make_model
+from toy_registration import evaluate
 
 from gptpipe.commands.compare import _draw, compare
+from gptpipe.params import Params
 from gptpipe.record.store import connect
 from gptpipe.shell.errors import ConfigError, InputError
 
+HEADER = (
+    "runs",
+    "test/bits_per_byte",
+    "standard error",
+    "difference",
+    "its error",
+    "p",
+    "paired by",
+)
 pytestmark = pytest.mark.usefixtures("project")
 
 
@@ -42,13 +55,37 @@ def test_runs_are_grouped_over_seeds() -> None:
         log_run("0.01", seed, bad)
     log_run("0.01", 2, 1.65)  # a repetition is no new evidence
     log_run("0.1", 0, 2.0)
-    p = ttest_ind([1.50, 1.52, 1.54], [1.60, 1.70, 1.65], equal_var=False).pvalue
+    p = ttest_rel([1.50, 1.52, 1.54], [1.60, 1.70, 1.65]).pvalue
+    error = sem([0.10, 0.18, 0.11])
     assert rows() == [
-        ["runs", "test/bits_per_byte", "standard error", "p against best"],
+        [*HEADER],
         ["train.lr=0.001", "best", "3", "1.5200", f"{0.02 / 3**0.5:.4f}"],
-        ["train.lr=0.01", "3", "1.6500", f"{0.05 / 3**0.5:.4f}", f"{p:.4f}"],
-        ["train.lr=0.1", "1", "2.0000", "0.0500"],  # one seed: standard error over documents, no significance
+        ["train.lr=0.01", "3", "1.6500", f"{0.05 / 3**0.5:.4f}", "0.1300", f"{error:.4f}", f"{p:.4f}", "3 seeds"],
+        ["train.lr=0.1", "1", "2.0000", "0.0500", "0.4800", "nothing"],  # one seed: standard error over documents
     ]
+
+
+def test_runs_of_different_seeds_are_not_paired() -> None:
+    for seed, good, bad in ((0, 1.50, 1.60), (2, 1.52, 1.70), (4, 1.54, 1.65)):
+        log_run("0.001", seed, good)
+        log_run("0.01", seed + 1, bad)
+    welch = ttest_ind([1.50, 1.52, 1.54], [1.60, 1.70, 1.65], equal_var=False)
+    error = math.hypot(sem([1.50, 1.52, 1.54]), sem([1.60, 1.70, 1.65]))
+    assert rows()[2][-4:] == ["0.1300", f"{error:.4f}", f"{welch.pvalue:.4f}", "nothing"]
+
+
+def test_single_runs_are_paired_by_document_if_their_test_documents_are_equal(params: Params, project: Path) -> None:
+    """The deviations of the documents are up to 4%, those of their differences 4% of 0.01 bits."""
+    for i, (lr, bits, digest) in enumerate((("0.1", 2.0, "d1"), ("0.2", 2.01, "d1"), ("0.3", 2.02, "d2"))):
+        run_id = log_run(lr, 0, bits)
+        connect().set_terminated(run_id)
+        model = make_model(project / f"{i}/gpt", seed=i)
+        assert f"version {i + 1}" in evaluate(params, model, run_id, bits, digest)
+    _, _, paired, other = rows()
+    assert paired[-4:-2] == ["0.0100", "0.0001"]
+    assert float(paired[-2]) < 1e-4
+    assert paired[-1] == "10 documents"
+    assert other[-1] == "nothing"
 
 
 def test_highest_accuracy_is_the_best() -> None:
@@ -66,7 +103,7 @@ def test_metric_without_a_standard_error_over_documents() -> None:
         log_run(lr, seed, 2.0 + seed, "train/loss", error=False)
     assert [row[:4] for row in rows(metric="train/loss")[1:]] == [
         ["train.lr=0.1", "best", "2", "2.5000"],
-        ["train.lr=0.2", "1", "4.0000"],
+        ["train.lr=0.2", "1", "4.0000", "1.5000"],
     ]
 
 

@@ -26,6 +26,7 @@ METRICS = {
     *("loss", "perplexity", "bits_per_byte", "token_accuracy"),
     *(f"{name}_standard_error" for name in ("loss", "perplexity", "bits_per_byte", "token_accuracy")),
     *("n_tokens", "n_bytes", "n_documents", "calibration_error"),
+    *("bits_per_byte_overlapping", "bits_per_byte_overlapping_standard_error"),
 }
 
 
@@ -61,6 +62,10 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     card = (tmp_path / "model_card.md").read_text()
     assert f"{results['test']['loss']:.4f} ± {results['test']['loss_standard_error']:.4f}" in card
     assert card.startswith((project.root / "models/gpt/README.md").read_text())
+    documents = evaluation.documents[evaluation.documents["split"] == "test"]
+    assert documents["nats"].sum() / documents["n_bytes"].sum() / math.log(2) == pytest.approx(
+        results["test"]["bits_per_byte"]
+    )
     verify(project.root / "models/gpt")  # the output of stage train is unchanged
 
 

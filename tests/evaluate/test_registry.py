@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
@@ -50,22 +51,42 @@ def another(model: Path) -> None:
 
 @pytest.mark.slow
 def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(params: Params, model: Path) -> None:
+    """Of ten documents with 2 bits per byte, the first model has up to 4% more or less in each."""
     assert "the first champion" in evaluate(params, model, None, 2.0)
     assert champion() == "1"
     another(model)
     assert "stays with 2.0000" in evaluate(params, model, None, 2.5)
     another(model)
-    assert "stays with 2.0000" in evaluate(params, model, None, 2.0)  # equal is not better
+    # Equal documents: the difference and its error are 0.
+    line = evaluate(params, model, None, 2.0)
+    assert (
+        "stays with 2.0000 bits per byte on test; the difference is +0.0000 ± 0.0000 bits per byte on the same 10"
+        in line
+    )
     assert champion() == "1"
     another(model)
-    assert "tested on other documents and stays" in evaluate(params, model, None, 1.0, digest="d2")
+    assert "stays: it was tested on other documents" in evaluate(params, model, None, 1.0, digest="d2")
     another(model)
     assert "no champion is chosen" in evaluate(params, model, None, None)
     assert champion() == "1"
     another(model)
-    assert "the new champion: 1.5000" in evaluate(params, model, None, 1.5)
+    # Half a bit less on average, with deviations of up to 2%: sqrt(10 / 9 * 60) * 0.5 / 1000 = 0.0041.
+    line = evaluate(params, model, None, 1.5)
+    assert "the new champion: 1.5000 bits per byte on test, 2.0000 before; the difference is -0.5000 ± 0.0041" in line
     assert champion() == "6"
     assert "version 6, which is the champion already" in evaluate(params, model, None, 1.5)
+
+
+def test_a_champion_without_readable_scores_stays(params: Params, model: Path, project: Path) -> None:
+    evaluate(params, model, None, 2.0)
+    (scores,) = (project / "mlartifacts").rglob("scores.parquet")
+    content = scores.read_bytes()
+    scores.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    another(model)
+    line = evaluate(params, model, None, 1.0)
+    assert "version 1, stays: its scores cannot be read" in line
+    assert "scores.parquet: differs from its manifest" in line
+    assert champion() == "1"
 
 
 def test_a_model_is_registered_once_even_if_it_is_evaluated_again(params: Params, model: Path, project: Path) -> None:
@@ -173,14 +194,65 @@ def test_the_registered_model_generates_without_pickle(params: Params, model: Pa
         loaded.predict(prompts, params={"temperature": "hot"})
 
 
+CAT = "the cat"
+FORMS = {
+    "a text": CAT,
+    "a list": [CAT],
+    "a dict": {"prompt": CAT},
+    "a dict with a list": {"prompt": [CAT]},
+    "a list of dicts": [{"prompt": CAT}],
+    "an array": np.array([CAT]),
+    "a column": pd.Series([CAT]),
+    "a table": pd.DataFrame({"prompt": [CAT], "id": [7]}),
+}
+
+
+def test_prompts_may_be_a_text_a_list_a_dict_or_a_table_and_are_streamed(params: Params, model: Path) -> None:
+    evaluate(params, model, None, 2.0)
+    loaded = mlflow.pyfunc.load_model("models:/gpt@champion")
+    options = {"max_new_tokens": 6}
+    (text,) = loaded.predict(CAT, params=options)["text"]
+    assert text.startswith(CAT)
+    for form, prompts in FORMS.items():
+        assert list(loaded.predict(prompts, params=options)["text"]) == [text], form
+    assert list(loaded.predict([CAT, CAT], params=options)["text"]) == [text, text]
+    pieces = list(loaded.predict_stream({"prompt": CAT}, params=options))
+    assert (pieces[0], "".join(pieces)) == (CAT, text)
+    assert len(pieces) > 2
+    for wrong in (None, [CAT, None], {"prompt": None}, pd.DataFrame({"prompt": [CAT, None]})):
+        with pytest.raises(mlflow.MlflowException, match=r"prompt \d is null"):
+            loaded.predict(wrong)
+    with pytest.raises(mlflow.MlflowException, match="unknown parameter tempature; there are max_new_tokens, seed"):
+        loaded.predict(CAT, params={"tempature": 1.0})
+
+
+GOOD = [
+    {"inputs": CAT},
+    {"inputs": [CAT]},
+    {"inputs": {"prompt": CAT}},
+    {"instances": [CAT]},
+    {"instances": [{"prompt": CAT}]},
+    {"dataframe_records": [{"prompt": CAT}]},
+    {"dataframe_split": {"columns": ["prompt"], "data": [[CAT]]}},
+]
 WRONG = [
-    ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
-    ({"top_k": -1}, "top_k is -1; it must be 1 or more"),
-    ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-    ({"max_new_tokens": "many"}, "max_new_tokens"),
-    ({"temperature": "hot"}, "temperature"),
-    ([], "must be a dictionary"),
+    ({"inputs": [CAT], "params": {"temperature": -1.0}}, "temperature is -1.0; it must be 0 or more"),
+    ({"inputs": [CAT], "params": {"top_k": -1}}, "top_k is -1; it must be 1 or more"),
+    ({"inputs": [CAT], "params": {"top_p": 0.0}}, "top_p is 0.0; it must be above 0"),
+    ({"inputs": [CAT], "params": {"max_new_tokens": 0}}, "max_new_tokens must be 1 or more"),
+    ({"inputs": [CAT], "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
+    ({"inputs": [CAT], "params": {"temperature": "hot"}}, "temperature"),
+    ({"inputs": [CAT], "params": {"temperature": None}}, "temperature is null"),
+    ({"inputs": [CAT], "params": []}, "must be a dictionary"),
+    ({"inputs": [CAT], "params": {"tempature": 1.0}}, "unknown parameter tempature"),
+    ({"inputs": None}, "prompt 1 is null"),
+    ({"inputs": [CAT, None]}, "prompt 2 is null"),
+    ({"inputs": {"prompt": None}}, "prompt 1 is null"),
+    ({"inputs": 3}, "prompt 1 is of type int"),
+    ({"inputs": "\ud800"}, "prompt 1 is not valid Unicode"),
+    ({"dataframe_records": [{"prompt": CAT}, {"prompt": None}]}, "prompt 2 is null"),
+    ({"dataframe_records": [{"text": CAT}]}, "no column `prompt`"),
+    ({"prompt": CAT, "tempature": 1.0}, "the one key `prompt`, not prompt, tempature"),
 ]
 
 
@@ -200,8 +272,12 @@ def test_the_served_model_answers_with_text_and_explains_refusals(
             time.sleep(0.01)
         try:
             address = f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
-            status, answer = ask(address, {"max_new_tokens": 4})
-            assert (status, answer["predictions"][0]["text"][:7]) == (200, "the cat")
+            for good in GOOD:
+                status, answer = ask(address, {**good, "params": {"max_new_tokens": 4}})
+                assert status == 200, answer
+                assert answer["predictions"][0]["text"].startswith(CAT)
+            status, answer = ask(address, {"prompt": CAT, "max_new_tokens": 4})
+            assert (status, answer[0]["text"][:7]) == (200, CAT)
             for wrong, words in WRONG:
                 status, answer = ask(address, wrong)
                 assert (status, "stack_trace" in answer) == (400, False), answer
@@ -211,8 +287,8 @@ def test_the_served_model_answers_with_text_and_explains_refusals(
             thread.join()
 
 
-def ask(address: str, options: Any) -> tuple[int, dict[str, Any]]:
-    body = json.dumps({"dataframe_records": [{"prompt": "the cat"}], "params": options}).encode()
+def ask(address: str, content: dict[str, Any]) -> tuple[int, Any]:
+    body = json.dumps(content).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:

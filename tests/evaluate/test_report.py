@@ -51,7 +51,7 @@ def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Pa
     page = (reports / "report.html").read_text()
     results = json.loads((reports / "eval.json").read_bytes())
     for side in ("val", "test"):
-        for name in ("loss", "bits_per_byte"):
+        for name in ("loss", "bits_per_byte", "bits_per_byte_overlapping"):
             assert f"{results[side][name]:.4f} ± {results[side][f'{name}_standard_error']:.4f}" in page
     assert page.count("<svg ") == len(TITLES)
     assert "lower train.lr" in page  # the red flag's words
