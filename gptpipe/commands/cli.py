@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
 
+    export = add_command("export", _export)
+    export.add_argument("--format", choices=["gguf"], default="gguf", help="gguf: for llama.cpp and ollama")
+    export.add_argument("--type", choices=["f32", "f16", "q8_0"], default="f16", help="numbers of 32, 16 or 8.5 bits")
+    export.add_argument("--out", type=Path, help="file to write; without it, beside the model folder")
+    export.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
+
     restore = add_command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
     restore.add_argument(
@@ -146,6 +152,13 @@ def _generate(options: argparse.Namespace) -> None:
     from gptpipe.commands.generate import generate
 
     generate(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Write a trained model as a file for llama.cpp."""
+    from gptpipe.commands.export import export
+
+    export(options)
 
 
 def _restore(options: argparse.Namespace) -> None:

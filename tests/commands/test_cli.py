@@ -45,7 +45,7 @@ def test_help_lists_every_command_in_one_line(
         return capsys.readouterr().out
 
     text = help_of()
-    for command in ("plan", "data", "doctor", "compare", "generate", "restore"):
+    for command in ("plan", "data", "doctor", "compare", "generate", "export", "restore"):
         assert re.search(rf"^ +{command}  +[A-Z].*\.$", text, re.MULTILINE)
         assert f"gptpipe {command} [-h]" in help_of(command)
     for command in ("dvc repro", "dvc exp run", "dvc plots show", "dvc push", "mlflow ui"):
