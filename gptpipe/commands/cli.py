@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability"
     )
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, help="leave out tokens below this share of the largest probability"
+    )
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: tokens in the context become less probable"
+    )
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
 
     export = add_command("export", _export)

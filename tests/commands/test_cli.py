@@ -65,6 +65,17 @@ def test_generate_continues_the_prompt(model: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out != first.stdout
 
 
+def test_generate_ends_before_a_stop_string(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def generate(*options: str) -> str:
+        _dispatch(["generate", "the", "--model", model, "--max-new-tokens", "40", *options])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    whole = generate()
+    stop = whole[20:22]
+    assert generate("--stop", "never seen", "--stop", stop) == "the" + whole[3:].partition(stop)[0]
+    assert generate("--repetition-penalty", "2", "--min-p", "0.5") != whole
+
+
 def test_generate_answers_prompts_on_a_terminal(model: str) -> None:
     """Ctrl-C ends a continuation, the up arrow brings back the last prompt, Ctrl-D ends the program."""
     controller, terminal = pty.openpty()
@@ -122,6 +133,9 @@ def test_generate_needs_either_prompt_or_interactive(arguments: list[str]) -> No
         (["the", "--top-k", "-1"], 2),
         (["the", "--seed", str(2**70)], 2),
         (["the", "--temperature", "nan"], 2),
+        (["the", "--min-p", "1.5"], 2),
+        (["the", "--repetition-penalty", "0"], 2),
+        (["the", "--stop", ""], 2),
         (["the \udcff"], 3),  # a byte that is not UTF-8
     ],
 )
