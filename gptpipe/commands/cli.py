@@ -119,11 +119,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability"
     )
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, help="leave out tokens below this share of the largest probability"
+    )
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: tokens in the context become less probable"
+    )
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
 
     score = add_command("score", _score)
     score.add_argument("split", type=Path, nargs="?", default=Path("data/split"), help="folder with a split")
     score.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
+
+    export = add_command("export", _export)
+    export.add_argument("--format", choices=["gguf"], default="gguf", help="gguf: for llama.cpp and ollama")
+    export.add_argument("--type", choices=["f32", "f16", "q8_0"], default="f16", help="numbers of 32, 16 or 8.5 bits")
+    export.add_argument("--out", type=Path, help="file to write; without it, beside the model folder")
+    export.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
 
     restore = add_command("restore", _restore)
     restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
@@ -194,6 +207,13 @@ def _score(options: argparse.Namespace) -> None:
 
     for line in score_split(options.model, options.split):
         print(printable(line))
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Write a trained model as a file for llama.cpp."""
+    from gptpipe.commands.export import export
+
+    export(options)
 
 
 def _restore(options: argparse.Namespace) -> None:

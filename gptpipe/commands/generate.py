@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,13 +24,17 @@ def generate(options: argparse.Namespace) -> None:
     """
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}; set it to 1 or more")
+    if "" in (options.stop or ()):
+        raise ConfigError("--stop is empty; give a text that ends the continuation, or leave the option out")
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k or None,
         top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
-    generator = _Generator(options.model, options.max_new_tokens, sampling)
+    generator = _Generator(options.model, options.max_new_tokens, sampling, options.stop or ())
     if options.interactive:
         _answer_prompts(generator)
     else:
@@ -39,12 +44,13 @@ def generate(options: argparse.Namespace) -> None:
 class _Generator:
     """A loaded model that prints continuations."""
 
-    def __init__(self, folder: Path, max_new_tokens: int, sampling: Sampling) -> None:
+    def __init__(self, folder: Path, max_new_tokens: int, sampling: Sampling, stop: Sequence[str]) -> None:
         verify(folder)
         self._model, self._tokenizer = load_generator(folder)
         self._model.to(best_device())
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
+        self._stop = stop
 
     def answer(self, prompt: str) -> None:
         """Print the prompt and its continuation, piece by piece."""
@@ -52,7 +58,7 @@ class _Generator:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(_NOT_UTF8)
         announce_cut(self._model, self._tokenizer, prompt, "the prompt")
-        pieces = continue_text(self._model, self._tokenizer, prompt, self._max_new_tokens, self._sampling)
+        pieces = continue_text(self._model, self._tokenizer, prompt, self._max_new_tokens, self._sampling, self._stop)
         with memory_errors(lambda: "out of memory; shorten the prompt, or lower --max-new-tokens"):
             _print_piece(prompt)
             for piece in pieces:

@@ -24,7 +24,7 @@ NAME = "bits_per_byte_overlapping"
 _MAX_LOGITS = 1 << 24  # computed in one forward pass: 64 MB in float32
 
 
-def overlapping_metrics(model: GPT, stream: Stream, scoring: Scoring = Scoring()) -> Metrics:
+def overlapping_metrics(model: GPT, stream: Stream, scoring: Scoring) -> Metrics:
     """The metric and its standard error over documents. Each token but the first is scored once."""
     nats = np.zeros(len(stream.documents))
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()

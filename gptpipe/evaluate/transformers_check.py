@@ -86,7 +86,7 @@ def _compare_logits(theirs: Any, model: GPT, tokens: npt.NDArray[np.unsignedinte
     n_tokens = min(model.params.context_length, max(2, _MAX_LOGITS // model.vocab_size))
     window = _tensor(tokens[:n_tokens], model)
     logits, their_logits = model.eval()(window), theirs(window).logits  # (1, T, V)
-    difference = (logits - their_logits).abs().max().item()
+    difference: float = (logits - their_logits).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, logits.abs().max().item()):
         raise IntegrityError(
             f"{name} computes other logits, they differ by {difference:.2g}; do not use its config.json"

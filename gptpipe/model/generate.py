@@ -19,6 +19,8 @@ class Sampling:
     temperature: float = 1.0  # 0: always the most probable token
     top_k: int | None = None  # only the k most probable tokens; None: all
     top_p: float = 1.0  # only the smallest set of tokens whose probabilities add up to this
+    min_p: float = 0.0  # only tokens with at least this share of the largest probability
+    repetition_penalty: float = 1.0  # above 1: tokens that are in the context become less probable
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -26,6 +28,8 @@ class Sampling:
             "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
             "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0, and finite"),
             "seed": (0 <= self.seed < 2**63, "0 or more, and below 2^63"),
         }
         for name, (is_valid, allowed) in checks.items():
@@ -55,6 +59,7 @@ def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Samplin
                 logits = model.head(model.hidden(pending, cache)[:, -1]).float().cpu()  # (B, V)
             if not logits.isfinite().all():
                 raise NumericError("the model's logits are not finite: its weights are unusable; choose another model")
+            logits = penalise_repetition(logits, context.cpu(), sampling.repetition_penalty)
             pending = draw(logits, sampling, generator).to(prompts.device)[:, None]  # (B, 1)
             context = torch.cat((context, pending), dim=1)[:, -model.params.context_length :]
             yield pending[:, 0]
@@ -77,14 +82,30 @@ def _new_cache(model: GPT, batch_size: int, n_tokens: int) -> KVCache:
     return model.new_cache(batch_size, n_tokens)
 
 
+def penalise_repetition(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) with those of all tokens in `context` (B, T) divided by `penalty` if positive, else multiplied.
+
+    Keskar et al., 2019, arXiv:1909.05858, section 4.1.
+    """
+    if penalty == 1:
+        return logits
+    seen = logits.gather(-1, context)  # (B, T)
+    return logits.scatter(-1, context, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token id (B,) from logits (B, V); nucleus sampling after Holtzman et al., 2020 (arXiv:1904.09751)."""
+    """One token id (B,) from logits (B, V).
+
+    Nucleus sampling after Holtzman et al., 2020 (arXiv:1904.09751), min-p after Nguyen et al., 2024
+    (arXiv:2407.01082).
+    """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     n_candidates = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     ordered, order = logits.double().topk(n_candidates)  # most probable first
     probabilities = ((ordered - ordered[:, :1]) / sampling.temperature).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # of all more probable tokens together
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    is_excluded = (before >= sampling.top_p) | (probabilities < sampling.min_p * probabilities[:, :1])
+    probabilities = probabilities.masked_fill(is_excluded, 0.0)
     chosen = torch.multinomial(probabilities, 1, generator=generator)
     return order.gather(-1, chosen)[:, 0]

@@ -95,7 +95,7 @@ def _registered_model(parameter: str, value: str, temporary: Path) -> StartingMo
 
 
 def stored_folder(location: str, name: str, folder: Path) -> Path:
-    """A folder of a stored model at its artifact location: in place if it is on this machine, else a copy in `folder`."""
+    """A part of a stored model at its artifact location: in place if it is on this machine, else a copy in `folder`."""
     parts = urlsplit(location)
     if parts.scheme in ("", "file"):
         return Path(url2pathname(parts.path), "artifacts", name)

@@ -1,7 +1,7 @@
 """Text sampled from the model: continuations of prompts and of held-out documents."""
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +49,25 @@ def _announce_cut(model: GPT, n_tokens: int, name: str) -> None:
 
 
 def continue_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield the continuation of a prompt in pieces of whole characters.
+
+    It ends at the end of the document, before the first of the strings in `stop`, or after `max_new_tokens`. Of a prompt
+    longer than the context, the model sees only the end: see `announce_cut`.
+    """
+    yield from until_stop(_characters(model, tokenizer, prompt, max_new_tokens, sampling), stop)
+
+
+def _characters(
     model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces, to the end of the document or for `max_new_tokens`.
-
-    Of a prompt longer than the context, the model sees only the end: see `announce_cut`.
-    """
+    """The text of each new token, as far as its characters are complete."""
     device = model.embedding.weight.device
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_text]], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
@@ -63,6 +76,21 @@ def continue_text(
             break
         yield decoder.decode(tokenizer.decode_bytes([int(token)]))
     yield decoder.decode(b"", final=True)
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """The text of the pieces up to the first stop string. Text that may become a stop string is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        starts = [start for start in map(held.find, stop) if start >= 0]
+        if starts:
+            yield held[: min(starts)]
+            return
+        n_open = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        yield held[: len(held) - n_open]
+        held = held[len(held) - n_open :]
+    yield held
 
 
 @dataclass(frozen=True)

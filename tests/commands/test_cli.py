@@ -47,7 +47,7 @@ def test_help_lists_every_command_in_one_line(
         return capsys.readouterr().out
 
     text = help_of()
-    for command in ("plan", "data", "doctor", "compare", "generate", "restore"):
+    for command in ("plan", "data", "doctor", "compare", "generate", "export", "restore"):
         assert re.search(rf"^ +{command}  +[A-Z].*\.$", text, re.MULTILINE)
         assert f"gptpipe {command} [-h]" in help_of(command)
     for command in ("dvc repro", "dvc exp run", "dvc plots show", "dvc push", "mlflow ui"):
@@ -65,6 +65,17 @@ def test_generate_continues_the_prompt(model: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == first.stdout
     _dispatch([*command, "--seed", "1"])
     assert capsys.readouterr().out != first.stdout
+
+
+def test_generate_ends_before_a_stop_string(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def generate(*options: str) -> str:
+        _dispatch(["generate", "the", "--model", model, "--max-new-tokens", "40", *options])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    whole = generate()
+    stop = whole[20:22]
+    assert generate("--stop", "never seen", "--stop", stop) == "the" + whole[3:].partition(stop)[0]
+    assert generate("--repetition-penalty", "2", "--min-p", "0.5") != whole
 
 
 def test_generate_answers_prompts_on_a_terminal(model: str) -> None:
@@ -133,6 +144,9 @@ def test_generate_needs_either_prompt_or_interactive(arguments: list[str]) -> No
         (["the", "--temperature", "-0.1"], 2),
         (["the", "--temperature", "inf"], 2),
         (["--interactive", "--max-new-tokens", "-1"], 2),
+        (["the", "--min-p", "1.5"], 2),
+        (["the", "--repetition-penalty", "0"], 2),
+        (["the", "--stop", ""], 2),
         (["the \udcff"], 3),  # a byte that is not UTF-8
     ],
 )

@@ -12,6 +12,7 @@ from gptpipe.evaluate import overlapping_windows
 from gptpipe.evaluate.overlapping_windows import NAME, overlapping_metrics
 from gptpipe.formats.streams import Stream
 from gptpipe.score.metrics import ratio
+from gptpipe.score.scoring import Scoring
 
 
 def stream_of(*lengths: int) -> Stream:
@@ -42,4 +43,4 @@ def test_each_token_is_scored_once_with_at_least_half_a_context(
         nats[document[target]] -= logits.log_softmax(-1)[int(stream.tokens[target])].item()
     value, error = ratio(nats / math.log(2), stream.documents["n_bytes"].to_numpy(dtype=np.float64))
     expected = {NAME: value, f"{NAME}_standard_error": error}
-    assert overlapping_metrics(model, stream) == pytest.approx(expected, rel=1e-5)
+    assert overlapping_metrics(model, stream, Scoring()) == pytest.approx(expected, rel=1e-5)

@@ -32,6 +32,9 @@ def drawn(sampling: Sampling, n: int = 20_000) -> list[float]:
         (Sampling(top_p=0.4), [0, 1, 0, 0]),
         (Sampling(top_p=0.6), [0, 0.625, 0, 0.375]),
         (Sampling(top_p=0.9), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
+        (Sampling(min_p=0.55), [0, 0.625, 0, 0.375]),  # at least 0.55 x 0.5
+        (Sampling(min_p=1.0), [0, 1, 0, 0]),
+        (Sampling(temperature=0.5, min_p=0.3), [0, 0.25 / 0.34, 0, 0.09 / 0.34]),  # after the temperature
         (Sampling(top_k=3, top_p=0.8), [0, 0.625, 0, 0.375]),  # top_p applies to what top_k leaves
     ],
 )
@@ -57,6 +60,10 @@ def test_top_k_keeps_k_of_equally_probable_tokens() -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
         {"seed": -1},
         {"seed": 2**64},
     ],

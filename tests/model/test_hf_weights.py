@@ -69,6 +69,23 @@ def test_transformers_reads_what_we_save(tmp_path: Path, switches: dict[str, Any
     assert ours.tolist() == generated[:, 4:].tolist()
 
 
+def test_the_repetition_penalty_is_that_of_transformers(tmp_path: Path) -> None:
+    model = tiny.network()
+    prompt = tiny.token_ids(2, 4)
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    theirs = read_by_transformers(saved(tmp_path, model)).generate(prompt, repetition_penalty=1.5, **options)
+    sampling = Sampling(temperature=0, repetition_penalty=1.5)
+    ours = torch.stack(list(generate(model, prompt, 12, sampling)), dim=1)
+    assert ours.tolist() == theirs[:, 4:].tolist()
+    without = torch.stack(list(generate(model, prompt, 12, Sampling(temperature=0))), dim=1)
+    assert ours.tolist() != without.tolist()
+
+
 @every_architecture
 def test_we_read_what_we_save(tmp_path: Path, switches: dict[str, Any]) -> None:
     model = tiny.network(**switches)

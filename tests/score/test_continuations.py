@@ -17,6 +17,7 @@ from gptpipe.score.continuations import (
     continue_documents,
     continue_text,
     overlap_scores,
+    until_stop,
 )
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
@@ -48,6 +49,35 @@ def test_a_continuation_stops_at_the_end_of_the_document(monkeypatch: pytest.Mon
 def test_an_incomplete_character_at_the_end_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, BYTES.encode("猫")[:2])
     assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ([], "one two\n\nthree"),
+        (["\n\n"], "one two"),
+        (["zzz", "two"], "one "),
+        (["two", "one"], ""),
+        (["ee", "eex"], "one two\n\nthr"),
+        (["threes"], "one two\n\nthree"),  # held back, and given at the end
+        (["\n\n\n"], "one two\n\nthree"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 5, 99])
+def test_text_ends_before_the_first_stop_string(stop: list[str], text: str, size: int) -> None:
+    """However the text is divided into pieces."""
+    whole = "one two\n\nthree"
+    pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
+    assert "".join(until_stop(pieces, stop)) == text
+
+
+def test_a_piece_is_given_as_soon_as_no_stop_string_can_begin_in_it() -> None:
+    assert list(until_stop(["a\n", "b", "\n", "\n", "c"], ["\n\n"])) == ["a", "\nb", "", ""]
+
+
+def test_a_continuation_stops_before_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, BYTES.encode("é. Next"))
+    assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling(), [". "])) == "é"
 
 
 @pytest.mark.parametrize("prompt", ["", "x", "longer than the context of sixteen tokens"])
