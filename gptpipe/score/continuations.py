@@ -58,8 +58,8 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt in pieces of whole characters.
 
-    It ends at the end of the document, before the first of the strings in `stop`, or after `max_new_tokens`. Of a prompt
-    longer than the context, the model sees only the end: see `announce_cut`.
+    It ends at the end of the document, before the first of the strings in `stop`, or after `max_new_tokens`. Of a
+    prompt longer than the context, the model sees only the end: see `announce_cut`.
     """
     yield from until_stop(_characters(model, tokenizer, prompt, max_new_tokens, sampling), stop)
 

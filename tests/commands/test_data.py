@@ -24,6 +24,7 @@ OVERLAPS = {"share": {"train": 0, "val": 0.25}, "val_examined": 8}
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project with raw, tokens and split, and the reports of collect and split."""
+    (tmp_path / ".dvc").mkdir()
     (tmp_path / "data").mkdir()
     make_split(tmp_path / "data")
     (tmp_path / "reports").mkdir()

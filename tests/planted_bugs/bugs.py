@@ -404,9 +404,9 @@ BUGS = (
     ),
     Bug(
         "a training that a spike has stopped starts again",
-        SESSION,
-        'changeable = {"launcher", "parallel", "on_spike"}',
-        'changeable = {"launcher", "parallel"}',
+        "gptpipe/train/settings.py",
+        '_NOT_IN_KEY = ("launcher", "parallel", "on_spike")',
+        '_NOT_IN_KEY = ("launcher", "parallel")',
         ("tests/train/test_session.py::test_other_changes_of_on_spike_keep_the_run",),
     ),
     Bug(

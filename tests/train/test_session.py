@@ -491,7 +491,10 @@ def test_a_training_that_a_spike_has_stopped_can_continue_with_roll_backs(
     with pytest.raises(Interrupted):
         project.train(rollback, stop_at=0)  # once the first points are sent
     project.train(rollback)
-    assert project.digests() == expected
+    digests = project.digests()
+    differing = {name for name in expected if digests[name] != expected[name]}
+    # If a checkpoint is from before the change, the report names the change, and the manifest the report.
+    assert differing == ({"reports/train.json", "models/gpt/manifest.json"} if save_every == 3 else set())
     _, stopped, interrupted, finished = project.records
     assert recorded_steps(stopped) == list(range(1, 8))
     assert stopped.run_id != interrupted.run_id == finished.run_id
