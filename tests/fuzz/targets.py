@@ -186,9 +186,16 @@ def _parquet_seeds(_: Path) -> list[bytes]:
 
 
 def _parquet(content: bytes) -> None:
-    """The part that the pipeline runs in a separate process."""
-    for texts in parquet_rows("input", io.BytesIO(content), "text", "strict", 64 << 20, 200):
-        clean(texts, _collect_params())
+    """The part that the pipeline runs in a worker process, which reports that it needs too much memory."""
+    try:
+        for texts in parquet_rows("input", io.BytesIO(content), "text", "strict", 64 << 20, 200):
+            clean(texts, _collect_params())
+    except MemoryError:
+        needs_too_much = True
+    else:
+        needs_too_much = False
+    if needs_too_much:  # not in the handler: an error there would have the MemoryError as its context
+        _read_in_worker(content)
 
 
 def _tar(members: dict[str, bytes], **options: Any) -> bytes:
