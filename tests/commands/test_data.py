@@ -172,7 +172,6 @@ def run_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_page_is_printed_and_logged_to_the_run(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (root / ".dvc").mkdir()
     monkeypatch.chdir(root)
     client = connect()
     run_id = client.create_run(client.get_experiment_by_name("gptpipe").experiment_id).info.run_id

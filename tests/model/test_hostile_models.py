@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 EXTRA_MEMORY = 1 << 30  # bytes of address space that the child may take after its imports
 SECONDS = 10.0  # a case takes about 0.05
 

@@ -33,7 +33,7 @@ from gptpipe.record.store import connect
 from gptpipe.shell.errors import Interrupted
 from gptpipe.train.session import train_model
 
-pytestmark = pytest.mark.usefixtures("project")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("project")]
 
 WRITERS = """
 import os, sys
@@ -180,7 +180,6 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_a_server_that_starts_late_and_is_killed_gets_each_step_once(
     server: Server, project: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +245,6 @@ def logged(key: str = "train/loss") -> dict[str, list[int]]:
     return {run.info.run_id: [m.step for m in client.get_metric_history(run.info.run_id, key)] for run in runs}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mood", ["silent", "broken", "dumb", "slow", "forgetful"])
 def test_a_faulty_server_does_not_change_a_training_and_nothing_is_lost(
     middleman: Middleman, mood: str, project: Path, toy_split: Path, undisturbed: dict[str, str]
@@ -337,7 +335,6 @@ def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             process.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("store", [sqlite_store, postgresql_server])
 def test_four_writers_at_a_fresh_store(
     store: Callable[..., AbstractContextManager[None]], project: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,6 +96,6 @@ def test_a_registered_model_whose_files_cannot_be_read_is_an_integrity_error(
     def fail(*_: object) -> Path:
         raise MlflowException("gone")
 
-    monkeypatch.setattr(module, "stored_model", fail)
+    monkeypatch.setattr(module, "stored_folder", fail)
     with pytest.raises(IntegrityError, match="models:/gpt/1: gone"), starting_model("x", "models:/gpt/1", OUTPUT):
         pass

@@ -547,6 +547,7 @@ def interrupted_at_every_change(
         at += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("save", {6, 9}), ("save_best", {6}), ("discard", {6, None})])
 def test_a_run_can_be_resumed_after_a_kill_before_any_change_of_the_disk(
     tmp_path: Path,
@@ -562,6 +563,7 @@ def test_a_run_can_be_resumed_after_a_kill_before_any_change_of_the_disk(
     assert {step for _, step in endings} == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "error", "lasts"),
     [
