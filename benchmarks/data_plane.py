@@ -69,7 +69,9 @@ class Usage(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=256, help="of text; 256 or more, for a quarter to have parts")
+    parser.add_argument(
+        "--megabytes", type=int, default=256, help="of text; 256 or more, for a quarter to have parts"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 4000], help="characters per document")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--encoding", default="gpt2", help="as tokenize.encoding")
@@ -78,7 +80,9 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # to wait for processes whose parent has ended
     peer = ""
     if options.datatrove:
-        peer = f", {subprocess.check_output([options.datatrove, PEER, 'versions', '.', '1'], text=True).strip()}"
+        peer = (
+            f", {subprocess.check_output([options.datatrove, PEER, 'versions', '.', '1'], text=True).strip()}"
+        )
     print(
         f"{platform.platform()}, {n_workers()} workers, {options.megabytes} MB of text, pyarrow {pa.__version__}{peer}"
     )
@@ -224,7 +228,9 @@ def _least_work(stage: str, folder: Path, file: Path) -> float:
     """Seconds of the least work on one shard."""
     if stage == "split":
         started = time.perf_counter()
-        pq.read_table(file, columns=["tokens" if "tokens" in pq.read_schema(file).names else "text"], use_threads=False)
+        pq.read_table(
+            file, columns=["tokens" if "tokens" in pq.read_schema(file).names else "text"], use_threads=False
+        )
         return time.perf_counter() - started
     texts = pq.read_table(file, columns=["text"])["text"].to_pylist()
     if stage == "tokenize":

@@ -58,7 +58,9 @@ def tokenize(folder: Path, workers: int) -> None:
 
 def run(name: str, folder: Path, workers: int, pipeline: list[PipelineStep]) -> None:
     logs = str(folder / "logs" / name)
-    LocalPipelineExecutor(pipeline, tasks=workers, workers=workers, logging_dir=logs, skip_completed=False).run()
+    LocalPipelineExecutor(
+        pipeline, tasks=workers, workers=workers, logging_dir=logs, skip_completed=False
+    ).run()
 
 
 def main() -> None:

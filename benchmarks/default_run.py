@@ -39,7 +39,9 @@ STAGES = ("collect", "tokenize", "split", "train", "evaluate")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="run in this new folder, and leave it with its tracking store")
+    parser.add_argument(
+        "--keep", type=Path, help="run in this new folder, and leave it with its tracking store"
+    )
     keep = parser.parse_args().keep
     with nullcontext(keep) if keep else tempfile.TemporaryDirectory() as name:
         project = copy_project(Path(name))
@@ -55,11 +57,15 @@ def main() -> None:
     print(f"{machine.describe()}, transformers {transformers.__version__}")
     stages = ", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items())
     print(f"dvc repro, stage by stage: {total:.0f} s ({stages})\n")
-    print("| bits per byte on the validation documents | value | ours against it | asked for |\n|---|---|---|---|")
+    print(
+        "| bits per byte on the validation documents | value | ours against it | asked for |\n|---|---|---|---|"
+    )
     size = f"{trained['parameters']:,} parameters, {trained['steps']:,} steps"
     print(f"| gptpipe default, {size} | {ours:.4f} ± {error:.4f} | | |")
     print(f"| xz -9e behind the training text | {xz:.4f} | {ours / xz - 1:+.1%} | -8% |")
-    print(f"| tutorial recipe, same wall time, {steps:,} steps | {tutorial:.4f} | {ours / tutorial - 1:+.1%} | -30% |")
+    print(
+        f"| tutorial recipe, same wall time, {steps:,} steps | {tutorial:.4f} | {ours / tutorial - 1:+.1%} | -30% |"
+    )
 
 
 def copy_project(folder: Path) -> Path:
@@ -78,7 +84,11 @@ def run_stage(project: Path, stage: str) -> float:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     started = time.perf_counter()
     subprocess.run(
-        ["dvc", "repro", "-s", stage], cwd=project, env={**os.environ, "PATH": path}, check=True, stdout=sys.stderr
+        ["dvc", "repro", "-s", stage],
+        cwd=project,
+        env={**os.environ, "PATH": path},
+        check=True,
+        stdout=sys.stderr,
     )
     return time.perf_counter() - started
 
@@ -99,7 +109,9 @@ def tutorial_bits_per_byte(project: Path, params: Params, seconds: float) -> tup
     )  # dropout is 0.1 by default
     model = transformers.GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95))
-    batches = Batches(train, context_length=context, stride=context // 2, batch_size=batch_size, seed=params.seed)
+    batches = Batches(
+        train, context_length=context, stride=context // 2, batch_size=batch_size, seed=params.seed
+    )
     model.train()
     started, step = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:

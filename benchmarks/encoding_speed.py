@@ -63,7 +63,10 @@ def main() -> None:
             for name, best in seconds.items():
                 ratio, share = (seconds[other] / best for other in (LOOP, LIMIT))
                 rate = f"{sum(map(len, texts)) / best / 1e6:.1f}" if "training alone" not in name else ""
-                print(f"| {length} characters | {encoding} | {name} | {rate} | {ratio:.2f} | {share:.0%} |", flush=True)
+                print(
+                    f"| {length} characters | {encoding} | {name} | {rate} | {ratio:.2f} | {share:.0%} |",
+                    flush=True,
+                )
 
 
 def make_texts(length: int, n_bytes: int) -> list[str]:
@@ -84,7 +87,9 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
     theirs = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer)))
     table = datasets.Dataset.from_dict({"text": texts})
     PARTS[:] = [texts[i :: n_workers()] for i in range(n_workers())]
-    pool = ProcessPoolExecutor(n_workers(), get_context("fork"))  # forked: it has the texts before the clock starts
+    pool = ProcessPoolExecutor(
+        n_workers(), get_context("fork")
+    )  # forked: it has the texts before the clock starts
     tokenizer_folder = folder / "tokenizer"
     tokenizer.save(tokenizer_folder)
     list(pool.map(part_loop, range(n_workers()), [tokenizer_folder] * n_workers()))
@@ -109,7 +114,9 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
         as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, as_bytes])
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False
+        )
         bpe.train_from_iterator(texts, trainer)
 
     return {
@@ -128,7 +135,11 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
 
 def collect_params(folder: Path) -> CollectParams:
     source = {"kind": "parquet", "paths": (str(folder / "texts.parquet"),)}
-    section = load_params().collect.model_dump() | {"sources": (source,), "dedup": "exact", "min_document_bytes": 1}
+    section = load_params().collect.model_dump() | {
+        "sources": (source,),
+        "dedup": "exact",
+        "min_document_bytes": 1,
+    }
     return CollectParams.model_validate(section)
 
 

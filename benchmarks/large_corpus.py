@@ -29,7 +29,9 @@ STAGES = ("collect", "tokenize", "split")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.03, 0.3], help="of text, one run for each")
+    parser.add_argument(
+        "--gigabytes", type=float, nargs="+", default=[0.03, 0.3], help="of text, one run for each"
+    )
     parser.add_argument("--encoding", default="gpt2", help="as tokenize.encoding")
     options = parser.parse_args()
     print(f"{machine.describe()}, encoding {options.encoding}\n")

@@ -10,7 +10,9 @@ import torch
 
 def describe() -> str:
     """Machine, threads and versions, as the line above a table."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    )
     return f"{platform.platform()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

@@ -36,7 +36,9 @@ def main() -> None:
     plain = 0
     for name in CONTENDERS:
         command = [sys.executable, "-m", "benchmarks.memory", "--contender", name]
-        result = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
+        )
         before, after = map(int, result.stdout.split())
         plain = plain or after
         print(f"| {name} | {after:,} | {before:,} | {after / plain:.0%} |")

@@ -47,7 +47,9 @@ class FirstStep(Exception):
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     params = load_params()
     startup, validation = start_up()
     section = params.train
@@ -139,8 +141,15 @@ def beside_a_record(step: Callable[[], Any]) -> dict[str, float]:
         for _ in range(ROUNDS):
             for name, address in addresses.items():
                 alone = block(NoRecord())
-                environment = {"MLFLOW_TRACKING_URI": address, "DVC_ROOT": folder, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
-                with mock.patch.dict(os.environ, environment), training_run(params, None, lineage, {}) as record:
+                environment = {
+                    "MLFLOW_TRACKING_URI": address,
+                    "DVC_ROOT": folder,
+                    "MLFLOW_HTTP_REQUEST_TIMEOUT": "2",
+                }
+                with (
+                    mock.patch.dict(os.environ, environment),
+                    training_run(params, None, lineage, {}) as record,
+                ):
                     slower.setdefault(name, []).append(block(record) / alone - 1)
                 for left in Path(folder).glob(".gptpipe/outbox/*"):
                     left.unlink()
@@ -154,7 +163,12 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     ports = [server.getsockname()[1] for server in (live, refused, silent)]
     live.close()
     refused.close()
-    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        f"{folder}/files",
+    ]
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(ports[0]), "--workers", "1"]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes for nothing
     process = subprocess.Popen(

@@ -35,7 +35,9 @@ def run_stage(stage: str, folder: Path, encoding: str, dedup: str) -> None:
             section = params.tokenize.model_copy(update={"encoding": encoding})
             encode.tokenize(raw, tokens, section, params.split.fractions, params.seed)
         case "split":
-            overlap.report_contamination(raw, folder / "overlap.json", params.split, params.collect, params.seed)
+            overlap.report_contamination(
+                raw, folder / "overlap.json", params.split, params.collect, params.seed
+            )
             splitting.split(tokens, split, params.split, params.seed)
 
 

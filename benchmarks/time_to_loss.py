@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--ours", choices=["short", "long"], help="one training of ours in this process")
     parser.add_argument("--seed", type=int, default=0, help="of --ours")
-    parser.add_argument("--until", type=float, default=0.0, help="of --ours long: seconds since 1970 when it must end")
+    parser.add_argument(
+        "--until", type=float, default=0.0, help="of --ours long: seconds since 1970 when it must end"
+    )
     options = parser.parse_args()
     tokens, n_characters = characters(options.text)
     if options.ours:
@@ -94,7 +96,11 @@ def run_ours(text: Path, kind: str, seed: int, seconds: float = 0.0) -> tuple[fl
     started = time.perf_counter()
     until = time.time() + seconds if seconds else 0.0
     result = subprocess.run(
-        [*command, "--seed", str(seed), "--until", str(until)], cwd=ROOT, check=True, capture_output=True, text=True
+        [*command, "--seed", str(seed), "--until", str(until)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return time.perf_counter() - started, float(result.stdout)
 

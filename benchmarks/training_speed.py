@@ -38,7 +38,9 @@ SHAPES = {
     "30M": (6, 6, 384, 256, 8, 50257),
 }
 
-HEAD = "| shape | contender | tokens/s | of theirs, ours makes | share of matrix products |\n|---|---|---|---|---|"
+HEAD = (
+    "| shape | contender | tokens/s | of theirs, ours makes | share of matrix products |\n|---|---|---|---|---|"
+)
 Step = Callable[[Tensor, Tensor], None]
 
 
@@ -88,7 +90,9 @@ def compare(
     if also_compiled:
         for architecture in ("gpt2", "llama"):
             model = ours(sizes, architecture, vocab_size)
-            contenders[f"{architecture}: gptpipe, compiled"] = stepper(model, model.loss, device, precision, True)
+            contenders[f"{architecture}: gptpipe, compiled"] = stepper(
+                model, model.loss, device, precision, True
+            )
     tokens, targets = torch.randint(vocab_size, (2, batch_size, context), device=device)
     for step in contenders.values():  # warm-up, and compilation
         step(tokens, targets)
@@ -153,7 +157,10 @@ def stepper(
     model.to(device).train()
     params = load_params().train.model_copy(update={"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 0})
     compiled = torch.compile(loss, dynamic=False) if compiles else loss
-    state, plan = TrainState(model, build_optimizers(model, params), 0), Plan(params, 10**6, 0, precision, compiled)
+    state, plan = (
+        TrainState(model, build_optimizers(model, params), 0),
+        Plan(params, 10**6, 0, precision, compiled),
+    )
 
     def step(tokens: Tensor, targets: Tensor) -> None:
         runtime.be_deterministic()  # as every training of ours is, and the others need not be
@@ -218,7 +225,9 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        q, k, v = (
+            y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
@@ -230,7 +239,10 @@ class PlainGPT(nn.Module):
     def __init__(self, sizes: dict[str, int], vocab_size: int) -> None:
         super().__init__()
         width = sizes["n_embd"]
-        self.tokens, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(sizes["context_length"], width)
+        self.tokens, self.positions = (
+            nn.Embedding(vocab_size, width),
+            nn.Embedding(sizes["context_length"], width),
+        )
         self.blocks = nn.Sequential(*(PlainBlock(width, sizes["n_head"]) for _ in range(sizes["n_layer"])))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.tokens.weight

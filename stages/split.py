@@ -14,7 +14,9 @@ def main() -> None:
 
     params = load_params()
     check_parent(Path("data/tokens"), Path("data/raw"))
-    report_contamination(Path("data/raw"), Path("reports/split.json"), params.split, params.collect, params.seed)
+    report_contamination(
+        Path("data/raw"), Path("reports/split.json"), params.split, params.collect, params.seed
+    )
     counts = split(Path("data/tokens"), Path("data/split"), params.split, params.seed)
     sides = [
         f"{side} {counts[f'{side}_documents']:,} documents, {counts[f'{side}_tokens']:,} tokens"

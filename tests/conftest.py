@@ -47,11 +47,15 @@ SETTINGS = (
     "GPTPIPE_ENGINE",
     "RAY_ADDRESS",
 )
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several workers with several threads each slow down
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: several workers with several threads each slow down
+)
 # Most tests write small files that are synced to the disk one by one. In shared memory, syncing costs nothing.
 SHARED_MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 4 << 30
 if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_BYTES:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))  # where pytest makes its temporary folders
+    os.environ.setdefault(
+        "PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY)
+    )  # where pytest makes its temporary folders
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -132,7 +136,9 @@ def collect_params() -> Callable[..., CollectParams]:
             "dedup": "exact",
             "near_similarity": 0.7,
         }
-        return CollectParams.model_validate({**values, **changed, "filters": filters(**changed.get("filters", {}))})
+        return CollectParams.model_validate(
+            {**values, **changed, "filters": filters(**changed.get("filters", {}))}
+        )
 
     return make
 

@@ -18,7 +18,19 @@ STAGES = tuple(STAGE_CODE)
 
 # From bottom to top: a package may only import packages that stand before it in this list.
 LAYERS = (
-    *("shell", "base", "formats", "collect", "tokenize", "split", "model", "score", "record", "train", "evaluate"),
+    *(
+        "shell",
+        "base",
+        "formats",
+        "collect",
+        "tokenize",
+        "split",
+        "model",
+        "score",
+        "record",
+        "train",
+        "evaluate",
+    ),
     *("params", "commands", "stages"),
 )
 # (importer, imported) pairs that the layers would allow, and that are forbidden.
@@ -106,7 +118,9 @@ def test_only_record_evaluate_and_commands_import_mlflow() -> None:
 def test_data_stages_run_without_importing_torch_and_mlflow(tmp_path: Path, stage: str) -> None:
     """The input of the stage is missing, so it makes all its imports and then stops with an error."""
     params = (ROOT / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(params.replace("- kind: python-docs", "- {kind: text, paths: [missing]}"))
+    (tmp_path / "params.yaml").write_text(
+        params.replace("- kind: python-docs", "- {kind: text, paths: [missing]}")
+    )
     script = f"""
 import runpy, sys
 sys.argv = ["stages.{stage}"]
@@ -130,11 +144,15 @@ def test_stage_code_lists_what_the_stage_imports(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_yaml_lists_the_code_of_each_stage(stage: str) -> None:
-    dependencies = {name for name in pipeline()["stages"][stage]["deps"] if name.startswith(("gptpipe", "stages"))}
+    dependencies = {
+        name for name in pipeline()["stages"][stage]["deps"] if name.startswith(("gptpipe", "stages"))
+    }
     assert dependencies == {f"gptpipe/{package}" for package in STAGE_CODE[stage]} | {f"stages/{stage}.py"}
 
 
-def test_the_code_digest_of_a_stage_changes_only_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_digest_of_a_stage_changes_only_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in {package for packages in STAGE_CODE.values() for package in packages} | WITHOUT_EFFECT:
         (tmp_path / package / "deep").mkdir(parents=True)
         (tmp_path / package / "deep" / "module.py").write_text("1\n")

@@ -38,7 +38,9 @@ def test_a_model_is_fine_tuned_on_new_text_and_a_replaced_folder_is_noticed(proj
     assert {"tokenize", "train"} <= changed.keys()
     run(project_copy, "dvc", "repro")
     assert (
-        read_manifest(model).made_from["init_from/model.safetensors"] == sha256_of(base / "model.safetensors") != digest
+        read_manifest(model).made_from["init_from/model.safetensors"]
+        == sha256_of(base / "model.safetensors")
+        != digest
     )
 
 
@@ -59,7 +61,9 @@ def test_the_own_output_is_refused_before_the_stage_trains(project_copy: Path) -
     assert "models/gpt is the output of stage train" in result.stdout + result.stderr
 
 
-def test_a_finished_training_is_extended_from_the_state_that_dvc_keeps(project_copy: Path, tmp_path: Path) -> None:
+def test_a_finished_training_is_extended_from_the_state_that_dvc_keeps(
+    project_copy: Path, tmp_path: Path
+) -> None:
     """Also after the checkpoints are gone and the state has come from a remote. The result is that of a training with
     the larger number of steps from the start.
     """

@@ -116,7 +116,9 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         path = (page.parent / name).resolve() if name else page
         assert path.exists(), f"{page.name}: link to {target}: no such file"
         if anchor:
-            assert anchor in anchors(path), f"{page.name}: link to {target}: no such heading, only {anchors(path)}"
+            assert anchor in anchors(path), (
+                f"{page.name}: link to {target}: no such heading, only {anchors(path)}"
+            )
 
 
 @of_pages()
@@ -145,7 +147,9 @@ def test_modules_that_are_run_exist_and_have_their_options(page: Path) -> None:
         path = ROOT.joinpath(*module.split("."))
         own = next((p for p in (path.with_suffix(".py"), path / "__main__.py") if p.exists()), None)
         is_ours = (ROOT / module.split(".")[0]).exists()
-        assert own or (not is_ours and importlib.util.find_spec(module)), f"{page.name}: python -m {module}: no module"
+        assert own or (not is_ours and importlib.util.find_spec(module)), (
+            f"{page.name}: python -m {module}: no module"
+        )
         for option in options_in(words) if own else ():
             assert option in string_constants(own), f"{page.name}: python -m {module} has no option {option}"
 
@@ -191,7 +195,10 @@ def test_files_exist(page: Path) -> None:
 def test_files_at_the_root_exist(page: Path) -> None:
     written = {"dvc.lock", "mlflow.db", "manifest.json"}
     for span in code_spans(page):
-        if re.fullmatch(r"[\w-]+\.(ya?ml|toml|lock|db)|constraints\.txt|\.ci/run", span) and span not in written:
+        if (
+            re.fullmatch(r"[\w-]+\.(ya?ml|toml|lock|db)|constraints\.txt|\.ci/run", span)
+            and span not in written
+        ):
             assert (ROOT / span).exists(), f"{page.name}: `{span}`: no such file"
 
 
@@ -218,7 +225,9 @@ def test_packages_come_from_this_checkout_and_extras_exist(page: Path) -> None:
 def test_messages_install_from_this_checkout() -> None:
     for path in sorted([*(ROOT / "gptpipe").rglob("*.py"), *(ROOT / "recipes").glob("*.sh")]):
         advice = re.findall(r"pip install [^`\n]*gptpipe", path.read_text())
-        assert not advice, f"{path.relative_to(ROOT)}: {advice} installs from the index, where the name is not ours"
+        assert not advice, (
+            f"{path.relative_to(ROOT)}: {advice} installs from the index, where the name is not ours"
+        )
 
 
 def test_every_environment_variable_is_documented() -> None:
@@ -237,11 +246,15 @@ def test_every_exit_code_is_documented() -> None:
     assert codes <= documented, f"docs/resume-and-errors.md does not explain {sorted(codes - documented)}"
 
 
-def test_every_command_is_documented(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_documented(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["gptpipe", "no-such-command"])
     with pytest.raises(SystemExit):
         cli.main()
-    names = re.findall("[a-z]+", capsys.readouterr().err.partition("choose from")[2])  # argparse lists all commands
+    names = re.findall(
+        "[a-z]+", capsys.readouterr().err.partition("choose from")[2]
+    )  # argparse lists all commands
     assert "plan" in names
     text = "".join(page.read_text() for page in PAGES)
     for name in names:

@@ -15,7 +15,10 @@ from toy_pipeline import copy_project, digests, environment, run
 
 pytestmark = pytest.mark.slow  # each test runs stages train and evaluate, mostly more than once
 
-CHANGE = ("-S", "train.max_steps=60")  # so many steps that a kill after the first checkpoint interrupts the training
+CHANGE = (
+    "-S",
+    "train.max_steps=60",
+)  # so many steps that a kill after the first checkpoint interrupts the training
 EDITED_FILE = "gptpipe/shell/errors.py"
 EDIT = "# a change that is in no commit\n"
 
@@ -43,7 +46,9 @@ def edit_without_commit(project: Path) -> None:
         file.write(EDIT)
 
 
-def test_an_experiment_in_place_reruns_train_and_evaluate_only_and_can_be_restored(in_place: Experiment) -> None:
+def test_an_experiment_in_place_reruns_train_and_evaluate_only_and_can_be_restored(
+    in_place: Experiment,
+) -> None:
     check_only_train_and_evaluate_ran(in_place.output)
     assert len(in_place.digests) > 20
     (run_id,) = in_place.new_runs
@@ -68,7 +73,9 @@ def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill
     check_restore(project_copy, run_id, in_place.digests)
 
 
-def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(project_copy: Path, in_place: Experiment) -> None:
+def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(
+    project_copy: Path, in_place: Experiment
+) -> None:
     """The queue runs again with two jobs: they resume the killed experiment and run a sweep of two learning rates."""
     queue, run_all = ["dvc", "exp", "run", "--queue"], ["dvc", "exp", "run", "--run-all"]
     run(project_copy, *queue, "-n", "first", "train", *CHANGE)

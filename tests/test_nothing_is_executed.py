@@ -100,7 +100,9 @@ def test_each_payload_is_executed_by_an_unsafe_reader(kind: str, canary: Path) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
-def test_a_payload_in_a_model_is_rejected(tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path) -> None:
+def test_a_payload_in_a_model_is_rejected(
+    tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path
+) -> None:
     folder = tiny.make_model(tmp_path / "gpt")
     content = KINDS[kind](Payload(canary))
     if name == "manifest.json":
@@ -121,14 +123,18 @@ def test_weights_in_the_format_of_torch_are_never_read(tmp_path: Path, canary: P
     for name in ("manifest.json", "model.safetensors"):
         (folder / name).unlink()
     (folder / "pytorch_model.bin").write_bytes(torch_zip(Payload(canary)))
-    with pytest.raises(InputError, match=r"model\.safetensors: not there; weights must be in safetensors files"):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: not there; weights must be in safetensors files"
+    ):
         initialise_from(tiny.network(270), folder)
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tokens.npy", "documents.parquet"])
-def test_a_payload_in_a_split_is_rejected(tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path) -> None:
+def test_a_payload_in_a_split_is_rejected(
+    tmp_path: Path, canary: Path, kind: str, name: str, toy_split: Path
+) -> None:
     folder = shutil.copytree(toy_split, tmp_path / "split")
     replace_file(folder, f"train/{name}", KINDS[kind](Payload(canary)))
     with pytest.raises(IntegrityError, match="train"):

@@ -15,20 +15,29 @@ from toy_pipeline import digests, documents, run, set_params
 pytestmark = pytest.mark.slow
 
 
-def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(reproduced: Path, tmp_path: Path) -> None:
+def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(
+    reproduced: Path, tmp_path: Path
+) -> None:
     """The same files, the same record in MLflow, and nothing left behind."""
     assert len(digests(reproduced)) > 20
     trial = {"kind": "repro", "signal": "SIGKILL", "to": "dvc", "at": 0.6}
     assert try_out_for_real(trial, RealProjects(tmp_path, reproduced))["differences"] == []
 
 
-def test_a_second_repro_has_nothing_to_do_whatever_was_edited_that_changes_no_result(project_copy: Path) -> None:
+def test_a_second_repro_has_nothing_to_do_whatever_was_edited_that_changes_no_result(
+    project_copy: Path,
+) -> None:
     """The doctor, the plan, the console and the record of a run; files that an editor or Python leaves in a package."""
     package = project_copy / "gptpipe"
     for name in ("commands/doctor.py", "commands/plan.py", "shell/console.py", "record/store.py", "params.py"):
         with (package / name).open("a") as file:
             file.write("# edited\n")
-    for stray in ("base/files.py~", "train/.loop.py.swp", "model/__pycache__/gpt.cpython-39.pyc", "score/.DS_Store"):
+    for stray in (
+        "base/files.py~",
+        "train/.loop.py.swp",
+        "model/__pycache__/gpt.cpython-39.pyc",
+        "score/.DS_Store",
+    ):
         (package / stray).parent.mkdir(exist_ok=True)
         (package / stray).write_text("stray")
     assert "Data and pipelines are up to date." in run(project_copy, "dvc", "repro").stdout
@@ -56,7 +65,9 @@ def test_the_doctor_finds_no_fault_and_then_a_missing_file(project_copy: Path) -
 
     code, marks = doctor()
     assert code == 0
-    assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}  # the user chooses the versions
+    assert {mark for name, mark in marks.items() if name != "versions"} == {
+        "ok"
+    }  # the user chooses the versions
     assert len(marks) == 24
     (project_copy / "models/gpt/config.json").unlink()
     code, marks = doctor()
@@ -85,7 +96,11 @@ def test_the_page_of_plots_is_drawn_without_a_network(project_copy: Path, browse
     for plot in browser.find_elements("css selector", "body > div"):
         shapes = plot.find_elements("css selector", "path.line, rect")
         legend = plot.find_element("css selector", ".legend").text.replace("\n", " ")
-        drawn[plot.get_attribute("id")] = (len(shapes), legend, all(shape.rect["width"] > 50 for shape in shapes))
+        drawn[plot.get_attribute("id")] = (
+            len(shapes),
+            legend,
+            all(shape.rect["width"] > 50 for shape in shapes),
+        )
     sides = "■ val ■ test"
     assert drawn == {
         "loss": (2, "■ loss ■ val_loss", True),
@@ -102,7 +117,10 @@ def test_the_page_of_plots_is_drawn_without_a_network(project_copy: Path, browse
 def test_evaluate_refuses_reports_that_stage_train_did_not_write(project_copy: Path) -> None:
     """It prints one line and exits with code 4. The recommended command helps, and trains nothing again."""
     outputs = digests(project_copy)
-    for name, content in (("train.steps.csv", b"step,loss\n1,0.1\n"), ("mlflow_run.json", b'{"run_id": "' + b"0" * 20)):
+    for name, content in (
+        ("train.steps.csv", b"step,loss\n1,0.1\n"),
+        ("mlflow_run.json", b'{"run_id": "' + b"0" * 20),
+    ):
         path = project_copy / "reports" / name
         path.unlink()  # it may be a hard link into DVC's cache
         path.write_bytes(content)

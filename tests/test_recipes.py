@@ -26,7 +26,9 @@ def test_a_recipe_sets_parameters_that_exist(recipe: Path, tmp_path: Path, filte
     (tmp_path / "dvc").write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > arguments\n')
     (tmp_path / "dvc").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["bash", recipe], cwd=tmp_path, env={**os.environ, "PATH": path, "FILTERS": filters}, check=True)
+    subprocess.run(
+        ["bash", recipe], cwd=tmp_path, env={**os.environ, "PATH": path, "FILTERS": filters}, check=True
+    )
     command, run, *settings = (tmp_path / "arguments").read_text().split("\0")[:-1]
     assert (command, run, set(settings[::2])) == ("exp", "run", {"-S"})
     before = shutil.copy(ROOT / "params.yaml", tmp_path)
@@ -47,8 +49,12 @@ def test_a_recipe_sets_parameters_that_exist(recipe: Path, tmp_path: Path, filte
 
 def test_the_loader_accepts_the_sources_in_the_documentation() -> None:
     block = re.findall(r"```yaml\n(collect:.*?)```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL)[0]
-    block = block.replace('sha256: "..."', f"sha256: {'ab' * 32}").replace('revision: "..."', f"revision: {'ab' * 20}")
+    block = block.replace('sha256: "..."', f"sha256: {'ab' * 32}").replace(
+        'revision: "..."', f"revision: {'ab' * 20}"
+    )
     sources = YAML(typ="safe", pure=True).load(block)["collect"]["sources"]
-    params = CollectParams.model_validate_json(json.dumps({**load_params().collect.model_dump(), "sources": sources}))
+    params = CollectParams.model_validate_json(
+        json.dumps({**load_params().collect.model_dump(), "sources": sources})
+    )
     kinds = {source.kind for source in params.sources}
     assert kinds == {"text", "jsonl", "parquet", "url", "huggingface", "python-docs", "python-code"}

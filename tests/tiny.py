@@ -81,7 +81,23 @@ EVALUATE: dict[str, Any] = {
     "continuation_tokens": 4,
     "check_transformers": False,  # importing transformers takes 7 seconds
 }
-WORDS = ("the", "a", "red", "blue", "old", "cat", "dog", "tree", "sees", "likes", "was", "near", "naïve", "café", "and")
+WORDS = (
+    "the",
+    "a",
+    "red",
+    "blue",
+    "old",
+    "cat",
+    "dog",
+    "tree",
+    "sees",
+    "likes",
+    "was",
+    "near",
+    "naïve",
+    "café",
+    "and",
+)
 SWITCHES: list[dict[str, Any]] = [
     {"architecture": "gpt2", "n_kv_head": 4, "norm_eps": 1e-5},
     {"architecture": "llama", "n_kv_head": 4},
@@ -183,6 +199,8 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 LINEAGE = Manifest(
     schema_version=2,
     made_from={"raw": "a" * 64, "tokens": "b" * 64},
-    counts={f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")},
+    counts={
+        f"{side}_{what}": 7 for side in ("train", "val", "test") for what in ("documents", "tokens", "bytes")
+    },
     files={f"{side}/tokens.npy": FileEntry(sha256="c" * 64, n_bytes=1) for side in ("train", "val", "test")},
 )

@@ -61,26 +61,38 @@ def documents() -> str:
 
     def document(i: int, animal: str) -> str:
         walks = ((day, places[day % 4], places[i % 4]) for day in range(6))
-        return " ".join(f"On day {day} the {animal} walked from the {start} to the {end}." for day, start, end in walks)
+        return " ".join(
+            f"On day {day} the {animal} walked from the {start} to the {end}." for day, start, end in walks
+        )
 
     return "\n\n\n".join(document(i, animal) for i, animal in enumerate(animals))
 
 
 def environment() -> dict[str, str]:
     """The environment of a project's commands: the tests' interpreter comes first in PATH, and no setting leaks in."""
-    outer = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))}
-    return {**outer, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{outer['PATH']}", "OMP_NUM_THREADS": "1"}
+    outer = {
+        key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))
+    }
+    return {
+        **outer,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{outer['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run(project: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        command, cwd=project, env=environment(), capture_output=True, text=True, timeout=600
+    )
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
 
 def make_project(folder: Path) -> Path:
     """A copy of this project, with uncommitted changes, tiny parameters and its own corpus; committed to git."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     outputs = {"dvc.lock", *(f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run"))}
     for name in sorted(set(listed.stdout.splitlines()) - outputs):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "benchmarks/")):
@@ -125,4 +137,6 @@ def digests(project: Path) -> dict[str, str]:
     """SHA-256 of each file that must not differ between two runs."""
     paths = [path for name in REPRODUCIBLE for path in [project / name, *sorted((project / name).rglob("*"))]]
     files = [path for path in paths if path.is_file()]
-    return {file.relative_to(project).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        file.relative_to(project).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }

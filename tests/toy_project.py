@@ -57,7 +57,9 @@ class ListRecord:
         self.texts[name] = content
 
     def tags(self, tags: dict[str, str]) -> None:
-        self.tagged = {name: text for name, text in {**self.tagged, **tags}.items() if text}  # as the store does
+        self.tagged = {
+            name: text for name, text in {**self.tagged, **tags}.items() if text
+        }  # as the store does
 
 
 class Project:
@@ -94,7 +96,9 @@ def end_at_a_write(folder: Path) -> None:
 
     def check(event: str, arguments: tuple[Any, ...]) -> None:
         opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (opens or event in ("os.rename", "os.mkdir", "os.remove")) and str(arguments[0]).startswith(str(folder)):
+        if (opens or event in ("os.rename", "os.mkdir", "os.remove")) and str(arguments[0]).startswith(
+            str(folder)
+        ):
             os._exit(99)
 
     sys.addaudithook(check)
@@ -110,7 +114,9 @@ def run_out_of_memory_above(n_sequences: int) -> None:
     GPT.loss = fails  # type: ignore[method-assign]
 
 
-def train_and_exit(params: Params, split: Path, root: Path, stop_at: int | None, environment: dict[str, str]) -> None:
+def train_and_exit(
+    params: Params, split: Path, root: Path, stop_at: int | None, environment: dict[str, str]
+) -> None:
     """A training as a process of its own, or one rank of it, whose words go to a file."""
     os.environ |= {"DVC_ROOT": str(root), **environment}
     if rank_info().n_ranks > 1:
@@ -137,7 +143,9 @@ def _serve_trainings() -> None:
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     forkserver.set_forkserver_preload(preloaded)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # as the reader wants it, see gptpipe/base/parallel.py
+        patch.setenv(
+            "ARROW_DEFAULT_MEMORY_POOL", "system"
+        )  # as the reader wants it, see gptpipe/base/parallel.py
         forkserver.ensure_running()
 
 

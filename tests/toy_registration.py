@@ -43,7 +43,12 @@ def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None
     results: dict[str, Any] = {"val": {"loss": 1.0}, "continuations": {}, "reference_bits_per_byte": {}}
     results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
     evaluation = Evaluation(
-        results, model_card="# card", samples="samples", step=7, split=LINEAGE, documents=toy_documents(bits, digest)
+        results,
+        model_card="# card",
+        samples="samples",
+        step=7,
+        split=LINEAGE,
+        documents=toy_documents(bits, digest),
     )
     name = run_id or uuid.uuid4().hex  # of a run that the store does not know
     return record_evaluation(
@@ -146,7 +151,9 @@ class Registration:
             (run_id,) = rows("select run_uuid from runs")[0]
             digest = read_manifest(self.model).digest
             ((model_id, location),) = rows("select model_id, artifact_location from logged_models")
-            assert rows("select status, lifecycle_stage, source_run_id from logged_models") == [(2, "active", run_id)]
+            assert rows("select status, lifecycle_stage, source_run_id from logged_models") == [
+                (2, "active", run_id)
+            ]
             assert rows("select tag_value from logged_model_tags where tag_key = 'model_digest'") == [(digest,)]
             assert rows("select version, run_id, source, description from model_versions") == [
                 (1, run_id, f"models:/{model_id}", "# card")

@@ -27,7 +27,9 @@ def memory_limit(name: str, n_bytes: int | None) -> Iterator[None]:
 def _memory_error(name: str, n_bytes: int | None) -> GptpipeError:
     if n_bytes is None:
         return ResourceError(f"{name}: not enough memory to read it; free memory, then rerun")
-    return InputError(f"{name}: needs more than {n_bytes >> 20:,} MiB of memory to read: it is damaged; replace it")
+    return InputError(
+        f"{name}: needs more than {n_bytes >> 20:,} MiB of memory to read: it is damaged; replace it"
+    )
 
 
 @contextmanager

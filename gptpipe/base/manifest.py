@@ -128,7 +128,9 @@ def read_manifest(folder: Path) -> Manifest:
         # A folder of another schema may not pass the checks below.
         version = re.search(rb'"schema_version": (\d+)', data)
         if version and int(version[1]) != SCHEMA:
-            raise IntegrityError(f"{path}: schema {int(version[1])}, this version reads {SCHEMA}; run `dvc repro`")
+            raise IntegrityError(
+                f"{path}: schema {int(version[1])}, this version reads {SCHEMA}; run `dvc repro`"
+            )
         return Manifest.model_validate(unseal(data), strict=True)
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}; make the folder again with `dvc repro`") from error
@@ -139,7 +141,9 @@ def read_manifest(folder: Path) -> Manifest:
 def check_parent(folder: Path, parent: Path) -> None:
     """Raise IntegrityError unless `folder` was made from the current content of `parent`."""
     if read_manifest(folder).made_from.get(parent.name) != read_manifest(parent).digest:
-        raise IntegrityError(f"{folder}: made from another version of {parent} than the current one; run `dvc repro`")
+        raise IntegrityError(
+            f"{folder}: made from another version of {parent} than the current one; run `dvc repro`"
+        )
 
 
 def verify(folder: Path, *, in_workers: bool = False) -> Manifest:

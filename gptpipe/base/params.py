@@ -80,7 +80,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: {first_line(ValueError(error.problem or error.context))}") from error
     except _TooLargeError as error:
         raise ConfigError(f"{path}: {error}; start from the params.yaml of the project") from error
-    except Exception as error:  # ruamel.yaml raises KeyError, AttributeError and others for a value with a wrong tag
+    except (
+        Exception
+    ) as error:  # ruamel.yaml raises KeyError, AttributeError and others for a value with a wrong tag
         raise ConfigError(f"{path}: not plain YAML: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: contains no sections; start from the params.yaml of the project")
@@ -151,7 +153,9 @@ def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[
     """The keys that are allowed instead of the last part of `location`, a path that starts at `root`."""
     models = [root]
     for part in location[:-1]:
-        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        fields = [
+            model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields
+        ]
         if fields:
             models = [model for field in fields for model in _models_in(field.annotation)]
         elif isinstance(part, str):  # the `kind` that selects one of several models

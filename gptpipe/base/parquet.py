@@ -49,7 +49,9 @@ class ParquetRows:
 def new_parquet(path: Path, schema: pa.Schema) -> Iterator[ParquetRows]:
     """Write a Parquet file that appears only if it is complete. Raises ResourceError."""
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
-    if "tokens" in schema.names:  # separates low from high bytes: 20% smaller and written in two thirds of the time
+    if (
+        "tokens" in schema.names
+    ):  # separates low from high bytes: 20% smaller and written in two thirds of the time
         options["column_encoding"] = {"tokens.list.element": "BYTE_STREAM_SPLIT"}
     with new_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         rows = ParquetRows(writer, schema)
@@ -86,7 +88,9 @@ def verify_rows(folder: Path, counts: dict[str, str]) -> Manifest:
         try:
             n_rows = sum(pq.read_metadata(path).num_rows for path in paths)
         except (pa.ArrowException, OSError) as error:
-            raise IntegrityError(f"{folder / pattern}: damaged: {first_line(error)}; run `dvc repro -f`") from error
+            raise IntegrityError(
+                f"{folder / pattern}: damaged: {first_line(error)}; run `dvc repro -f`"
+            ) from error
         if n_rows != manifest.counts.get(name):
             raise IntegrityError(
                 f"{folder / pattern}: {n_rows:,} rows, the manifest counts {manifest.counts.get(name)} {name}; "

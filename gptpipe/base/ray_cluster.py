@@ -52,7 +52,9 @@ class RayTasks(Generic[Item, Result]):
         """The error for an item whose task was lost `1 + _RETRIES` times."""
         name = self._name_of(item)
         if self._parses and isinstance(error, self.ray.exceptions.WorkerCrashedError):
-            return InputError(f"{name}: its reader crashed {1 + _RETRIES} times: the file is damaged; replace it")
+            return InputError(
+                f"{name}: its reader crashed {1 + _RETRIES} times: the file is damaged; replace it"
+            )
         reason = first_line(error)
         return ResourceError(f"a Ray task was lost at {name}: {reason}; check the cluster, then rerun")
 

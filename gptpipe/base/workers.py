@@ -92,8 +92,12 @@ class Worker(Generic[Item, Result]):
 def death_in_work(name: str, exit_code: int) -> GptpipeError:
     """The error for a worker that ended at the item `name`, in code of this project."""
     if exit_code == -signal.SIGKILL:
-        return ResourceError(f"a worker process was killed at {name}; if memory is short, lower GPTPIPE_WORKERS")
-    return ResourceError(f"a worker process ended at {name} ({_cause(exit_code)}); rerun, and report it if it recurs")
+        return ResourceError(
+            f"a worker process was killed at {name}; if memory is short, lower GPTPIPE_WORKERS"
+        )
+    return ResourceError(
+        f"a worker process ended at {name} ({_cause(exit_code)}); rerun, and report it if it recurs"
+    )
 
 
 def death_in_parser(name: str, exit_code: int) -> GptpipeError:

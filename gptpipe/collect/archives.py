@@ -99,7 +99,9 @@ def tar_members(name: str, file: BinaryIO) -> Members:
             size = 0 if header.type in _WITHOUT_CONTENT else int(fields.get("size", header.size))
             if size < 0:
                 raise ValueError("a negative size")
-            is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields)
+            is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(
+                key.startswith("GNU.sparse.") for key in fields
+            )
             if is_sparse:
                 raise InputError(f"{name}: {path}: a sparse file; pack the archive again without --sparse")
             fields = {}
@@ -113,7 +115,9 @@ def tar_members(name: str, file: BinaryIO) -> Members:
 def _extended_header(name: str, file: BinaryIO, header: tarfile.TarInfo) -> dict[str, str]:
     """Fields of a GNU or pax header for the next member. Global headers, for all later members, are ignored."""
     if not 0 <= header.size <= _HEADER_BYTES:
-        raise InputError(f"{name}: a header of {header.size:,} bytes, above {_HEADER_BYTES:,}; pack the archive again")
+        raise InputError(
+            f"{name}: a header of {header.size:,} bytes, above {_HEADER_BYTES:,}; pack the archive again"
+        )
     content = file.read(header.size + -header.size % tarfile.BLOCKSIZE)[: header.size]
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": _decoded(content.partition(b"\0")[0])}
@@ -148,7 +152,9 @@ class _BoundedReads:
 
     def read(self, n: int = -1) -> bytes:
         if n > _DIRECTORY_BYTES:
-            raise InputError(f"{self._name}: a directory of {n:,} bytes, above {_DIRECTORY_BYTES:,}; split the archive")
+            raise InputError(
+                f"{self._name}: a directory of {n:,} bytes, above {_DIRECTORY_BYTES:,}; split the archive"
+            )
         return self._file.read(n)
 
 
@@ -169,7 +175,9 @@ def zip_members(name: str, file: BinaryIO, start: int = 0, end: int | None = Non
                 continue
             if info.compress_type == zipfile.ZIP_LZMA:
                 # Its header may request 4 GiB of memory, and zipfile has no limit.
-                raise InputError(f"{name}: {info.filename}: packed with LZMA; pack the archive again with deflate")
+                raise InputError(
+                    f"{name}: {info.filename}: packed with LZMA; pack the archive again with deflate"
+                )
             with unpack_errors(f"{name}: {info.filename}"), archive.open(info) as content:
                 yield info.filename, content
 

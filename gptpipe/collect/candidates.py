@@ -35,7 +35,9 @@ from gptpipe.shell.errors import one_line
 _DOCUMENTS = "documents.arrow"
 _TEXTS = "texts.arrow"
 _CANDIDATE = pa.schema([("id", pa.binary(32)), ("text", pa.string()), ("n_bytes", pa.int64())])
-_TEXT = pa.schema([("key", pa.uint64()), ("n_bytes", pa.int64()), ("reason", pa.uint8()), ("is_piece", pa.uint8())])
+_TEXT = pa.schema(
+    [("key", pa.uint64()), ("n_bytes", pa.int64()), ("reason", pa.uint8()), ("is_piece", pa.uint8())]
+)
 _BATCH_CHARACTERS = 1 << 18  # about; a batch is cleaned together
 _BATCH_TEXTS = 1 << 13  # most in a batch
 MAX_EXAMPLES = 3  # of each reason in each source: the first

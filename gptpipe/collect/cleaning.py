@@ -19,7 +19,9 @@ _C1_CONTROL = re.compile(b"\xc2[\x80-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_SPACE = re.compile(r"(?<!\s)(\s{1000})\s+")
 _TEN_SPACES = re.compile(r"\s{10}")
-_MARK = "[" + "".join(filter(unicodedata.combining, map(chr, range(0x300, 0x1E94B)))) + "]"  # every combining mark
+_MARK = (
+    "[" + "".join(filter(unicodedata.combining, map(chr, range(0x300, 0x1E94B)))) + "]"
+)  # every combining mark
 _LONG_MARKS = re.compile(f"({_MARK}{{1000}}){_MARK}+")
 _TEN_MARKS = re.compile(f"{_MARK}{{10}}")
 
@@ -47,7 +49,9 @@ def clean(
     filters = params.filters if are_on(params.filters) else None
     at_end = "\n" if keep_trailing_spaces else "\n\t "
     return [
-        text if isinstance(text, Rejected) else _normalize(next(stripped), params.min_document_bytes, filters, at_end)
+        text
+        if isinstance(text, Rejected)
+        else _normalize(next(stripped), params.min_document_bytes, filters, at_end)
         for text in texts
     ]
 

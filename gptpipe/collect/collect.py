@@ -26,7 +26,9 @@ _PARTS = ".parts"  # folder of candidates; the finished corpus does not contain 
 _MANY_BYTES = 32 << 20  # of input, above which worker processes pay off
 
 
-def collect(params: CollectParams, target: Path, report: Path | None = None, stage: str = "collect") -> dict[str, int]:
+def collect(
+    params: CollectParams, target: Path, report: Path | None = None, stage: str = "collect"
+) -> dict[str, int]:
     """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
     Each text that is read is either kept, or counted under the reason of its rejection. After a kill or an error, the
@@ -82,7 +84,9 @@ def _read_and_decide(
                 continue
             decision = decider.decide(part.source, Candidates.open(folder / part.name, record))
             while decision is None:  # more duplicates than expected: the limit of the source lies further on
-                ((part, record),) = map_in_order(read, [part.with_higher_limit()], isolate=isolate, parses=parses)
+                ((part, record),) = map_in_order(
+                    read, [part.with_higher_limit()], isolate=isolate, parses=parses
+                )
                 decision = decider.decide(part.source, Candidates.open(folder / part.name, record))
             decisions.append(decision)
     return decisions

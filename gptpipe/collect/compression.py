@@ -57,7 +57,13 @@ def _is_skippable(head: bytes) -> bool:
 
 def _is_lz4(head: bytes) -> bool:
     """Whether it is a frame of version 1: four bits are reserved, and the largest block has size 4 to 7."""
-    return len(head) >= 7 and head.startswith(_LZ4) and head[4] & 0xC2 == 0x40 and head[5] & 0x8F == 0 and head[5] >= 64
+    return (
+        len(head) >= 7
+        and head.startswith(_LZ4)
+        and head[4] & 0xC2 == 0x40
+        and head[5] & 0x8F == 0
+        and head[5] >= 64
+    )
 
 
 def _is_lzma(head: bytes) -> bool:
@@ -216,7 +222,9 @@ class _ZstdFrame:
         self._n_out += len(data)
         if self._window > _ZSTD_WINDOW and self._n_out > _ZSTD_WINDOW:
             problem = f"needs a window of {self._window >> 20:,} MiB to unpack, above {_ZSTD_WINDOW >> 20}"
-            raise InputError(f"{self._name}: {problem}; unpack it with `zstd -d --long=31`, and pack it without --long")
+            raise InputError(
+                f"{self._name}: {problem}; unpack it with `zstd -d --long=31`, and pack it without --long"
+            )
         return data
 
 
@@ -245,7 +253,9 @@ def _with_smaller_window(header: bytes) -> bytes:
     is_single_segment = header[4] & 0x20 != 0
     start = 5 if is_single_segment else 6
     n_dictionary = (0, 1, 2, 4)[header[4] & 3]
-    return header[:4] + bytes([header[4] & 0x1F]) + _ZSTD_WINDOW_DESCRIPTOR + header[start : start + n_dictionary]
+    return (
+        header[:4] + bytes([header[4] & 0x1F]) + _ZSTD_WINDOW_DESCRIPTOR + header[start : start + n_dictionary]
+    )
 
 
 class _ZstdBytes(io.RawIOBase):

@@ -45,14 +45,18 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._levels: list[Keys] = []  # sorted arrays without common keys, each at least twice as long as the next
+        self._levels: list[
+            Keys
+        ] = []  # sorted arrays without common keys, each at least twice as long as the next
         self._filter = _Filter(_MIN_FILTER_BITS)
 
     def is_new(self, keys: Keys) -> Mask:
         """For each key: whether it is neither in the set nor earlier in `keys`."""
         is_new = np.logical_not(pd.Index(keys).duplicated())
         positions = np.flatnonzero(self._filter.may_contain(keys))
-        positions = positions[np.argsort(keys[positions])]  # in ascending order, keys are found many times faster
+        positions = positions[
+            np.argsort(keys[positions])
+        ]  # in ascending order, keys are found many times faster
         is_new[positions[self._contains(keys[positions])]] = False
         return is_new
 
@@ -116,7 +120,9 @@ class Decider:
 
     def __init__(self, params: CollectParams, names: Sequence[str]) -> None:
         self.tally = Tally(names)
-        self.bad_records: dict[str, list[str]] = {name: [] for name in names}  # what is wrong with them, by source
+        self.bad_records: dict[str, list[str]] = {
+            name: [] for name in names
+        }  # what is wrong with them, by source
         self.n_bad = Counter[str]()  # bad records, by source
         self._params = params
         self._names = names

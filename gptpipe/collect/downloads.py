@@ -84,14 +84,18 @@ def _fetch(url: str, part: Path) -> int:
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, part.open("ab") as file:
         if not isinstance(answer, http.client.HTTPResponse):
-            raise InputError(f"{url}: redirects to {answer.url}, which is not HTTP; fix the address in collect.sources")
+            raise InputError(
+                f"{url}: redirects to {answer.url}, which is not HTTP; fix the address in collect.sources"
+            )
         if answer.status != 206:  # the server sends the whole file
             file.truncate(0)
         while data := answer.read(CHUNK):
             disk = shutil.disk_usage(part.parent)
             if disk.free < min(_SPARE_BYTES, disk.total // 20):  # the answer may be endless
                 problem = f"{file.tell():,} bytes so far in {part}, and the disk is nearly full"
-                raise ResourceError(f"{url}: {problem}; free space, or fix the address in collect.sources, then rerun")
+                raise ResourceError(
+                    f"{url}: {problem}; free space, or fix the address in collect.sources, then rerun"
+                )
             with disk_errors(part):
                 file.write(data)
                 file.flush()

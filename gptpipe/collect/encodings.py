@@ -5,7 +5,9 @@ import codecs
 from gptpipe.shell.errors import InputError
 
 _SAMPLE_BYTES = 4096  # of a file, which show its encoding
-_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\x0b\x0c\r\x1b"))  # bytes that are in no text of an 8-bit encoding
+_CONTROLS = bytes(
+    {*range(32), 127} - set(b"\t\n\x0b\x0c\r\x1b")
+)  # bytes that are in no text of an 8-bit encoding
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -25,7 +27,9 @@ def not_utf8(name: str, offset: int, content: bytes = b"") -> InputError:
     """The error for bytes that are not UTF-8. `content` are bytes of the file, from its start if possible."""
     problem = f"{name}: not UTF-8 at byte {offset}"
     if encoding := wide_encoding(content):
-        return InputError(f"{problem}; it is {encoding.upper()}: set encoding: {encoding} of the source, or convert it")
+        return InputError(
+            f"{problem}; it is {encoding.upper()}: set encoding: {encoding} of the source, or convert it"
+        )
     sample = content[:_SAMPLE_BYTES]
     if len(sample.translate(None, _CONTROLS)) < 0.97 * len(sample):
         return InputError(f"{problem}; it looks compressed or binary: unpack, convert or remove it")
@@ -45,7 +49,9 @@ def wide_encoding(content: bytes) -> str | None:
     sample = content[:_SAMPLE_BYTES]
     if b"\0" not in sample or len(sample) < 8:
         return None
-    zeros = [sample[i::4].count(0) / len(sample[i::4]) for i in range(4)]  # share of zeros at each place of four
+    zeros = [
+        sample[i::4].count(0) / len(sample[i::4]) for i in range(4)
+    ]  # share of zeros at each place of four
     for wide, places in _PLACES_OF_ZEROS:
         if min(zeros[place] for place in places) > 0.5:
             return wide

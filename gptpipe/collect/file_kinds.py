@@ -38,7 +38,16 @@ _ABOUT_DATA = re.compile(
     "|(md5|sha1|sha256|sha512)(sums?)?|checksums?|_success|makefile|dockerfile)",
     re.IGNORECASE,
 )
-_SYSTEM_FOLDERS = {"__macosx", ".git", ".svn", "@eadir", "$recycle.bin", ".fseventsd", ".spotlight-v100", ".trashes"}
+_SYSTEM_FOLDERS = {
+    "__macosx",
+    ".git",
+    ".svn",
+    "@eadir",
+    "$recycle.bin",
+    ".fseventsd",
+    ".spotlight-v100",
+    ".trashes",
+}
 _SYSTEM_FILES = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".localized", "icon\r", ".gitignore"}
 
 # Formats that hold files or text, and that this project does not unpack: first bytes, name, what to do.
@@ -87,7 +96,11 @@ def is_other_file(name: str, format_: Format) -> bool:
 def is_system_file(name: str) -> bool:
     """Whether an operating system, a file manager or an office program added the file."""
     *folders, last = name.lower().replace("\\", "/").split("/")
-    return not _SYSTEM_FOLDERS.isdisjoint(folders) or last in _SYSTEM_FILES or last.startswith(("._", "~$", ".~lock."))
+    return (
+        not _SYSTEM_FOLDERS.isdisjoint(folders)
+        or last in _SYSTEM_FILES
+        or last.startswith(("._", "~$", ".~lock."))
+    )
 
 
 def document_kind(head: bytes) -> str | None:

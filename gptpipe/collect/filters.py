@@ -18,7 +18,9 @@ from gptpipe.collect.params import FilterParams
 _STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf")
-_TERMINALS = regex.findall(r"(?V1)[\p{Sentence_Terminal}\u0f0d\u0f0e--[.!?]]", "".join(map(chr, range(0x20000))))
+_TERMINALS = regex.findall(
+    r"(?V1)[\p{Sentence_Terminal}\u0f0d\u0f0e--[.!?]]", "".join(map(chr, range(0x20000)))
+)
 _CLOSING = "\"')\\]\u201d\u2019\xbb\u203a\u300d\u300f\uff09"  # quotation marks and brackets
 _LINE_END = (".", "!", "?", '"', "\u201d", "\u2019", "\xbb", "\u203a", "\u300d", "\u300f", *_TERMINALS)
 # A space follows the marks of ASCII, which also occur inside numbers and names, but not those of Chinese.
@@ -71,7 +73,9 @@ def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
         limit = getattr(params, name)
         if limit is None:
             continue
-        for value, (minimum, maximum) in zip(_values(name, text, words, lines), _ranges(name, limit), strict=True):
+        for value, (minimum, maximum) in zip(
+            _values(name, text, words, lines), _ranges(name, limit), strict=True
+        ):
             if value < minimum:
                 return name, f"{value:.4g}, allowed is at least {minimum:g}"
             if value > maximum:

@@ -76,7 +76,9 @@ class _Place(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, line {self.number}" if self.is_numbered else f"{self.name}, the line at byte {self.offset}"
+            f"{self.name}, line {self.number}"
+            if self.is_numbered
+            else f"{self.name}, the line at byte {self.offset}"
         )
 
 
@@ -118,7 +120,9 @@ def _any_text(line: bytes, place: _Place, keys: _Keys, errors: str) -> str | Rej
     first_keys = list(value)[:_MAX_KEYS]
     if len(keys.others) < _MAX_KEYS:
         keys.others |= dict.fromkeys(first_keys)
-    return Rejected("no_text", f"{place}: no key `{keys.wanted}`; the keys are {', '.join(first_keys) or 'none'}")
+    return Rejected(
+        "no_text", f"{place}: no key `{keys.wanted}`; the keys are {', '.join(first_keys) or 'none'}"
+    )
 
 
 def _array(place: _Place) -> Rejected:

@@ -52,7 +52,9 @@ def check_bad_records(decider: Decider, params: CollectParams) -> None:
         n_bad, n_in = decider.n_bad[name], decider.tally.documents_in(name)
         if n_bad > source.max_bad * n_in:
             bad = decider.bad_records[name]
-            share = f"{n_bad:,} of {n_in:,} records ({n_bad / n_in:.1%}) are bad, above max_bad {source.max_bad:g}"
+            share = (
+                f"{n_bad:,} of {n_in:,} records ({n_bad / n_in:.1%}) are bad, above max_bad {source.max_bad:g}"
+            )
             raise InputError(f"collect: {name}: {share}; fix the files, or raise max_bad; the first: {bad[0]}")
 
 

@@ -155,7 +155,9 @@ class _Signatures:
             of_part = part_of_document == number
             rows = self._rows[number][documents[of_part] - self._starts[number]]
             # Mapped at each use, so pages that were read before do not count as memory of this process.
-            stored = np.memmap(part.folder / "signatures.bin", np.uint8, "r", shape=(len(part.is_kept), _VALUES))
+            stored = np.memmap(
+                part.folder / "signatures.bin", np.uint8, "r", shape=(len(part.is_kept), _VALUES)
+            )
             signatures[of_part] = stored[rows]
         return signatures
 

@@ -70,7 +70,9 @@ def open_files(
     def count_out(data: bytes) -> None:
         nonlocal n_out
         n_out += len(data)
-        check_growth(address, n_out, growth_limit(n_in or Path(address).stat().st_size, max_expansion), max_expansion)
+        check_growth(
+            address, n_out, growth_limit(n_in or Path(address).stat().st_size, max_expansion), max_expansion
+        )
 
     rules = _Rules(partial(_is_wanted, format_, members), count_out)
     with _open(address) as raw:
@@ -111,7 +113,9 @@ def _part(name: str, file: io.BufferedReader, rules: _Rules, start: int, end: in
         yield from _unpacked(name, file, rules, depth=0)
 
 
-def _unpacked(name: str, file: io.BufferedReader, rules: _Rules, depth: int, *, is_wanted: bool = True) -> Files:
+def _unpacked(
+    name: str, file: io.BufferedReader, rules: _Rules, depth: int, *, is_wanted: bool = True
+) -> Files:
     """The file itself, or what is in it. `depth` is the number of archives around it.
 
     An archive is opened even if it is not wanted itself, because its members may be.
@@ -132,7 +136,10 @@ def _unpacked(name: str, file: io.BufferedReader, rules: _Rules, depth: int, *, 
 
 def _unpacked_archive(name: str, file: io.BufferedReader, rules: _Rules, depth: int) -> Files:
     if depth == _MAX_DEPTH:
-        yield name, Rejected("nested_archive", f"{name}: an archive inside {depth} archives; unpack the outer one")
+        yield (
+            name,
+            Rejected("nested_archive", f"{name}: an archive inside {depth} archives; unpack the outer one"),
+        )
     elif archives.is_tar(file.peek(_HEAD_BYTES)):
         # Content of tar is not counted: it is not longer than the archive, which is counted or is the file itself.
         yield from _members(name, archives.tar_members(name, file), rules, lambda _: None, depth + 1)
@@ -186,6 +193,11 @@ def _file_system(address: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": timeout}
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
-    except (ImportError, ValueError) as error:  # the package for s3 or gs is missing, or the protocol is unknown
-        raise InputError(f"{address}: {first_line(error)}; for s3: pip install -e '.[s3]', for gs: '.[gs]'") from error
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # the package for s3 or gs is missing, or the protocol is unknown
+        raise InputError(
+            f"{address}: {first_line(error)}; for s3: pip install -e '.[s3]', for gs: '.[gs]'"
+        ) from error
     return system, path

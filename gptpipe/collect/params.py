@@ -17,7 +17,9 @@ Paths = Annotated[tuple[Glob, ...], Field(min_length=1)]
 class AnySource(Section):
     """Keys of every kind of source."""
 
-    on_bad: Literal["stop", "skip"] = "stop"  # at a damaged record: name all such files and stop, or skip and count it
+    on_bad: Literal["stop", "skip"] = (
+        "stop"  # at a damaged record: name all such files and stop, or skip and count it
+    )
     max_bad: Ratio = 0.05  # for on_bad: skip; a larger share of bad records stops the stage
     keep_trailing_spaces: bool = False  # at the ends of lines; two of them are a line break in Markdown
     max_documents: Positive | None = None  # kept; the source ends after the last of them
@@ -37,7 +39,9 @@ def _check_encoding(name: str) -> str:
     try:
         "".encode(name)
     except LookupError as error:
-        raise ValueError("is not an encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis") from error
+        raise ValueError(
+            "is not an encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis"
+        ) from error
     return name
 
 
@@ -56,7 +60,9 @@ class Text(Files):
     kind: Literal["text"]
     format: ClassVar[Literal["text"]] = "text"
     document: Literal["file", "line", "separator"] = "file"
-    separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None  # for document: separator
+    separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = (
+        None  # for document: separator
+    )
 
     @field_validator("separator")
     @classmethod

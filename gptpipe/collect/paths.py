@@ -50,7 +50,9 @@ def _match(pattern: str) -> tuple[list[str], list[str]]:
     names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207
     problems = [f"{folder}: Permission denied" for folder in _unreadable_folders(Path(pattern))]
     if not names and not problems:
-        problems.append(f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches"))
+        problems.append(
+            f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches")
+        )
     project = project_root().resolve()
     start = Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve()  # the last folder before a wildcard
     for name in sorted(names):

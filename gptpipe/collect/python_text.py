@@ -68,7 +68,9 @@ def module_files(package: str | None) -> list[Path]:
         paths = [root] if root.suffix == ".py" else root.rglob("*.py")
         files.update(path for path in paths if not _EXCLUDED.intersection(path.relative_to(root).parts))
     if not files:
-        raise InputError(f"collect.sources: Python package {package} is not installed; install it, or name another")
+        raise InputError(
+            f"collect.sources: Python package {package} is not installed; install it, or name another"
+        )
     return sorted(files)
 
 

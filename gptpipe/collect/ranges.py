@@ -30,7 +30,9 @@ def can_be_divided(path: str, source: Source, params: CollectParams, n_bytes: in
     match source:
         case Parquet() | Url(format="parquet"):
             return True
-        case Text() | Jsonl() | Url() if marked_encoding(head) or codecs.lookup(source.encoding).name != "utf-8":
+        case Text() | Jsonl() | Url() if (
+            marked_encoding(head) or codecs.lookup(source.encoding).name != "utf-8"
+        ):
             return False
         case Text(document="file") | Url(format="text", document="file"):
             return params.max_document_bytes <= n_bytes  # it is cut anyway
@@ -47,7 +49,9 @@ def _head(path: str) -> bytes:
 
 
 @contextmanager
-def open_range(path: str, start: int, end: int | None, separator: str) -> Iterator[tuple[int, io.BufferedReader]]:
+def open_range(
+    path: str, start: int, end: int | None, separator: str
+) -> Iterator[tuple[int, io.BufferedReader]]:
     """The documents of a file that begin in a range, as a stream, and the byte of the file where it begins."""
     with Path(path).open("rb") as file:
         first = _boundary(file, start, separator.encode())

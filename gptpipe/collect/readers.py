@@ -55,7 +55,11 @@ def read_part(part: PartToRead, source: Source, params: CollectParams, digests: 
             yield texts
             continue
         for text, n in zip(texts, n_characters, strict=True):
-            yield cut_text(text, params.max_document_bytes) if isinstance(text, str) and n > n_always_fit else [text]
+            yield (
+                cut_text(text, params.max_document_bytes)
+                if isinstance(text, str) and n > n_always_fit
+                else [text]
+            )
 
 
 def _texts_of_part(part: PartToRead, source: Source, params: CollectParams, digests: dict[str, str]) -> Texts:
@@ -88,7 +92,9 @@ def _until_bad(lists: Texts, source: Source) -> Texts:
 
 def n_dataset_shards(source: HuggingFace) -> int:
     """Number of files of a dataset, each of which can be read alone. Raises InputError, ResourceError."""
-    (n_shards,) = map_in_order(dataset_shards, [dataset_name(source)], local=True, isolate=True, parses=_address_of)
+    (n_shards,) = map_in_order(
+        dataset_shards, [dataset_name(source)], local=True, isolate=True, parses=_address_of
+    )
     return n_shards
 
 
@@ -119,7 +125,9 @@ def dataset_name(source: HuggingFace) -> DatasetName:
     return DatasetName(source.address, source.dataset, source.name, source.split, source.revision)
 
 
-def _file(address: str, part: PartToRead, source: FileSource, params: CollectParams, digests: dict[str, str]) -> Texts:
+def _file(
+    address: str, part: PartToRead, source: FileSource, params: CollectParams, digests: dict[str, str]
+) -> Texts:
     """The texts of a file, of all files in an archive, or of a byte range of either."""
     is_whole = part.start == 0 and part.end is None
     with read_errors(address):
@@ -174,7 +182,12 @@ def _content(
 
 
 def _parquet_file(
-    name: str, file: BinaryIO, source: Parquet | Url, params: CollectParams, start: int = 0, end: int | None = None
+    name: str,
+    file: BinaryIO,
+    source: Parquet | Url,
+    params: CollectParams,
+    start: int = 0,
+    end: int | None = None,
 ) -> Texts:
     column = source.text_column if isinstance(source, Parquet) else source.text_key
     with seekable(file) as content:

@@ -27,7 +27,9 @@ class Readable(Protocol):
 class Stream(io.RawIOBase):
     """Fills each buffer, even if the file returns less at once; calls `on_read` with the bytes."""
 
-    def __init__(self, file: Readable, on_read: OnRead, errors: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, file: Readable, on_read: OnRead, errors: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._file = file
         self._on_read = on_read
         self._errors = errors

@@ -76,7 +76,9 @@ def parquet_rows(
         reason = error.strerror or first_line(error)
         raise InputError(f"{name}: cannot read: {reason}; fix the file, or collect.sources") from error
     except Exception as error:  # pyarrow raises more than its own exceptions
-        raise InputError(f"{name}: not a readable Parquet file: {first_line(error)}; replace the file") from error
+        raise InputError(
+            f"{name}: not a readable Parquet file: {first_line(error)}; replace the file"
+        ) from error
 
 
 def _runs(groups: list[Any], start: int, end: int | None) -> Iterator[tuple[list[int], int]]:
@@ -185,7 +187,9 @@ def _check_column(name: str, schema: pa.Schema, column: str, groups: list[Any]) 
         raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
     if pa.types.is_struct(field.type):
         fields = _first_names(f"{column}.{child.name}" for child in field.type)
-        raise InputError(f"{name}: column `{column}` is a struct; set text_column of the source to one of {fields}")
+        raise InputError(
+            f"{name}: column `{column}` is a struct; set text_column of the source to one of {fields}"
+        )
     type_ = getattr(field.type, "storage_type", field.type)
     if not (_is_text(type_) or pa.types.is_null(type_) or _is_without_values(column, groups)):
         raise InputError(f"{name}: column `{column}` contains {type_}, not text; set text_column of the source")
@@ -387,9 +391,13 @@ def read_errors(name: str) -> Iterator[None]:
             raise
         # fsspec raises FileNotFoundError also for an unreachable host and for a server that fails.
         cause: Any = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-        is_unreachable = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError)
+        is_unreachable = isinstance(cause, OSError) and not isinstance(
+            cause, FileNotFoundError | PermissionError
+        )
         has_failed = getattr(cause, "status", 0) in (408, 429, *range(500, 600))
         if is_remote(name) and (is_unreachable or has_failed or not isinstance(error, OSError)):
-            raise ResourceError(f"{name}: cannot read: {first_line(cause)}; rerun when it can be reached") from error
+            raise ResourceError(
+                f"{name}: cannot read: {first_line(cause)}; rerun when it can be reached"
+            ) from error
         reason = (cause.strerror if isinstance(cause, OSError) else None) or first_line(cause)
         raise InputError(f"{name}: cannot read: {reason}; fix the file, or collect.sources") from error

@@ -51,5 +51,7 @@ class Tally(Counter[str]):
 
     def write(self, path: Path) -> None:
         """Write the counts and examples as Markdown."""
-        page = render_markdown(Path(__file__).with_name("report.jinja"), counts=self.by_source, examples=self.examples)
+        page = render_markdown(
+            Path(__file__).with_name("report.jinja"), counts=self.by_source, examples=self.examples
+        )
         write_bytes(path, page.encode())

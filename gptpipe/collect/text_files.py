@@ -24,7 +24,9 @@ def separator_of(source: Source) -> str | None:
     return separator
 
 
-def text_documents(name: str, file: io.BufferedReader, start: int, source: Text | Url, params: CollectParams) -> Texts:
+def text_documents(
+    name: str, file: io.BufferedReader, start: int, source: Text | Url, params: CollectParams
+) -> Texts:
     """Documents of a text file: the whole file, or the parts between separators; long ones in pieces.
 
     `start` is the byte of the file where `file` begins. With `on_bad: skip`, documents that are not UTF-8 are bad

@@ -85,7 +85,9 @@ def split_words(texts: list[str], *, signs: bool = False) -> Words:
     before = np.empty_like(kinds)
     before[:1], before[1:] = _SEPARATOR, kinds[:-1]
     is_in_word = kinds != _SEPARATOR
-    begins = is_in_word & ((kinds != _WORD) | (before != _WORD)) & ((kinds != _ATTACHED) | (before == _SEPARATOR))
+    begins = (
+        is_in_word & ((kinds != _WORD) | (before != _WORD)) & ((kinds != _ATTACHED) | (before == _SEPARATOR))
+    )
     is_end = np.empty_like(begins)  # of a word, at its last character
     is_end[:-1], is_end[-1:] = is_in_word[:-1] & (begins[1:] | ~is_in_word[1:]), is_in_word[-1:]
     starts, ends = np.flatnonzero(begins), np.flatnonzero(is_end) + 1
@@ -103,7 +105,9 @@ def _characters(text: str, signs: bool) -> tuple[npt.NDArray[np.unsignedinteger]
     kind_of = _kinds(signs)
     if text.isascii():
         lowered = text.lower().encode()
-        return np.frombuffer(lowered, np.uint8), np.frombuffer(lowered.translate(kind_of[:256].tobytes()), np.uint8)
+        return np.frombuffer(lowered, np.uint8), np.frombuffer(
+            lowered.translate(kind_of[:256].tobytes()), np.uint8
+        )
     code_points = np.frombuffer(text.lower().encode("utf-32-le"), np.uint32)
     kinds = kind_of[code_points]
     is_visible = kinds != _IGNORED
@@ -149,7 +153,9 @@ class RunHasher:
 
     def __init__(self, values: Hashes, base: int = _RUN_BASE) -> None:
         size = 1 << len(values).bit_length()
-        self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * _powers(base, size)[: len(values)])])
+        self._sums = np.concatenate(
+            [np.zeros(1, np.uint64), np.cumsum(values * _powers(base, size)[: len(values)])]
+        )
         self._inverse_powers = _powers(pow(base, -1, 1 << 64), size)
 
     def __call__(self, starts: Indices, ends: Indices) -> Hashes:

@@ -56,7 +56,9 @@ def _enter_project(options: argparse.Namespace) -> None:
     if root is None:
         if "model" in given:
             return
-        raise ConfigError(f"{here}: neither this folder nor one above is a gptpipe project; change to one with `cd`")
+        raise ConfigError(
+            f"{here}: neither this folder nor one above is a gptpipe project; change to one with `cd`"
+        )
     if root != here:
         for name, path in given.items():
             setattr(options, name, here / path)
@@ -115,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--model", type=Path, default=_DEFAULT_MODEL, help="model folder")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after this number of tokens")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    generate.add_argument("--top-k", type=int, default=50, help="sample from the k most probable tokens; 0: all")
+    generate.add_argument(
+        "--top-k", type=int, default=50, help="sample from the k most probable tokens; 0: all"
+    )
     generate.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the fewest tokens with this total probability"
     )
@@ -123,9 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         "--min-p", type=float, default=0.0, help="leave out tokens below this share of the largest probability"
     )
     generate.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1: tokens in the context become less probable"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1: tokens in the context become less probable",
     )
-    generate.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    generate.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
 
     score = add_command("score", _score)
@@ -134,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = add_command("export", _export)
     export.add_argument("--format", choices=["gguf"], default="gguf", help="gguf: for llama.cpp and ollama")
-    export.add_argument("--type", choices=["f32", "f16", "q8_0"], default="f16", help="numbers of 32, 16 or 8.5 bits")
+    export.add_argument(
+        "--type", choices=["f32", "f16", "q8_0"], default="f16", help="numbers of 32, 16 or 8.5 bits"
+    )
     export.add_argument("--out", type=Path, help="file to write; without it, beside the model folder")
     export.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
 

@@ -31,7 +31,9 @@ def write_page(root: Path, seed: int) -> str:
     overlaps = _read_overlaps(reports / "split.json")
     rejections = _read_rejections(reports / "collect.md")
     shards = shard_paths(root / "data/raw")
-    columns = [pq.read_table(shard, columns=["source", "n_bytes"], read_dictionary=["source"]) for shard in shards]
+    columns = [
+        pq.read_table(shard, columns=["source", "n_bytes"], read_dictionary=["source"]) for shard in shards
+    ]
     documents = pa.concat_tables(columns).unify_dictionaries()
     lengths = documents["n_bytes"].to_numpy()
     upper_bounds, n_documents = length_histogram(lengths)
@@ -101,7 +103,9 @@ def _read_overlaps(path: Path) -> dict[str, _Overlap]:
             if name != "train"
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise IntegrityError(f"{path}: damaged, not a report of stage split; `dvc repro` restores it") from error
+        raise IntegrityError(
+            f"{path}: damaged, not a report of stage split; `dvc repro` restores it"
+        ) from error
 
 
 def _read_rejections(path: Path) -> str:

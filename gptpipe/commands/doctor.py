@@ -171,7 +171,9 @@ def _check_folder(name: str) -> Finding:
     for parent, digest in sorted(manifest.made_from.items()):
         parent_folder = _FOLDERS.get(parent)
         if parent_folder and parent_folder.exists() and read_manifest(parent_folder).digest != digest:
-            return problem(IntegrityError, f"made from another {parent_folder} than the present one", "run `dvc repro`")
+            return problem(
+                IntegrityError, f"made from another {parent_folder} than the present one", "run `dvc repro`"
+            )
     return ok(f"{len(manifest.files)} files match the manifest, made from the data in this workspace")
 
 

@@ -214,7 +214,9 @@ def check_worktrees(*, fix: bool) -> Finding:
         return prune
     n_pruned = len(prune.strip().splitlines())
     if n_pruned and not fix:
-        return warning(f"{n_pruned} without their folder", "`gptpipe doctor --fix` removes or repairs their entries")
+        return warning(
+            f"{n_pruned} without their folder", "`gptpipe doctor --fix` removes or repairs their entries"
+        )
     if n_pruned:
         return ok(f"removed {n_pruned} entries without their folder")
     if moved:

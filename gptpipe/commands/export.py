@@ -52,11 +52,17 @@ def export(options: argparse.Namespace) -> None:
 
     write_gguf(out, model, tokenizer, options.type)
     size = out.stat().st_size / 1e6
-    print(printable(f"{out}: {size:,.1f} MB, {model.n_parameters():,} parameters; it reads back as it was written"))
+    print(
+        printable(
+            f"{out}: {size:,.1f} MB, {model.n_parameters():,} parameters; it reads back as it was written"
+        )
+    )
     if is_installed():
         print(compare_with_llama_cpp(out, model, tokenizer, options.type))
     else:
-        complain("warning: llama.cpp has not run the file: `pip install llama-cpp-python`, and export again to check")
+        complain(
+            "warning: llama.cpp has not run the file: `pip install llama-cpp-python`, and export again to check"
+        )
     if tokenizer.pattern in _APPROXIMATED:
         complain(
             f"warning: llama.cpp approximates the pattern of {tokenizer.encoding.name}: it may give other tokens for "
@@ -91,7 +97,11 @@ def compare_with_llama_cpp(path: Path, model: GPT, tokenizer: Tokenizer, number_
             "use the file"
         )
     greedy = _compare_greedy(path, model, tokens[:n_prompt], answer, _TOLERANCES[number_type])
-    same = "the same token ids" if not n_other else f"other token ids for {n_other} of {len(texts)} difficult texts"
+    same = (
+        "the same token ids"
+        if not n_other
+        else f"other token ids for {n_other} of {len(texts)} difficult texts"
+    )
     return (
         f"llama-cpp-python {llama_cpp_version()}: {same}, loss {their_loss:.4f} (ours {loss:.4f}) nats per token, "
         f"{greedy}"
@@ -109,15 +119,21 @@ def _compare_greedy(path: Path, model: GPT, prompt: list[int], answer: Answer, t
     lead = (logits.amax(dim=-1) - chosen) / logits.abs().amax()
     if (lead > tolerance).any():
         place = int((lead > tolerance).nonzero()[0]) + 1
-        raise IntegrityError(f"{path}: llama.cpp continues a prompt differently from token {place} on; do not use it")
+        raise IntegrityError(
+            f"{path}: llama.cpp continues a prompt differently from token {place} on; do not use it"
+        )
     n_other = int((lead > 0).sum())
-    return "the same greedy text" if not n_other else f"{n_other} of {len(lead)} greedy tokens differ by rounding"
+    return (
+        "the same greedy text" if not n_other else f"{n_other} of {len(lead)} greedy tokens differ by rounding"
+    )
 
 
 def _how_to_run(path: Path, context_length: int) -> str:
     """Commands for a shell. The prompt is sent as it is, because the model knows no chat template."""
     file = shlex.quote(str(path))
-    modelfile = shlex.quote(f"FROM {path.resolve()}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context_length}\n")
+    modelfile = shlex.quote(
+        f"FROM {path.resolve()}\nTEMPLATE {{{{ .Prompt }}}}\nPARAMETER num_ctx {context_length}\n"
+    )
     modelfile = modelfile.replace("\n", "\\n")
     return (
         "To run it in llama.cpp:\n"

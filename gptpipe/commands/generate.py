@@ -58,7 +58,9 @@ class _Generator:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(_NOT_UTF8)
         announce_cut(self._model, self._tokenizer, prompt, "the prompt")
-        pieces = continue_text(self._model, self._tokenizer, prompt, self._max_new_tokens, self._sampling, self._stop)
+        pieces = continue_text(
+            self._model, self._tokenizer, prompt, self._max_new_tokens, self._sampling, self._stop
+        )
         with memory_errors(lambda: "out of memory; shorten the prompt, or lower --max-new-tokens"):
             _print_piece(prompt)
             for piece in pieces:

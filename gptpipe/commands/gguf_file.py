@@ -15,7 +15,14 @@ from torch import Tensor
 
 from gptpipe.base.files import new_file
 from gptpipe.formats.hf_tokenizer import merges_of
-from gptpipe.formats.tokenizer import GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN, PATTERN, Tokenizer, byte_letters
+from gptpipe.formats.tokenizer import (
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    GPT4O_PATTERN,
+    PATTERN,
+    Tokenizer,
+    byte_letters,
+)
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_names import to_hf
 from gptpipe.model.params import ModelParams
@@ -168,7 +175,9 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [
             int(kinds["special" if i in special else "text" if i in texts else "unused"]) for i in ids
         ],
-        "tokenizer.ggml.merges": [f"{spell(left)} {spell(right)}" for left, right in merges_of(tokenizer.ranks)],
+        "tokenizer.ggml.merges": [
+            f"{spell(left)} {spell(right)}" for left, right in merges_of(tokenizer.ranks)
+        ],
         "tokenizer.ggml.bos_token_id": tokenizer.end_of_text,
         "tokenizer.ggml.eos_token_id": tokenizer.end_of_text,
         "tokenizer.ggml.add_bos_token": False,  # documents start without a token of their own
@@ -244,7 +253,9 @@ def _check_file(path: Path, fields: dict[str, Any], tensors: Sequence[GGUFTensor
         content = None if field is None else field.contents()
         expected = float(np.float32(value)) if isinstance(value, float) else value
         if (content or value) and content != expected:
-            raise IntegrityError(f"{path}: {key} reads back as {content!r:.60}, not {value!r:.60}; export it again")
+            raise IntegrityError(
+                f"{path}: {key} reads back as {content!r:.60}, not {value!r:.60}; export it again"
+            )
     if [tensor.name for tensor in reader.tensors] != [tensor.name for tensor in tensors]:
         raise IntegrityError(f"{path}: has other tensors than were written; export it again")
     for stored, tensor in zip(reader.tensors, tensors, strict=True):

@@ -77,8 +77,12 @@ def _answer(request: Request) -> Answer:
             verbose=False,
         )
     except ValueError as error:  # what llama-cpp-python raises for a file that llama.cpp refuses
-        raise IntegrityError(f"{request.path}: llama.cpp cannot load the file ({error}); export it again") from error
-    ids = [model.tokenize(text.encode(), add_bos=False, special=False) if text else [] for text in request.texts]
+        raise IntegrityError(
+            f"{request.path}: llama.cpp cannot load the file ({error}); export it again"
+        ) from error
+    ids = [
+        model.tokenize(text.encode(), add_bos=False, special=False) if text else [] for text in request.texts
+    ]
     model.eval(list(request.tokens))
     logits = model.scores[: len(request.tokens)].copy()
     model.reset()

@@ -118,7 +118,9 @@ def _describe_text(train: Stream, val: Stream) -> str:
     )
 
 
-def _describe_time(params: Params, n_steps: int, timing: _Timing, device: torch.device, *, is_compiled: bool) -> str:
+def _describe_time(
+    params: Params, n_steps: int, timing: _Timing, device: torch.device, *, is_compiled: bool
+) -> str:
     section = params.train
     n_validations = 1 + -(-n_steps // section.eval_every)  # one before the first step
     seconds = timing.warm_up + n_steps * timing.step + n_validations * timing.validation

@@ -110,7 +110,9 @@ def check_workspace(client: MlflowClient) -> Finding:
         return NOT_MADE
     run_id = read_run_id(path)
     if find_run(client, run_id) is None:
-        return warning(f"{path}: the store has no run {run_id}", "`dvc repro -fs evaluate` creates one in its place")
+        return warning(
+            f"{path}: the store has no run {run_id}", "`dvc repro -fs evaluate` creates one in its place"
+        )
     return ok(f"{path}: run {run_id}")
 
 

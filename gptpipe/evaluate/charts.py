@@ -21,7 +21,9 @@ Line = tuple[Sequence[float], Sequence[float]]  # x and y
 IntArray = npt.NDArray[np.int64]
 
 
-def line_chart(x: str, y: str, series: Mapping[str, Line], *, diagonal: bool = False, log_x: bool = False) -> str:
+def line_chart(
+    x: str, y: str, series: Mapping[str, Line], *, diagonal: bool = False, log_x: bool = False
+) -> str:
     """One line for each of `series`, by its name; `x` and `y` label the axes. `diagonal` also draws x = y."""
 
     def draw(axes: Axes) -> None:
@@ -74,7 +76,9 @@ def _svg(draw: Callable[[Axes], None], x: str, y: str) -> str:
         axes.set(xlabel=x, ylabel=y)
         figure.savefig(page, format="svg", transparent=True, metadata={"Date": None})
         svg = page.getvalue()
-    svg = re.sub(r' id="[a-z0-9_.]+_\d+"|<metadata>.*?</metadata>', "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(
+        r' id="[a-z0-9_.]+_\d+"|<metadata>.*?</metadata>', "", svg[svg.index("<svg") :], flags=re.DOTALL
+    )
     return svg.replace(_INK, "currentColor")
 
 

@@ -47,7 +47,8 @@ _SPECIAL = (
     "<s></s>[INST]<0x0A>",
 )
 _INVALID = tuple(
-    sequence.decode(errors="replace") for sequence in (b"a\xff\xfeb", b"\xe2\x82 \xf0\x9f\x99", b"\xc0\xaf\xed\xa0\x80")
+    sequence.decode(errors="replace")
+    for sequence in (b"a\xff\xfeb", b"\xe2\x82 \xf0\x9f\x99", b"\xc0\xaf\xed\xa0\x80")
 )
 _CONTROLS = ("\x00\x01\x7f\x85", "\ufeffx\u200b\u200d", "a\u2028b\u2029c\x0bd\x0ce\x1c")
 

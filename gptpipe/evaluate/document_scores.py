@@ -38,7 +38,9 @@ def score_table(scores: Mapping[Side, Scores], held_out: Mapping[Side, Stream]) 
         stream.documents[["id", "source", "n_bytes"]].assign(split=side, nats=scores[side].by_document[0])
         for side, stream in held_out.items()
     ]
-    return pd.concat(tables, ignore_index=True)[_SCHEMA.names] if tables else pd.DataFrame(columns=_SCHEMA.names)
+    return (
+        pd.concat(tables, ignore_index=True)[_SCHEMA.names] if tables else pd.DataFrame(columns=_SCHEMA.names)
+    )
 
 
 def write_scores(folder: Path, table: pd.DataFrame, model_digest: str) -> None:
@@ -80,7 +82,8 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame, side: str) -> D
     The error is that of a ratio of sums over documents, as for the metrics themselves (`gptpipe.score.metrics.ratio`).
     """
     one, other = (
-        table[table["split"] == side].sort_values("id", kind="stable", ignore_index=True) for table in (first, second)
+        table[table["split"] == side].sort_values("id", kind="stable", ignore_index=True)
+        for table in (first, second)
     )
     if one.empty or not one[["id", "n_bytes"]].equals(other[["id", "n_bytes"]]):
         return None

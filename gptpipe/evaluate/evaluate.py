@@ -24,8 +24,20 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
-from gptpipe.score.continuations import announce_cut, continue_documents, continue_text, load_generator, overlap_scores
-from gptpipe.score.metrics import Metrics, calibration_error, calibration_table, compute_metrics, metrics_by_source
+from gptpipe.score.continuations import (
+    announce_cut,
+    continue_documents,
+    continue_text,
+    load_generator,
+    overlap_scores,
+)
+from gptpipe.score.metrics import (
+    Metrics,
+    calibration_error,
+    calibration_table,
+    compute_metrics,
+    metrics_by_source,
+)
 from gptpipe.score.scoring import Scores, Scoring, score
 from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import IntegrityError
@@ -104,7 +116,9 @@ def evaluate_model(
     results["scoring"] = scoring.describe()
 
     trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
-    card = render_markdown(_TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out))
+    card = render_markdown(
+        _TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out)
+    )
     page = render_markdown(_TEMPLATES / "samples.md.jinja", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
     for name, table in _tables(scores, streams, results["by_source"]).items():
@@ -119,7 +133,9 @@ def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifes
     """The manifests of the model and of the split it was trained on. Raises IntegrityError."""
     model, split = verify(model_folder), verify_split(split_folder)
     if model.made_from.get("split") != split.digest:
-        raise IntegrityError(f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`")
+        raise IntegrityError(
+            f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`"
+        )
     return model, split
 
 
@@ -136,7 +152,9 @@ def _scoring(folder: Path, manifest: Manifest, end_of_text: int) -> Scoring:
 def _score(model: GPT, held_out: Mapping[Side, Stream], scoring: Scoring) -> dict[Side, Scores]:
     n_tokens = sum(len(stream.tokens) - 1 for stream in held_out.values())
     with Progress("evaluate", unit="tokens", total=n_tokens) as progress:
-        return {side: score(model, stream, scoring, advance=progress.advance) for side, stream in held_out.items()}
+        return {
+            side: score(model, stream, scoring, advance=progress.advance) for side, stream in held_out.items()
+        }
 
 
 def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int) -> dict[str, str]:
@@ -156,7 +174,9 @@ def _metrics_of_side(scores: Scores, stream: Stream) -> Metrics:
 
 
 def _tables(
-    scores: Mapping[Side, Scores], streams: Mapping[Side, Stream], by_source: Mapping[Side, Mapping[str, Metrics]]
+    scores: Mapping[Side, Scores],
+    streams: Mapping[Side, Stream],
+    by_source: Mapping[Side, Mapping[str, Metrics]],
 ) -> dict[str, pd.DataFrame]:
     """The tables that charts are drawn from, by the name of their CSV file; column `split` is the side."""
     sources = [
@@ -177,7 +197,9 @@ def _position_table(side: Side, scores: Scores) -> pd.DataFrame:
     """Mean loss and accuracy at each position in the window."""
     nats, hits, n_tokens = scores.by_position
     n = n_tokens.clip(min=1)
-    return pd.DataFrame({"split": side, "position": np.arange(len(n)), "loss": nats / n, "token_accuracy": hits / n})
+    return pd.DataFrame(
+        {"split": side, "position": np.arange(len(n)), "loss": nats / n, "token_accuracy": hits / n}
+    )
 
 
 def _length_table(side: Side, stream: Stream) -> pd.DataFrame:

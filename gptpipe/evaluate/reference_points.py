@@ -38,7 +38,8 @@ def unigram_bits_per_byte(train: Stream, held_out: Stream, vocab_size: int) -> f
         counts += np.bincount(train.tokens[start : start + _CHUNK], minlength=vocab_size)
     nats = np.log(counts.sum()) - np.log(counts)
     total = sum(
-        float(nats[held_out.tokens[start : start + _CHUNK]].sum()) for start in range(1, len(held_out.tokens), _CHUNK)
+        float(nats[held_out.tokens[start : start + _CHUNK]].sum())
+        for start in range(1, len(held_out.tokens), _CHUNK)
     )
     return total / math.log(2) / held_out.n_bytes
 

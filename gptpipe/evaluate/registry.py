@@ -68,7 +68,9 @@ _SERVING_REQUIREMENTS = (
     "tiktoken",
     "torch",
 )
-_OF_TRAINING = {f"val/{name}" for name in VALIDATION_METRICS}  # metrics that the training logged at its validations
+_OF_TRAINING = {
+    f"val/{name}" for name in VALIDATION_METRICS
+}  # metrics that the training logged at its validations
 _LOCK_SECONDS = 600.0  # maximal wait while another evaluation registers its model
 
 
@@ -105,7 +107,9 @@ def record_evaluation(
             "in it, then repeat `dvc repro -fs evaluate`"
         )
     except StoreError as error:
-        return f"warning: not recorded ({error}); when the store answers, repeat it with `dvc repro -fs evaluate`"
+        return (
+            f"warning: not recorded ({error}); when the store answers, repeat it with `dvc repro -fs evaluate`"
+        )
 
 
 def _finished_run(client: MlflowClient, all_params: Section, split: Manifest, name: str) -> Run:
@@ -164,7 +168,9 @@ def _ensure_version(
     logged = _logged_model_of(client, run, digest, registered)
     if logged is None:
         tags = {MODEL_DIGEST: digest, "mlflow.source.name": "stages.evaluate"}
-        logged = client.create_logged_model(run.info.experiment_id, "model", run.info.run_id, tags, run.data.params)
+        logged = client.create_logged_model(
+            run.info.experiment_id, "model", run.info.run_id, tags, run.data.params
+        )
     if not _is_complete(logged, digest):
         with _temporary_folder() as folder:
             _write_pyfunc(folder / "model", logged, run, model, evaluate_params)
@@ -182,7 +188,9 @@ def _ensure_version(
         if not client.search_registered_models(f"name = '{MODEL_NAME}'"):
             client.create_registered_model(MODEL_NAME)
         tags = {MODEL_DIGEST: digest}
-        registered = client.create_model_version(MODEL_NAME, uri, run.info.run_id, tags, model_id=logged.model_id)
+        registered = client.create_model_version(
+            MODEL_NAME, uri, run.info.run_id, tags, model_id=logged.model_id
+        )
     return str(registered.version)
 
 
@@ -239,7 +247,9 @@ def document_scores_of(client: MlflowClient, run_id: str) -> pd.DataFrame | None
         return None
 
 
-def _write_pyfunc(folder: Path, logged: LoggedModel, run: Run, model: Path, evaluate_params: EvaluateParams) -> None:
+def _write_pyfunc(
+    folder: Path, logged: LoggedModel, run: Run, model: Path, evaluate_params: EvaluateParams
+) -> None:
     """Write the model in MLflow's pyfunc format. The model code is a Python file, not a pickle."""
     assert model.name == MODEL_FOLDER  # `stored_folder` looks for it under this name
     prompt = list(evaluate_params.prompts[:1]) or [""]

@@ -38,7 +38,9 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
     """
     digests = verify(model).counts.get("reports")
     if not isinstance(digests, dict):
-        raise IntegrityError(f"{model / MANIFEST}: it does not list the reports of its training; run `dvc repro`")
+        raise IntegrityError(
+            f"{model / MANIFEST}: it does not list the reports of its training; run `dvc repro`"
+        )
     contents: dict[str, bytes] = {}
     for name in ("train.json", "train.samples.json", "train.steps.csv", "train.validations.csv"):
         path = reports / name
@@ -70,7 +72,9 @@ def draw_charts(reports: Path, training: TrainingReports) -> dict[str, str]:
     gradient_norm = {"norm": _line(steps, "step", "grad_norm")}
     loss_by_position = _line_per_split(positions, "position", "loss")
     accuracy_by_position = _line_per_split(positions, "position", "token_accuracy")
-    bits_by_source = {f"{row['source']}, {row['split']}": row["bits_per_byte"] for row in sources.to_dict("records")}
+    bits_by_source = {
+        f"{row['source']}, {row['split']}": row["bits_per_byte"] for row in sources.to_dict("records")
+    }
     accuracy_by_confidence = _line_per_split(calibration, "confidence", "accuracy")
     share_by_length = _line_per_split(lengths, "n_tokens", "share")
     return {

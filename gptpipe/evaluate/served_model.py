@@ -19,7 +19,9 @@ from gptpipe.shell.errors import ConfigError
 
 _COLUMN = "prompt"
 _OPTIONS = {"max_new_tokens", "temperature", "top_k", "top_p", "seed"}
-_enforce_params = getattr(mlflow.pyfunc._enforce_params_schema, "original", mlflow.pyfunc._enforce_params_schema)
+_enforce_params = getattr(
+    mlflow.pyfunc._enforce_params_schema, "original", mlflow.pyfunc._enforce_params_schema
+)
 
 
 class Generator(PythonModel):
@@ -91,7 +93,9 @@ def _prompts(model_input: Any) -> list[str]:
             found = "null" if is_null else f"of type {type(prompt).__name__}"
             raise MlflowException.invalid_parameter_value(f"prompt {number} is {found}; give a text")
         if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise MlflowException.invalid_parameter_value(f"prompt {number} is not valid Unicode; it has a surrogate")
+            raise MlflowException.invalid_parameter_value(
+                f"prompt {number} is not valid Unicode; it has a surrogate"
+            )
     return prompts
 
 
@@ -100,12 +104,16 @@ def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, pd.DataFrame):
         columns: list[Any] = list(value.columns)
         if _COLUMN not in columns and columns != [0]:  # MLflow names the column of a list 0
-            raise MlflowException.invalid_parameter_value(f"the table has no column `{_COLUMN}`, only {columns}")
+            raise MlflowException.invalid_parameter_value(
+                f"the table has no column `{_COLUMN}`, only {columns}"
+            )
         value = value[_COLUMN if _COLUMN in columns else 0]
     if isinstance(value, dict):
         if set(value) != {_COLUMN}:
             keys = ", ".join(sorted(map(str, value)))
-            raise MlflowException.invalid_parameter_value(f"a dict has the one key `{_COLUMN}`, not {keys or 'none'}")
+            raise MlflowException.invalid_parameter_value(
+                f"a dict has the one key `{_COLUMN}`, not {keys or 'none'}"
+            )
         value = value[_COLUMN]
     if isinstance(value, np.ndarray | pd.Series):
         value = value.tolist()  # of an array without dimensions, its only element

@@ -56,7 +56,9 @@ def _load(folder: Path, model: GPT) -> tuple[Any, Any, str]:
     device = model.embedding.weight.device
     needed = 4 * model.n_parameters()
     if needed > available_memory(device):
-        raise ResourceError(f"{folder}: loading it a second time takes {needed / 2**30:.1f} GiB of memory; {_ADVICE}")
+        raise ResourceError(
+            f"{folder}: loading it a second time takes {needed / 2**30:.1f} GiB of memory; {_ADVICE}"
+        )
     try:
         import transformers
 
@@ -119,7 +121,9 @@ def _compare_greedy(
     logits = model(so_far)[0, -1]
     candidates = logits[[ours[len(equal)], their_tokens[len(equal)]]]
     if (candidates[0] - candidates[1]).abs() > 2 * TOLERANCE * max(1.0, logits.abs().max().item()):
-        raise IntegrityError(f"{name} continues a prompt differently from token {len(equal) + 1} on; do not use it")
+        raise IntegrityError(
+            f"{name} continues a prompt differently from token {len(equal) + 1} on; do not use it"
+        )
 
 
 def _tensor(tokens: npt.NDArray[np.unsignedinteger], model: GPT) -> Tensor:

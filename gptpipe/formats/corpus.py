@@ -15,7 +15,9 @@ import pyarrow as pa
 from gptpipe.base.manifest import Manifest
 from gptpipe.base.parquet import GROUP_ROWS, new_parquet, verify_rows
 
-SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())])
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("source", pa.string()), ("text", pa.string()), ("n_bytes", pa.int64())]
+)
 
 
 def id_of(content: bytes) -> str:

@@ -35,7 +35,9 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        complain(f"warning: {folder} has no tokenizer.json; check that its weights are for the tokens of this split")
+        complain(
+            f"warning: {folder} has no tokenizer.json; check that its weights are for the tokens of this split"
+        )
         return
     letters = byte_letters()
     try:
@@ -44,7 +46,9 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             raise TypeError("its vocabulary is not a table")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not a tokenizer: {first_line(error):.200}; fetch the model again") from error
-    if any(vocabulary.get("".join(letters[byte] for byte in token)) != i for token, i in tokenizer.ranks.items()):
+    if any(
+        vocabulary.get("".join(letters[byte] for byte in token)) != i for token, i in tokenizer.ranks.items()
+    ):
         raise ConfigError(
             f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to the same "
             "model, or to the encoding of its tokens"

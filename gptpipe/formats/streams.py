@@ -134,14 +134,18 @@ def open_stream(folder: Path, side: Side, vocab_size: int | None = None) -> Stre
         if vocab_size is not None:
             _check_tokens(tokens, vocab_size)
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{tokens_path}: not a token stream ({first_line(error)}); run `dvc repro -f`") from error
+        raise IntegrityError(
+            f"{tokens_path}: not a token stream ({first_line(error)}); run `dvc repro -f`"
+        ) from error
     documents_path = folder / side / DOCUMENTS
     try:
         documents = pa.Table.from_batches(read_parquet(documents_path, _SCHEMA.names), _SCHEMA)
         _check_documents(documents, len(tokens))
     except (pa.ArrowException, ValueError) as error:
         reason = first_line(error)
-        raise IntegrityError(f"{documents_path}: does not fit {TOKENS} ({reason}); run `dvc repro -f`") from error
+        raise IntegrityError(
+            f"{documents_path}: does not fit {TOKENS} ({reason}); run `dvc repro -f`"
+        ) from error
     return Stream(tokens, documents.to_pandas())
 
 

@@ -46,9 +46,7 @@ GPT4O_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # That of earlier models of this project.
-_EARLIER_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+_EARLIER_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 # The patterns that are accepted. The pieces of any text join to the same text. Other patterns may lose text, or make
 # tiktoken panic.
@@ -145,7 +143,9 @@ class Tokenizer:
             _check(content, ranks)
         except (OSError, ValueError) as error:
             reason = first_line(error)
-            raise IntegrityError(f"{folder}: contains no usable tokenizer: {reason}; run `dvc repro -f`") from error
+            raise IntegrityError(
+                f"{folder}: contains no usable tokenizer: {reason}; run `dvc repro -f`"
+            ) from error
         encoding = tiktoken.Encoding(
             content.name, pat_str=content.pattern, mergeable_ranks=ranks, special_tokens=content.special_tokens
         )

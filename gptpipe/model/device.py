@@ -51,7 +51,9 @@ def available_memory(device: torch.device) -> int:
     return min([psutil.virtual_memory().available, *_free_in_cgroups()])
 
 
-def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+def _free_in_cgroups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[int]:
     """Free bytes within each memory limit of a container or batch system (cgroup version 2 of Linux).
 
     Cached files count as free.
@@ -59,7 +61,9 @@ def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
     with suppress(OSError):
         folder = root / own.read_text().rpartition("::/")[2].strip()
         for group in (folder, *folder.parents):
-            with suppress(OSError, ValueError, IndexError):  # above the root there are no such files; `max` is no limit
+            with suppress(
+                OSError, ValueError, IndexError
+            ):  # above the root there are no such files; `max` is no limit
                 cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
                 used = int((group / "memory.current").read_text())
                 yield int((group / "memory.max").read_text()) - used + cached

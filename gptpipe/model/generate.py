@@ -58,7 +58,9 @@ def generate(model: GPT, prompts: Tensor, max_new_tokens: int, sampling: Samplin
             with torch.no_grad():
                 logits = model.head(model.hidden(pending, cache)[:, -1]).float().cpu()  # (B, V)
             if not logits.isfinite().all():
-                raise NumericError("the model's logits are not finite: its weights are unusable; choose another model")
+                raise NumericError(
+                    "the model's logits are not finite: its weights are unusable; choose another model"
+                )
             logits = penalise_repetition(logits, context.cpu(), sampling.repetition_penalty)
             pending = draw(logits, sampling, generator).to(prompts.device)[:, None]  # (B, 1)
             context = torch.cat((context, pending), dim=1)[:, -model.params.context_length :]

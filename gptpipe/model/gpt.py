@@ -87,7 +87,12 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=params.norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, N + 2K, H)
@@ -161,7 +166,12 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(params)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
@@ -238,7 +248,9 @@ class GPT(nn.Module):
         logits: Tensor = self.head(self.hidden(tokens, cache))
         return logits
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, z_loss: float = 0.0, end_of_text: int | None = None) -> Tensor:
+    def loss(
+        self, tokens: Tensor, targets: Tensor, *, z_loss: float = 0.0, end_of_text: int | None = None
+    ) -> Tensor:
         """Mean cross entropy in nats per token of targets (B, T) given tokens (B, T), in float32.
 
         `z_loss` times the mean squared log normalizer contributes to the gradient only, not to the returned
@@ -263,7 +275,9 @@ class GPT(nn.Module):
         length = min(n_tokens, self.params.context_length)
         shape = (batch_size, self.params.n_kv_head, length, self.params.resolved_head_dim)
         like = self.embedding.weight
-        return KVCache([like.new_zeros(shape) for _ in self.blocks], [like.new_zeros(shape) for _ in self.blocks])
+        return KVCache(
+            [like.new_zeros(shape) for _ in self.blocks], [like.new_zeros(shape) for _ in self.blocks]
+        )
 
     def n_parameters(self) -> int:
         """The number of trained weights; tied weights count once."""

@@ -46,7 +46,12 @@ _GPT2_KEYS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 # The values that transformers uses for keys that are missing or null.
-_LLAMA_DEFAULTS = {"attention_dropout": 0.0, "tie_word_embeddings": False, "rope_theta": 10000.0, "head_dim": None}
+_LLAMA_DEFAULTS = {
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "head_dim": None,
+}
 _GPT2_DEFAULTS = {"resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 # Switches that our network does not have, with the only value that it supports.
@@ -89,7 +94,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = from_json(read_bytes(path, MAX_JSON_BYTES), allow_inf_nan=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}); name a model folder in Hugging Face layout") from error
+        raise InputError(
+            f"{path}: not readable ({error}); name a model folder in Hugging Face layout"
+        ) from error
     vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
     if type(vocab_size) is not int or not 0 < vocab_size < _MAX_VOCAB_SIZE:
         raise InputError(
@@ -121,7 +128,9 @@ def params_of(config: dict[str, Any], folder: Path) -> ModelParams:
         reason = "; ".join(f"{detail['loc'][-1]}: {detail['msg']}" for detail in error.errors())
         raise InputError(f"{path}: not a usable configuration: {reason}; choose another model") from error
     except KeyError as error:
-        raise InputError(f"{path}: not a usable configuration: no {error.args[0]}; choose another model") from error
+        raise InputError(
+            f"{path}: not a usable configuration: no {error.args[0]}; choose another model"
+        ) from error
     except (TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not a usable configuration: {reason}; choose another model") from error
@@ -157,7 +166,9 @@ def _llama_values(config: dict[str, Any], path: Path) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        raise InputError(f"{path}: rotary positions of type {rope_type!r:.50} are not supported; choose another model")
+        raise InputError(
+            f"{path}: rotary positions of type {rope_type!r:.50} are not supported; choose another model"
+        )
     one_per_query = {"num_key_value_heads": config["num_attention_heads"]}
     completed = {**one_per_query, **_LLAMA_DEFAULTS, **_without_nulls(config)}
     values = {name: completed[key] for name, key in _LLAMA_KEYS.items()}

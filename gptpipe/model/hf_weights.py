@@ -87,22 +87,33 @@ def initialise_from(model: GPT, folder: Path) -> None:
     config = read_config(folder)
     differences = _differences(model.params, params_of(config, folder))
     if config["vocab_size"] != model.vocab_size:
-        differences.append(f"the tokenizer has {model.vocab_size} entries, the folder has {config['vocab_size']}")
+        differences.append(
+            f"the tokenizer has {model.vocab_size} entries, the folder has {config['vocab_size']}"
+        )
     if differences:
-        raise ConfigError(f"train.init_from {folder}: {'; '.join(differences)}; set params.yaml to the folder's values")
+        raise ConfigError(
+            f"train.init_from {folder}: {'; '.join(differences)}; set params.yaml to the folder's values"
+        )
     load_weights(model, folder)
 
 
 def _differences(ours: ModelParams, theirs: ModelParams) -> list[str]:
     """Parameters that must be equal to start a training from a folder, and are not."""
-    ignored = {"dropout", "head_dim"}  # dropout has no weights; of head_dim the resolved value is compared below
+    ignored = {
+        "dropout",
+        "head_dim",
+    }  # dropout has no weights; of head_dim the resolved value is compared below
     if ours.architecture != "gpt2" or ours.context_length < theirs.context_length:
         ignored.add("context_length")  # learned positions can be cut off, but not added
     pairs = {
-        name: (getattr(ours, name), getattr(theirs, name)) for name in type(ours).model_fields if name not in ignored
+        name: (getattr(ours, name), getattr(theirs, name))
+        for name in type(ours).model_fields
+        if name not in ignored
     }
     pairs["head_dim"] = (ours.resolved_head_dim, theirs.resolved_head_dim)
-    return [f"model.{name} is {own}, the folder has {their}" for name, (own, their) in pairs.items() if own != their]
+    return [
+        f"model.{name} is {own}, the folder has {their}" for name, (own, their) in pairs.items() if own != their
+    ]
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if repeated:
                 raise ValueError(f"{repeated[0]!r:.100} is in another file too")
         except (OSError, ValueError, SafetensorError) as error:
-            raise IntegrityError(f"{path}: cannot be read: {first_line(error):.200}; fetch the model again") from error
+            raise IntegrityError(
+                f"{path}: cannot be read: {first_line(error):.200}; fetch the model again"
+            ) from error
         stored |= header
     return stored
 
@@ -169,7 +182,9 @@ def _shard_names(index: Path) -> list[str]:
         content = read_json(path_inside(index.parent, index.name), _Index, MAX_JSON_BYTES)
     except (OSError, ValueError) as error:
         reason = first_line(error)
-        raise InputError(f"{index}: not an index of safetensors files ({reason}); fetch the model again") from error
+        raise InputError(
+            f"{index}: not an index of safetensors files ({reason}); fetch the model again"
+        ) from error
     names = sorted(set(content.weight_map.values()))
     for name in names:
         if not _SAFE_NAME.fullmatch(name):

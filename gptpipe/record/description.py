@@ -100,7 +100,9 @@ def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]
             path = f"parameters/{key}.txt"
             artifacts[path] = value
             digest = hashlib.sha256(value.encode()).hexdigest()  # keeps different values different in MLflow
-            note = f"... [{len(value):,} characters, SHA-256 {digest}; the whole value is in the artifact {path}]"
+            note = (
+                f"... [{len(value):,} characters, SHA-256 {digest}; the whole value is in the artifact {path}]"
+            )
             fitting[key] = value[: MAX_PARAM_CHARACTERS - len(note)] + note
             complain(
                 f"warning: {key} has {len(value):,} characters, MLflow takes {MAX_PARAM_CHARACTERS:,}; the whole value "
@@ -112,13 +114,17 @@ def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]
 def _tags(params: Section, environment: dict[str, Any]) -> dict[str, str]:
     origin = provenance()
     if "mlflow.source.git.commit" not in origin and (project_root() / ".git").exists():
-        complain("warning: git does not answer, so the run is recorded without its code; `git status` gives the reason")
+        complain(
+            "warning: git does not answer, so the run is recorded without its code; `git status` gives the reason"
+        )
     changed = _changed_params()
     tags = {
         **origin,
         **{f"environment.{key}": str(value) for key, value in environment.items()},
         "params_digest": hashlib.sha256(to_json(params.model_dump(mode="json"))).hexdigest()[:12],
-        "changed": _shortened(", ".join(f"{key}={value}" for key, value in changed.items()), MAX_TAG_CHARACTERS),
+        "changed": _shortened(
+            ", ".join(f"{key}={value}" for key, value in changed.items()), MAX_TAG_CHARACTERS
+        ),
         "process": f"{os.getpid()} on {platform.node()}",
         "mlflow.loggedArtifacts": json.dumps([{"path": "samples.json", "type": "table"}]),
     }

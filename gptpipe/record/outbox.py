@@ -131,7 +131,9 @@ def send_outbox() -> None:
     except Timeout:  # another process is sending
         return
     except OSError as error:
-        complain(f"warning: {outbox}: {error.strerror or error}; make it readable and writable to send what waits")
+        complain(
+            f"warning: {outbox}: {error.strerror or error}; make it readable and writable to send what waits"
+        )
 
 
 def _send_file(path: Path) -> bool:
@@ -139,7 +141,9 @@ def _send_file(path: Path) -> bool:
     content = path.read_bytes()
     if not content:
         complain(f"warning: {path}: it is empty, so records of this run are lost; the file is removed")
-    operations, damaged = _parse(content) if RUN_ID.fullmatch(path.stem) else ([], content.splitlines(keepends=True))
+    operations, damaged = (
+        _parse(content) if RUN_ID.fullmatch(path.stem) else ([], content.splitlines(keepends=True))
+    )
     writer = RunWriter(path.stem)
     refused: list[Operation] = []
     reason: StoreError | None = None

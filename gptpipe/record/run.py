@@ -64,7 +64,9 @@ class RunRecord:
 
     def metrics(self, entries: list[tuple[int, int, Metrics]]) -> None:
         """Log (step, milliseconds since 1970, metrics). Steps that the store already has stay unchanged."""
-        rows = [(key, value, time_ms, step) for step, time_ms, metrics in entries for key, value in metrics.items()]
+        rows = [
+            (key, value, time_ms, step) for step, time_ms, metrics in entries for key, value in metrics.items()
+        ]
         self._put("metrics", rows)
 
     def text(self, name: str, content: str) -> None:
@@ -100,7 +102,9 @@ class RunRecord:
             send_outbox()
             while True:
                 self._has_new.clear()
-                is_last_round = self._is_closing.is_set()  # read before sending: all operations are in the queue
+                is_last_round = (
+                    self._is_closing.is_set()
+                )  # read before sending: all operations are in the queue
                 is_sent = self._send()
                 self._has_tried.set()
                 if is_last_round:
@@ -142,7 +146,9 @@ class RunRecord:
             self._store_answers = True
         except RefusedError as error:
             self._refused.append(operation)
-            complain(f"warning: {error}; the training continues, and `{operation[0]}` is kept in {outbox_folder()}")
+            complain(
+                f"warning: {error}; the training continues, and `{operation[0]}` is kept in {outbox_folder()}"
+            )
         self._waiting.popleft()
 
     def _system_metrics(self) -> list[tuple[str, float, int, int]]:

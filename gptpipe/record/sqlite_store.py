@@ -147,7 +147,9 @@ def _local_path(location: str) -> Path | None:
     if location.startswith("/"):
         return Path(location)
     parts = urlsplit(location)
-    return Path(url2pathname(parts.path)) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
+    return (
+        Path(url2pathname(parts.path)) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
+    )
 
 
 def _beside(folder: Path, old: Path) -> Path | None:

@@ -90,7 +90,9 @@ def _registered_model(parameter: str, value: str, temporary: Path) -> StartingMo
         folder = stored_folder(location, MODEL_FOLDER, temporary)
         verify(folder)
     except (MlflowException, OSError) as error:
-        raise IntegrityError(f"{parameter}: {value}: {first_line(error)}; `gptpipe doctor` checks the store") from error
+        raise IntegrityError(
+            f"{parameter}: {value}: {first_line(error)}; `gptpipe doctor` checks the store"
+        ) from error
     return StartingModel(f"models:/{name}/{version}", folder)
 
 

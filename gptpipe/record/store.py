@@ -37,7 +37,9 @@ from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 
 RUN_ID = re.compile("[0-9a-f]{32}")  # of MLflow; a provisional run id has the same form
 REPRODUCE = "reproduce"  # folder of the artifacts that `gptpipe restore` needs besides the commit
-TRAINING = "training_run_id"  # tag: the provisional id of a training's run, used until the store has assigned an id
+TRAINING = (
+    "training_run_id"  # tag: the provisional id of a training's run, used until the store has assigned an id
+)
 MAX_TAG_CHARACTERS = 5000  # MLflow's limits
 MAX_PARAM_CHARACTERS = 6000
 
@@ -189,7 +191,9 @@ class RunWriter:
                 self.run_id = create_run(client, content, self.name, self.run_id)
                 return
             if self.run_id is None:
-                raise RefusedError(f"tracking store: it has no run {self.name}; it was deleted, or never created")
+                raise RefusedError(
+                    f"tracking store: it has no run {self.name}; it was deleted, or never created"
+                )
             match kind:
                 case "metrics":
                     self._log_new_metrics(client, self.run_id, content)
@@ -211,7 +215,9 @@ class RunWriter:
                 self.run_id = run_id
         return self._client
 
-    def _log_new_metrics(self, client: MlflowClient, run_id: str, rows: list[tuple[str, float, int, int]]) -> None:
+    def _log_new_metrics(
+        self, client: MlflowClient, run_id: str, rows: list[tuple[str, float, int, int]]
+    ) -> None:
         """Log rows (name, value, milliseconds since 1970, step), except those whose step the store has."""
         new = [row for row in rows if row[3] not in self._stored_steps.get(row[0], ())]
         if new:
@@ -253,7 +259,9 @@ def create_run(client: MlflowClient, description: dict[str, Any], name: str, run
     """
     if run_id is None:
         tags = {**description["tags"], TRAINING: name}
-        run_id = str(client.create_run(_experiment_id(client), tags=tags, run_name=description["name"]).info.run_id)
+        run_id = str(
+            client.create_run(_experiment_id(client), tags=tags, run_name=description["name"]).info.run_id
+        )
     if client.get_run(run_id).data.params:
         return run_id
     inputs = [
@@ -272,7 +280,11 @@ def create_run(client: MlflowClient, description: dict[str, Any], name: str, run
 def update_description(client: MlflowClient, run_id: str) -> None:
     """Write the run's description in the UI: headline metrics, red flags, and how to restore the run."""
     data = client.get_run(run_id).data
-    names = [f"{side}/{name}" for side in ("test", "val") for name in ("bits_per_byte", "perplexity", "token_accuracy")]
+    names = [
+        f"{side}/{name}"
+        for side in ("test", "val")
+        for name in ("bits_per_byte", "perplexity", "token_accuracy")
+    ]
     rows = "".join(f"| {name} | {data.metrics[name]:.4f} |\n" for name in names if name in data.metrics)
     flags = [message for tag, message in sorted(data.tags.items()) if tag.startswith("red_flag.")]
     description = (

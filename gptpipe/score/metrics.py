@@ -30,7 +30,12 @@ def compute_metrics(scores: Array, documents: pd.DataFrame) -> Metrics:
     metrics: Metrics = {}
     for name, (value, error) in values_and_errors.items():
         metrics |= {name: value, f"{name}_standard_error": error}
-    return {**metrics, "n_tokens": int(n_tokens.sum()), "n_bytes": int(n_bytes.sum()), "n_documents": len(documents)}
+    return {
+        **metrics,
+        "n_tokens": int(n_tokens.sum()),
+        "n_bytes": int(n_bytes.sum()),
+        "n_documents": len(documents),
+    }
 
 
 def metrics_by_source(scores: Array, documents: pd.DataFrame) -> dict[str, Metrics]:
@@ -48,7 +53,9 @@ def calibration_table(by_confidence: Array) -> pd.DataFrame:
     Confidence is the probability of the most probable token.
     """
     confidence, hits, n_tokens = by_confidence[:, by_confidence[2] > 0]
-    return pd.DataFrame({"confidence": confidence / n_tokens, "accuracy": hits / n_tokens, "n_tokens": n_tokens})
+    return pd.DataFrame(
+        {"confidence": confidence / n_tokens, "accuracy": hits / n_tokens, "n_tokens": n_tokens}
+    )
 
 
 def calibration_error(table: pd.DataFrame) -> float:

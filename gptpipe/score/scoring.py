@@ -29,7 +29,9 @@ class Scoring:
     """How a model is scored. Stage train writes it down with the model, and stage evaluate does the same."""
 
     precision: torch.dtype = torch.float32  # of matrix products
-    end_of_text: int | None = None  # if given, a token attends only to tokens of its own document, which ends with this
+    end_of_text: int | None = (
+        None  # if given, a token attends only to tokens of its own document, which ends with this
+    )
 
     def describe(self) -> dict[str, str | bool]:
         """The form in which manifests and reports contain it."""
@@ -60,7 +62,9 @@ class Scores:
 
     by_document: Array  # (3, documents)
     by_position: Array  # (3, context_length), position in the window
-    by_confidence: Array  # (3, CONFIDENCE_BINS); the first row sums the probability of the most probable token instead
+    by_confidence: (
+        Array  # (3, CONFIDENCE_BINS); the first row sums the probability of the most probable token instead
+    )
 
 
 def score(
@@ -81,7 +85,9 @@ def score(
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
     scores = Scores(*(np.zeros((3, n)) for n in (len(ends), context, CONFIDENCE_BINS)))
     n_targets = max(0, len(stream.tokens) - 1)
-    width = model.vocab_size if scoring.end_of_text is None else max(model.vocab_size, context)  # of logits or mask
+    width = (
+        model.vocab_size if scoring.end_of_text is None else max(model.vocab_size, context)
+    )  # of logits or mask
     batches = _batches(n_targets, context, width)
     i_part, n_parts = part
     was_training = model.training
@@ -120,7 +126,9 @@ def _add(sums: Array, columns: npt.NDArray[np.int64], first: Array, hits: Array)
 
 
 @torch.no_grad()
-def _score_windows(model: GPT, tokens: npt.NDArray[np.unsignedinteger], scoring: Scoring) -> tuple[Array, Array, Array]:
+def _score_windows(
+    model: GPT, tokens: npt.NDArray[np.unsignedinteger], scoring: Scoring
+) -> tuple[Array, Array, Array]:
     """Score tokens[1:] in windows of equal length: nats, whether the top token is right, its probability."""
     chunk = torch.from_numpy(tokens.astype(np.int64)).to(model.embedding.weight.device)
     targets = chunk[1:]

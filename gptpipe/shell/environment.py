@@ -103,7 +103,9 @@ def optional_module(name: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"params.yaml has a value that needs `{name}`: pip install -e '.[{extra}]'") from error
+        raise ConfigError(
+            f"params.yaml has a value that needs `{name}`: pip install -e '.[{extra}]'"
+        ) from error
 
 
 def allow_inexact() -> bool:
@@ -149,6 +151,8 @@ def provenance() -> dict[str, str]:
 def git(*arguments: str) -> str | None:
     """Git's output; None if git is missing or fails, takes more than a minute, or its output is not UTF-8."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=True, timeout=60).stdout
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, encoding="utf-8", check=True, timeout=60
+        ).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None

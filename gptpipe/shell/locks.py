@@ -74,7 +74,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ResourceError(f"{path}: cannot write: {reason}; free space or fix the permissions, then rerun") from error
+        raise ResourceError(
+            f"{path}: cannot write: {reason}; free space or fix the permissions, then rerun"
+        ) from error
 
 
 def make_folder(path: Path) -> None:

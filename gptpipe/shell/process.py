@@ -90,7 +90,9 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
 def _run_alone(name: str, main: Callable[[], None], description: str | None) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)  # not earlier: `run` catches what it raises
-    argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.").parse_args()
+    argparse.ArgumentParser(
+        description=description, epilog="Values: params.yaml. Run by `dvc repro`."
+    ).parse_args()
     from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 

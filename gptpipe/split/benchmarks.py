@@ -16,7 +16,12 @@ from gptpipe.formats.corpus import shard_paths
 from gptpipe.shell.errors import InputError
 
 _NO_FILTERS = FilterParams.model_validate(
-    {**dict.fromkeys(FilterParams.model_fields), "drop_lines_with": (), "drop_lines_unfinished": False, "phrases": ()}
+    {
+        **dict.fromkeys(FilterParams.model_fields),
+        "drop_lines_with": (),
+        "drop_lines_unfinished": False,
+        "phrases": (),
+    }
 )
 
 

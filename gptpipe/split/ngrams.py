@@ -24,7 +24,9 @@ class Lookup:
     def __init__(self, hashes: Hashes) -> None:
         self.size = len(hashes)
         self._index = pd.Index(hashes)
-        self._index.get_indexer(self._index[:1])  # builds its table before threads share it: they could see half of it
+        self._index.get_indexer(
+            self._index[:1]
+        )  # builds its table before threads share it: they could see half of it
         # Whether a member begins with these bits. Most hashes are not in the set, and this finds out ten times faster.
         self._n_bits = min(_MAX_FILTER_BITS, len(hashes).bit_length() + 3)
         self._has_bits = np.zeros(1 << self._n_bits, np.bool_)

@@ -111,7 +111,9 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
     named = dict(zip(groups[len(SIDES) :], benchmarks, strict=True))
     report |= {f"{group}_rejected": benchmark.n_rejected for group, benchmark in named.items()}
     report["ids"] = {groups[group]: ids for group, ids in in_held_out.ids.items()}
-    report["unlisted"] = {group: report[f"{group}_contaminated"] - len(ids) for group, ids in report["ids"].items()}
+    report["unlisted"] = {
+        group: report[f"{group}_contaminated"] - len(ids) for group, ids in report["ids"].items()
+    }
     report["every_nth"] = runs.every_nth
     if named:
         report["benchmarks"] = {group: benchmark.description for group, benchmark in named.items()}

@@ -45,7 +45,11 @@ def split(source: Path, target: Path, params: SplitParams, seed: int) -> dict[st
         count = partial(_count_shard, fractions=params.fractions, seed=seed)
         shard_counts = list(map_in_order(count, shards, small=is_small))
         totals = np.sum(shard_counts, axis=0)
-        counts = {f"{side}_{name}": int(totals[i, j]) for i, side in enumerate(SIDES) for j, name in enumerate(_COUNTS)}
+        counts = {
+            f"{side}_{name}": int(totals[i, j])
+            for i, side in enumerate(SIDES)
+            for j, name in enumerate(_COUNTS)
+        }
         _check_sides(counts, params)
         _write_streams(shards, shard_counts, folder.path, tokenizer.dtype, params, seed, is_small=is_small)
         if not is_small:  # hash the large files in workers, not at the end of the block

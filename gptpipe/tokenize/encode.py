@@ -29,7 +29,12 @@ _SMALL_BYTES = 1 << 26  # of text: below, starting worker processes costs more t
 
 
 def tokenize(
-    source: Path, target: Path, params: TokenizeParams, fractions: Fractions, seed: int, model: Path | None = None
+    source: Path,
+    target: Path,
+    params: TokenizeParams,
+    fractions: Fractions,
+    seed: int,
+    model: Path | None = None,
 ) -> dict[str, int]:
     """Encode every document of the corpus `source` into `target`, and return the counts.
 
@@ -70,7 +75,9 @@ def tokenize(
     return folder.counts
 
 
-def _training_texts(shards: list[Path], fractions: Fractions, seed: int, share: float, is_small: bool) -> Iterator[str]:
+def _training_texts(
+    shards: list[Path], fractions: Fractions, seed: int, share: float, is_small: bool
+) -> Iterator[str]:
     """The texts of all train documents, or of about a `share` of them, chosen by id."""
     read = partial(_training_texts_of, fractions=fractions, seed=seed, share=share)
     texts = chain.from_iterable(map_in_order(read, shards, small=is_small))

@@ -56,7 +56,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"{vocab_size}; lower it, or add text"
         )
     special = {END_OF_TEXT: len(ranks)}
-    return Tokenizer(tiktoken.Encoding("trained", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(
+        tiktoken.Encoding("trained", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    )
 
 
 def _announced(texts: Iterable[str]) -> Iterator[str]:
@@ -87,7 +89,9 @@ def named_tokenizer(name: str) -> Tokenizer:
             return _packaged_gpt2(Path(package.origin))
         tokenizer = Tokenizer(tiktoken.get_encoding(name))
     except ValueError as error:
-        raise IntegrityError(f"tokenize.encoding {name}: {first_line(error)}; remove the file and rerun") from error
+        raise IntegrityError(
+            f"tokenize.encoding {name}: {first_line(error)}; remove the file and rerun"
+        ) from error
     except OSError as error:  # from requests, or from the cache folder
         raise ResourceError(
             f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set TIKTOKEN_CACHE_DIR to a "
@@ -111,7 +115,9 @@ def _packaged_gpt2(package: Path) -> Tokenizer:
     if hashlib.sha256(content).hexdigest() != _GPT2_DIGEST:
         raise IntegrityError(f"tokenize.encoding gpt2: Hash mismatch of {path}; {fix}")
     byte_of_letter = {ord(letter): byte for byte, letter in byte_letters().items()}
-    ranks = {name.translate(byte_of_letter).encode("latin-1"): rank for name, rank in json.loads(content).items()}
+    ranks = {
+        name.translate(byte_of_letter).encode("latin-1"): rank for name, rank in json.loads(content).items()
+    }
     special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
     pattern = tiktoken_ext.openai_public.r50k_pat_str
     return Tokenizer(tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))

@@ -23,7 +23,9 @@ _MAX_DISTINCT_BYTES = 8 << 20  # UTF-8; English has 1 million distinct words of 
 _BLOCK = 1 << 16  # characters
 _LONG_RUN = re.compile(rf"\S{{{_MAX_WORD + 1},}}")  # a fast test; most texts have none
 # The runs of PATTERN in gptpipe/formats/tokenizer.py that can be long: letters with marks, and signs.
-_LONG_WORD = regex.compile(rf"[\p{{L}}\p{{M}}]{{{_MAX_WORD + 1},}}|[^\s\p{{L}}\p{{M}}\p{{N}}]{{{_MAX_WORD + 1},}}")
+_LONG_WORD = regex.compile(
+    rf"[\p{{L}}\p{{M}}]{{{_MAX_WORD + 1},}}|[^\s\p{{L}}\p{{M}}\p{{N}}]{{{_MAX_WORD + 1},}}"
+)
 _WORD = re.compile(r"[^\s!-@\[-`{-~]+")  # nearly a word of PATTERN, several times as fast
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from gptpipe.base.hashing import mix64
 from gptpipe.shell.errors import InputError
 
-_ROUNDS = 6  # of a balanced Feistel network; four already pass for a random permutation (Luby and Rackoff, 1988)
+_ROUNDS = (
+    6  # of a balanced Feistel network; four already pass for a random permutation (Luby and Rackoff, 1988)
+)
 
 
 class Permutation:
@@ -54,7 +56,13 @@ class Batches:
     """
 
     def __init__(
-        self, tokens: npt.NDArray[np.unsignedinteger], *, context_length: int, stride: int, batch_size: int, seed: int
+        self,
+        tokens: npt.NDArray[np.unsignedinteger],
+        *,
+        context_length: int,
+        stride: int,
+        batch_size: int,
+        seed: int,
     ) -> None:
         self.tokens, self.context_length, self.stride = tokens, context_length, stride
         self.batch_size, self.seed = batch_size, seed

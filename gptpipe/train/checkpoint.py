@@ -139,7 +139,9 @@ class Checkpoints:
             return
         with new_folder(target, self.ancestors) as new:
             write_bytes(new.path / _TENSORS, save(tensors))
-            write_bytes(new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode())
+            write_bytes(
+                new.path / _JOURNAL, "".join(json.dumps(entry) + "\n" for entry in state.journal).encode()
+            )
             content = {
                 "step": state.step,
                 "run_id": self.provisional_run_id(),
@@ -181,7 +183,9 @@ class Checkpoints:
                 _discard(unsound)
             return True
         if candidates:
-            raise IntegrityError(f"{self.folder}: no checkpoint is sound; remove the folder to train from the start")
+            raise IntegrityError(
+                f"{self.folder}: no checkpoint is sound; remove the folder to train from the start"
+            )
         return False
 
     def continue_from(self, checkpoint: Path, state: TrainState) -> None:
@@ -228,7 +232,9 @@ class Checkpoints:
             _check_content(content, journal, folder.name)
             _check_tensors(tensors, state)
         except (OSError, ValueError, SafetensorError) as error:
-            raise IntegrityError(f"{path}: not what a training saves: {first_line(error):.200}; remove it") from error
+            raise IntegrityError(
+                f"{path}: not what a training saves: {first_line(error):.200}; remove it"
+            ) from error
         if content.best_step is not None:
             self._check_best(content.best_step, state.model)
         return _Saved(content, journal, tensors)
@@ -238,16 +244,22 @@ class Checkpoints:
         folder = self.best_folder(step)
         verify(folder)
         try:
-            saved = {name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()}
+            saved = {
+                name: (tensor.dtype, tensor.shape) for name, tensor in read_header(folder / WEIGHTS).items()
+            }
         except (OSError, ValueError, SafetensorError) as error:
-            raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; remove it") from error
+            raise IntegrityError(
+                f"{folder}: unreadable weights: {first_line(error):.200}; remove it"
+            ) from error
         if saved != {name: ("F32", tuple(p.shape)) for name, p in model.named_parameters()}:
             raise IntegrityError(f"{folder}: weights of another model; remove it")
 
     def save_best(self, model: GPT, step: int) -> None:
         """Keep the current weights as the best ones, validated at `step`."""
         with new_folder(self.best_folder(step), {}) as new:
-            weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # tied ones once
+            weights = {
+                name: parameter.detach() for name, parameter in model.named_parameters()
+            }  # tied ones once
             write_bytes(new.path / WEIGHTS, save(weights))
         verify(self.best_folder(step))
 
@@ -258,7 +270,9 @@ class Checkpoints:
         try:
             return load((folder / WEIGHTS).read_bytes())
         except (OSError, SafetensorError) as error:
-            raise IntegrityError(f"{folder}: unreadable weights: {first_line(error):.200}; train again") from error
+            raise IntegrityError(
+                f"{folder}: unreadable weights: {first_line(error):.200}; train again"
+            ) from error
 
     def best_folder(self, step: int) -> Path:
         """The folder of the weights that were the best ones and were validated at `step`."""
@@ -301,7 +315,10 @@ class Checkpoints:
         self.changed_now = {}
         if content.settings and self.settings:
             self.changed_now = changed_settings(content.settings, self.settings)
-        self.changes = [*content.changes, *(f"after step {content.step}: {text}" for text in self.changed_now.values())]
+        self.changes = [
+            *content.changes,
+            *(f"after step {content.step}: {text}" for text in self.changed_now.values()),
+        ]
 
 
 def environment_changes(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
@@ -337,7 +354,9 @@ def read_state(checkpoint: Path) -> SavedState:
     try:
         return read_json(path, SavedState, _MAX_STATE_BYTES)
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path}: not what a training saves: {first_line(error):.200}; remove it") from error
+        raise IntegrityError(
+            f"{path}: not what a training saves: {first_line(error):.200}; remove it"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -354,7 +373,9 @@ class _Saved:
         state.micro_batch_size = self.content.micro_batch_size
         state.history, state.samples = [*self.content.history], [*self.content.samples]
         state.journal = [*self.journal]
-        state.steps = [(m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m]
+        state.steps = [
+            (m["train/loss"], m["train/grad_norm"]) for _, _, m in state.journal if "train/loss" in m
+        ]
 
 
 def _entry(line: bytes) -> Entry:
@@ -397,7 +418,9 @@ def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
         for parameter in group["params"]
     }
     wanted: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    has_optimizer_state = any(name.startswith("optimizer.") for name in tensors)  # nothing before the first step
+    has_optimizer_state = any(
+        name.startswith("optimizer.") for name in tensors
+    )  # nothing before the first step
     for name, parameter in state.model.named_parameters():
         wanted[f"model.{name}"] = (parameter.shape, parameter.dtype)
         if has_optimizer_state:
@@ -457,7 +480,9 @@ def _load_tensors(state: TrainState, tensors: dict[str, Tensor]) -> None:
         parameter.copy_(shard_like(tensors[f"model.{name}"], parameter))
         prefix = f"optimizer.{name}."
         saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        updates[parameter].state[parameter] = {key: shard_like(value, parameter) for key, value in saved.items()}
+        updates[parameter].state[parameter] = {
+            key: shard_like(value, parameter) for key, value in saved.items()
+        }
     torch.set_rng_state(tensors["generator.cpu"])
     if "generator.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["generator.cuda"])

@@ -104,10 +104,14 @@ def declared_state(present: Present, name: str) -> EarlierState:
         )
     training = present.folder.with_name(name)
     if is_locked(training):
-        raise ResourceError(f"train.continue_from: a process works on {training}; wait until it ends, or stop it")
+        raise ResourceError(
+            f"train.continue_from: a process works on {training}; wait until it ends, or stop it"
+        )
     states = [state for checkpoint in checkpoints_in(training) if (state := _compared(checkpoint, present))]
     if not states:
-        raise ConfigError(f"train.continue_from: no checkpoint is in {training}; set it to null to train from step 0")
+        raise ConfigError(
+            f"train.continue_from: no checkpoint is in {training}; set it to null to train from step 0"
+        )
     newest = states[-1]
     if newest.preventing:
         raise ConfigError(

@@ -64,7 +64,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[Tensor], lr: float, weight_decay: float, heights: dict[Tensor, list[int]] | None = None
+        self,
+        params: list[Tensor],
+        lr: float,
+        weight_decay: float,
+        heights: dict[Tensor, list[int]] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._heights = heights or {}
@@ -79,7 +83,9 @@ class Muon(torch.optim.Optimizer):
                 shape = (*heights, parameter.shape[1])
                 by_shape.setdefault(shape, []).append(parameter)
             for (*heights, _), parameters in by_shape.items():
-                gradients: list[Tensor] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                gradients: list[Tensor] = [
+                    parameter.grad for parameter in parameters if parameter.grad is not None
+                ]
                 for parameter in parameters:
                     if not self.state[parameter]:
                         self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -96,7 +102,9 @@ def _updates(nesterov: list[Tensor], heights: list[int]) -> Sequence[Tensor]:
     if len(heights) == 1:
         directions = _scaled(torch.cat(nesterov).view(-1, heights[0], nesterov[0].shape[1]))
         return torch.split(directions.flatten(0, 1), [len(x) for x in nesterov])
-    return torch.cat([_scaled(part) for part in torch.split(torch.stack(nesterov), heights, dim=1)], dim=1).unbind()
+    return torch.cat(
+        [_scaled(part) for part in torch.split(torch.stack(nesterov), heights, dim=1)], dim=1
+    ).unbind()
 
 
 def _scaled(matrices: Tensor) -> Tensor:
@@ -119,12 +127,15 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[torch.optim.Optimi
         decay = params.weight_decay if parameter.dim() == 2 else 0.0
         groups.setdefault((scales.get(name, 1.0), decay), []).append(parameter)
     param_groups = [
-        {"params": members, "lr_scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()
+        {"params": members, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), members in groups.items()
     ]
     adamw = torch.optim.AdamW(param_groups, lr=params.lr, betas=params.betas, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
-        heights: dict[Tensor, list[int]] = {p: qkv_rows(model.params) for name, p in muon.items() if "qkv" in name}
+        heights: dict[Tensor, list[int]] = {
+            p: qkv_rows(model.params) for name, p in muon.items() if "qkv" in name
+        }
         optimizers.append(Muon(list(muon.values()), params.lr, params.weight_decay, heights))
     set_lr(optimizers, params.lr)
     return optimizers
@@ -138,7 +149,9 @@ def _lr_scales(model: GPT, params: TrainParams) -> dict[str, float]:
     updated only when its token occurs. Learning rates by the role of a matrix: Yang et al., 2022,
     arXiv:2203.03466, table 3; of embeddings: Hayou and Liu, 2025, arXiv:2506.15025.
     """
-    starts_large = model.params.architecture != "gpt2" and not model.params.tie_embeddings and params.init_from is None
+    starts_large = (
+        model.params.architecture != "gpt2" and not model.params.tie_embeddings and params.init_from is None
+    )
     if params.optimizer != "muon" or not starts_large:
         return {}
     return {"embedding.weight": params.embedding_lr_scale, "head.weight": params.head_lr_scale}

@@ -66,7 +66,9 @@ def write_state(target: Path, params: RunParams, split: Manifest, checkpoints: C
 
 def _card(params: RunParams, summary: dict[str, Any], ancestors: dict[str, str]) -> str:
     """The model card: what training knows before the evaluation, under the header that model hubs read."""
-    origin = "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
+    origin = (
+        "from scratch" if params.train.init_from is None else f"from the weights in {params.train.init_from}"
+    )
     listed = [(one_line(name), digest) for name, digest in sorted(ancestors.items())]
     values = {
         "val": summary["val"],

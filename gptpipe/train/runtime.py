@@ -86,7 +86,9 @@ def resolve_runtime(params: TrainParams, flops: float, model: ModelParams) -> Ru
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     n_ranks = rank_info().n_ranks
     ranks = "1" if n_ranks == 1 else f"{n_ranks} by {params.parallel}"
-    is_compiled = _compiling_pays_off(params, device, flops, model) if params.compile == "auto" else params.compile
+    is_compiled = (
+        _compiling_pays_off(params, device, flops, model) if params.compile == "auto" else params.compile
+    )
     if is_compiled and device.type == "cpu" and not _has_compiler():
         raise ConfigError("train.compile: true needs a C++ compiler on a CPU; install g++, or set it to auto")
     return Runtime(device, getattr(torch, precision), is_compiled, ranks)

@@ -210,7 +210,9 @@ def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Presen
     `Checkpoints.continue_from` raises.
     """
     name = present.settings.train["continue_from"]
-    source = distributed.from_first(kept_state(present, exported)) if name is None else declared_state(present, name)
+    source = (
+        distributed.from_first(kept_state(present, exported)) if name is None else declared_state(present, name)
+    )
     if source is None:
         if is_writer() and (suggestion := advice(present)):
             say(f"train: starts at step 0; {suggestion}", "quiet")
@@ -347,7 +349,10 @@ class _Training:
             speed = f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
             losses = [loss for loss, _ in self.state.steps[-_PLOTTED_STEPS:]]
             self._progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}", course=losses)
-        say(f"train: step {step:,}: {', '.join(f'{key} {value:.6g}' for key, value in metrics.items())}", "verbose")
+        say(
+            f"train: step {step:,}: {', '.join(f'{key} {value:.6g}' for key, value in metrics.items())}",
+            "verbose",
+        )
 
     def validate(self) -> float:
         model = distributed.unsharded(self.state.model)

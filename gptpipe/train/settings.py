@@ -104,7 +104,9 @@ def harmful_changes(earlier: Settings, present: Settings, n_done: int) -> dict[s
 def preventing_changes(changes: dict[str, str]) -> dict[str, str]:
     """The changes with which a checkpoint cannot be continued at all."""
     return {
-        name: text for name, text in changes.items() if name.startswith(_OF_TENSORS) and name not in _NOT_OF_TENSORS
+        name: text
+        for name, text in changes.items()
+        if name.startswith(_OF_TENSORS) and name not in _NOT_OF_TENSORS
     }
 
 

@@ -24,7 +24,9 @@ from gptpipe.train.schedule import learning_rate
 from gptpipe.train.state import TrainState
 
 STABILITY_ADVICE = "lower train.lr, lengthen train.warmup_steps, or set train.precision to float32"
-_ROLL_BACK_ADVICE = "; with train.on_spike: rollback it continues from the last checkpoint, without these batches"
+_ROLL_BACK_ADVICE = (
+    "; with train.on_spike: rollback it continues from the last checkpoint, without these batches"
+)
 # A spike is measured against the last 100 steps, once there are 20.
 _MAX_RECENT, _MIN_RECENT = 100, 20
 _MIN_LOSS_SPREAD = 0.05  # nats per token; a smaller standard deviation counts as this
@@ -69,7 +71,9 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
         model.zero_grad(set_to_none=True)
         raise
     if params.grad_clip is not None and norm > params.grad_clip:
-        scale = torch.tensor(params.grad_clip / norm, device=device)  # a Python number would be converted for each
+        scale = torch.tensor(
+            params.grad_clip / norm, device=device
+        )  # a Python number would be converted for each
         torch._foreach_mul_(gradients, scale)
     for optimizer in state.optimizers:
         optimizer.step()

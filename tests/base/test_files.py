@@ -17,7 +17,9 @@ class Abort(Exception):
 
 def test_a_file_has_the_written_content_and_leaves_no_other_file(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "a.json", {"b": [1, "ü"], "a": None})
-    assert (tmp_path / "new" / "a.json").read_bytes() == '{\n  "a": null,\n  "b": [\n    1,\n    "ü"\n  ]\n}\n'.encode()
+    assert (
+        tmp_path / "new" / "a.json"
+    ).read_bytes() == '{\n  "a": null,\n  "b": [\n    1,\n    "ü"\n  ]\n}\n'.encode()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
@@ -81,6 +83,13 @@ def test_json_rejects_nan() -> None:
 def test_unseal_accepts_unchanged_bytes_only() -> None:
     content = {"b": [1, 2.5, "ü"], "a": {"x": None}}
     assert unseal(seal(content)) == content
-    for damaged in (seal(content)[:-1], seal(content).replace(b"2.5", b"2.6"), b'{"sha256": "0"}', b"7", b"\xff", b""):
+    for damaged in (
+        seal(content)[:-1],
+        seal(content).replace(b"2.5", b"2.6"),
+        b'{"sha256": "0"}',
+        b"7",
+        b"\xff",
+        b"",
+    ):
         with pytest.raises(ValueError, match=r"."):
             unseal(damaged)

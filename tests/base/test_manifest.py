@@ -113,7 +113,9 @@ def test_a_manifest_lists_files_counts_and_ancestors(tmp_path: Path) -> None:
     assert manifest.counts == {"documents": 2}
     assert list(manifest.files) == ["one.txt", "rows.parquet", "sub/two.txt"]
     # echo -n text | sha256sum
-    assert manifest.files["one.txt"].sha256 == "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"
+    assert (
+        manifest.files["one.txt"].sha256 == "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"
+    )
     assert manifest.files["sub/two.txt"].n_bytes == 8
     assert manifest.digest == sha256_of(target / "manifest.json")
     assert manifest.lineage("raw") == {"sources": "digest of the sources", "raw": manifest.digest}
@@ -176,9 +178,15 @@ def test_swapped_files_are_detected(tmp_path: Path) -> None:
         (b"[]", "damaged"),
         (b"\xff", "damaged"),
         (b"[" * 100_000, "damaged"),
-        (b'{"schema_version": 2, "made_from": {}, "counts": {}, "files": {}}', "damaged"),  # without its SHA-256
+        (
+            b'{"schema_version": 2, "made_from": {}, "counts": {}, "files": {}}',
+            "damaged",
+        ),  # without its SHA-256
         (seal({"schema_version": "2", "made_from": {}, "counts": {}, "files": {}}), "damaged"),
-        (b'{"schema_version": 1, "made_from": {}, "counts": {}, "files": {}}', "schema 1, this version reads 2"),
+        (
+            b'{"schema_version": 1, "made_from": {}, "counts": {}, "files": {}}',
+            "schema 1, this version reads 2",
+        ),
         (None, "No such file"),
     ],
 )

@@ -101,7 +101,11 @@ TIME_LIMIT = "__import__('gptpipe.base.limits').base.limits.time_limit"
         (KILL_ME.format(7), InputError, "its reader crashed (SIGBUS): the file is damaged; replace it"),
         (KILL_ME.format(11), InputError, "its reader crashed (SIGSEGV): the file is damaged; replace it"),
         (KILL_ME.format(9), ResourceError, "its reader was killed; if memory is short, free some, then rerun"),
-        ("__import__('os')._exit(7)", InputError, "its reader crashed (exit code 7): the file is damaged; replace it"),
+        (
+            "__import__('os')._exit(7)",
+            InputError,
+            "its reader crashed (exit code 7): the file is damaged; replace it",
+        ),
         (
             f"(lambda limit: (limit.__enter__(), __import__('time').sleep(60)))({TIME_LIMIT}(0.1))",
             InputError,
@@ -130,7 +134,9 @@ def test_a_killed_worker_is_a_resource_error_that_names_the_item(monkeypatch: py
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_error_in_a_worker_is_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str) -> None:
+def test_an_error_in_a_worker_is_raised_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
     monkeypatch.setenv("GPTPIPE_WORKERS", workers)
     with pytest.raises(IntegrityError, match=r"manifest\.json: No such file"):
         list(map_in_order(verify, [tmp_path, tmp_path]))
@@ -157,7 +163,9 @@ for pid in map_in_order(eval, [own_pid] * 2 + ["__import__('time').sleep(60)"] *
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals) -> None:
+def test_workers_end_with_their_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
     """kill -9 of the parent once left its workers waiting forever. Ctrl-C reaches the whole process group.
 
     The program has no `if __name__ == "__main__"`, and its workers do not run it again.
@@ -188,7 +196,9 @@ def ray_cluster() -> Iterator[Any]:
     machine = {"num_cpus": 1, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine starts it slowly
-        cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=machine)
+        cluster = importlib.import_module("ray.cluster_utils").Cluster(
+            initialize_head=True, head_node_args=machine
+        )
         cluster.second_machine = cluster.add_node(**machine)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
@@ -251,7 +261,9 @@ def test_the_data_stages_on_ray_give_the_same_bytes_when_a_worker_is_killed(
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.slow
-def test_errors_on_ray_are_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
+def test_errors_on_ray_are_raised_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
+) -> None:
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
     with pytest.raises(IntegrityError, match=r"manifest\.json: No such file") as caught:
         list(map_in_order(verify, [tmp_path, tmp_path]))
@@ -259,7 +271,9 @@ def test_errors_on_ray_are_raised_here(tmp_path: Path, monkeypatch: pytest.Monke
     items = ["1", "__import__('os')._exit(9)"]
     with pytest.raises(ResourceError, match="a Ray task was lost at item 2: "):
         list(map_in_order(eval, items, describe=lambda item: f"item {1 + items.index(item)}"))
-    with pytest.raises(InputError, match=r"^a\.parquet: its reader crashed 4 times: the file is damaged; replace it"):
+    with pytest.raises(
+        InputError, match=r"^a\.parquet: its reader crashed 4 times: the file is damaged; replace it"
+    ):
         list(map_in_order(eval, items, parses=lambda _: "a.parquet"))
 
 
@@ -294,7 +308,9 @@ def test_closing_the_generator_ends_the_tasks_on_ray(
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.slow
-def test_ray_gives_the_same_results_when_a_machine_is_lost(monkeypatch: pytest.MonkeyPatch, ray_cluster: Any) -> None:
+def test_ray_gives_the_same_results_when_a_machine_is_lost(
+    monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
+) -> None:
     """The last test with this cluster, which has one machine less afterwards."""
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
     machine = "__import__('ray').get_runtime_context().get_node_id()"
@@ -313,7 +329,9 @@ def test_an_unreachable_ray_cluster_is_a_resource_error(monkeypatch: pytest.Monk
         ray.shutdown()
     monkeypatch.setenv("GPTPIPE_ENGINE", "ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ResourceError, match=r"cannot connect to Ray at 127\.0\.0\.1:1: .*refused; check RAY_ADDRESS"):
+    with pytest.raises(
+        ResourceError, match=r"cannot connect to Ray at 127\.0\.0\.1:1: .*refused; check RAY_ADDRESS"
+    ):
         list(map_in_order(len, ["a", "b"]))
 
 

@@ -101,7 +101,10 @@ def test_params_are_frozen(params: Params) -> None:
         ({"n_kv_head": "3"}, "model.n_kv_head: must divide n_head 2, got 3"),
         ({"n_kv_head": "0"}, "model.n_kv_head: Input should be greater than or equal to 1, got 0"),
         ({"head_dim": "31"}, "model.head_dim: rotary positions need an even head_dim, it is 31, got 31"),
-        ({"architecture": "gpt3"}, "model.architecture: Input should be 'gpt2', 'llama' or 'qwen3', got 'gpt3'"),
+        (
+            {"architecture": "gpt3"},
+            "model.architecture: Input should be 'gpt2', 'llama' or 'qwen3', got 'gpt3'",
+        ),
         (
             {"architecture": "gpt2", "n_kv_head": "1"},
             "model.n_kv_head: gpt2 has one key and value head per query head: set it to 2, got 1",
@@ -125,19 +128,28 @@ def test_params_are_frozen(params: Params) -> None:
         ({"tie_embeddings": "no"}, "model.tie_embeddings: Input should be a valid boolean, got 'no'"),
         ({"betas": "[0.9]"}, "train.betas.1: missing"),
         ({"betas": "[0.9, 1.0]"}, "train.betas.1: Input should be less than 1, got 1.0"),
-        ({"val_fraction": "0.95"}, "split.test_fraction: val_fraction + test_fraction must be below 1, got 0.05"),
+        (
+            {"val_fraction": "0.95"},
+            "split.test_fraction: val_fraction + test_fraction must be below 1, got 0.05",
+        ),
         ({"vocab_size": "256"}, "tokenize.vocab_size: Input should be greater than or equal to 257, got 256"),
         ({"vocab_size": "1e12"}, "tokenize.vocab_size: Input should be a valid integer, got 1000000000000.0"),
         ({"seed": "-1"}, "seed: Input should be greater than or equal to 0, got -1"),
         ({"dedup": "fuzzy"}, "collect.dedup: Input should be 'none', 'exact' or 'near', got 'fuzzy'"),
-        ({"max_document_bytes": "6"}, "collect.max_document_bytes: Input should be greater than or equal to 64, got 6"),
+        (
+            {"max_document_bytes": "6"},
+            "collect.max_document_bytes: Input should be greater than or equal to 64, got 6",
+        ),
         ({"sample_prompts": "text\n  x:"}, "train.x: unknown key"),
         ({"  words": "[9]"}, "collect.filters.words.1: missing"),
         (
             {"  words": "null\n    ellipsis_line: 1"},
             "collect.filters.ellipsis_line: unknown key; did you mean `ellipsis_lines`?",
         ),
-        ({"  bullet_lines": "1.5"}, "collect.filters.bullet_lines: Input should be less than or equal to 1, got 1.5"),
+        (
+            {"  bullet_lines": "1.5"},
+            "collect.filters.bullet_lines: Input should be less than or equal to 1, got 1.5",
+        ),
     ],
 )
 def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[str, str], fault: str) -> None:
@@ -160,7 +172,10 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         ),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),
         ("{kind: text, path: [a]}", "collect.sources.0.text.path: unknown key; did you mean `paths`?"),
-        ("{kind: text, paths: a.txt}", "collect.sources.0.text.paths: Input should be a valid array, got 'a.txt'"),
+        (
+            "{kind: text, paths: a.txt}",
+            "collect.sources.0.text.paths: Input should be a valid array, got 'a.txt'",
+        ),
         (
             "{kind: text, paths: []}",
             "collect.sources.0.text.paths: Tuple should have at least 1 item after validation, not 0",
@@ -223,14 +238,18 @@ def test_unknown_missing_and_invalid_keys_are_reported_together(tmp_path: Path) 
 )
 def test_a_missing_key_has_no_default(tmp_path: Path, name: str) -> None:
     kept = [
-        line for line in SHIPPED.splitlines(keepends=True) if not line.strip().startswith(name.split(".")[-1] + ":")
+        line
+        for line in SHIPPED.splitlines(keepends=True)
+        if not line.strip().startswith(name.split(".")[-1] + ":")
     ]
     assert faults(tmp_path, "".join(kept)) == [f"{name}: missing"]
 
 
 NINES = "[" + ", ".join(["*{0}"] * 9) + "]"
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} {NINES.format(f'a{i - 1}')}\n" for i in range(1, 10))
-MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: {NINES.format(f'a{i - 1}')}}}\n" for i in range(1, 10))
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: {NINES.format(f'a{i - 1}')}}}\n" for i in range(1, 10)
+)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +295,9 @@ def test_an_unreadable_file_is_a_config_error(tmp_path: Path, text: str | bytes,
 
 
 def test_the_error_for_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"params\.yaml: No such file or directory; run from the project's root"):
+    with pytest.raises(
+        ConfigError, match=r"params\.yaml: No such file or directory; run from the project's root"
+    ):
         load_params(tmp_path / "params.yaml")
 
 

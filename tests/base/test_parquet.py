@@ -38,7 +38,9 @@ def test_a_file_without_rows_can_be_read(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.parquet") == []
 
 
-def test_row_groups_and_batches_are_limited_by_rows_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_and_batches_are_limited_by_rows_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet, "GROUP_ROWS", 7)
     write(tmp_path / "rows", ROWS[:20])
     assert [batch.num_rows for batch in read_parquet(tmp_path / "rows", ["id"])] == [7, 7, 6]

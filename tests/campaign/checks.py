@@ -35,10 +35,16 @@ def artefacts(project: Path) -> dict[str, str]:
     """SHA-256 of each file made by the stages that must be equal in two runs."""
     files = [file for name in _MADE for file in sorted((project / name).rglob("*")) if file.is_file()]
     names = {file.relative_to(project).as_posix(): file for file in files}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items() if name not in _VARYING}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in names.items()
+        if name not in _VARYING
+    }
 
 
-def broken_promises_of_files(project: Path, expected: dict[str, str], left: frozenset[str] = frozenset()) -> list[str]:
+def broken_promises_of_files(
+    project: Path, expected: dict[str, str], left: frozenset[str] = frozenset()
+) -> list[str]:
     """I2, I1 and I4 for files: differences from an undisturbed run, and files that only it may leave (`left`)."""
     found = artefacts(project)
     different = [
@@ -56,7 +62,9 @@ def broken_promises_of_files(project: Path, expected: dict[str, str], left: froz
 def unsound(project: Path) -> list[str]:
     """I1: visible folders that differ from their manifest."""
     broken = []
-    for manifest in sorted(project.glob("data/*/manifest.json")) + sorted(project.glob("models/*/manifest.json")):
+    for manifest in sorted(project.glob("data/*/manifest.json")) + sorted(
+        project.glob("models/*/manifest.json")
+    ):
         folder = manifest.parent
         if folder.name.startswith("."):
             continue
@@ -118,8 +126,14 @@ class Recorded:
             return cls(
                 runs,
                 metrics,
-                [str(status) for (status,) in rows("select status from logged_models where lifecycle_stage='active'")],
-                [status for (status,) in rows("select status from model_versions where current_stage != 'Deleted'")],
+                [
+                    str(status)
+                    for (status,) in rows("select status from logged_models where lifecycle_stage='active'")
+                ],
+                [
+                    status
+                    for (status,) in rows("select status from model_versions where current_stage != 'Deleted'")
+                ],
                 dict(rows("select alias, version from registered_model_aliases")),
                 _artifact_names(project, [run for (run,) in rows(f"select run_uuid {counted}")]),
             )
@@ -140,7 +154,13 @@ def broken_promises_of_the_record(project: Path, expected: Recorded) -> list[str
     except sqlite3.Error as error:
         return [f"I2: mlflow.db: {error}"]
     broken = []
-    for name, promise in (("runs", "I7"), ("models", "I7"), ("versions", "I7"), ("aliases", "I7"), ("artifacts", "I2")):
+    for name, promise in (
+        ("runs", "I7"),
+        ("models", "I7"),
+        ("versions", "I7"),
+        ("aliases", "I7"),
+        ("artifacts", "I2"),
+    ):
         is_value, should_be = getattr(found, name), getattr(expected, name)
         if is_value != should_be:
             shown = f"{_minus(is_value, should_be)} more, {_minus(should_be, is_value)} missing"
@@ -170,7 +190,9 @@ def broken_promises_of_an_end(ended: Ended, codes: set[int]) -> list[str]:
     if ended.code not in codes:
         broken.append(f"I5: exit code {ended.code}, not {' or '.join(map(str, sorted(codes)))}: {last}")
     if "Traceback" in ended.said or "Exception ignored" in ended.said:
-        raised = re.findall(r"^[\w.]+(?:Error|Exception|Interrupt|Exit|Timeout|Stopped)\b.*", ended.said, re.MULTILINE)
+        raised = re.findall(
+            r"^[\w.]+(?:Error|Exception|Interrupt|Exit|Timeout|Stopped)\b.*", ended.said, re.MULTILINE
+        )
         where = re.findall(r'File "[^"]*?(?:/gptpipe/|/)([\w/]+\.py)", line (\d+)', ended.said)
         places = ", ".join(f"{file}:{line}" for file, line in where[-2:])
         broken.append(f"I5: a traceback: {(raised or [last])[-1][:200]} ({places})")

@@ -40,7 +40,11 @@ class Worker:
     def __init__(self, folder: Path, last_stage: str) -> None:
         paths = [str(ROOT), str(ROOT / "tests")]
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        outer = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))}
+        outer = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))
+        }
         command = [sys.executable, "-m", "campaign.worker", str(folder), last_stage]
         variables = {**outer, **one_thread, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
@@ -100,10 +104,14 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.campaign",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     number = {"type": int, "metavar": "N"}
-    parser.add_argument("--kills", **number, default=1000, help="signals at file operations and at random times")
+    parser.add_argument(
+        "--kills", **number, default=1000, help="signals at file operations and at random times"
+    )
     parser.add_argument("--damage", **number, default=1000, help="damaged files that a stage reads")
     parser.add_argument("--cuts", **number, default=300, help="power cuts")
     parser.add_argument("--failures", **number, default=300, help="operations that fail: no space, I/O error")
@@ -220,7 +228,10 @@ def summary(results: list[dict[str, Any]]) -> str:
         for difference in {_kind_of(text) for text in result["differences"]}:
             n, example = examples.get(difference, (0, result["trial"]))
             examples[difference] = n + 1, example
-    rows = [f"| {kind} | {stage} | {n:,} | {differing[kind, stage]:,} |" for (kind, stage), n in sorted(trials.items())]
+    rows = [
+        f"| {kind} | {stage} | {n:,} | {differing[kind, stage]:,} |"
+        for (kind, stage), n in sorted(trials.items())
+    ]
     seconds = sum(result["seconds"] for result in results)
     lines = [
         "| fault | stage | trials | with differences |",
@@ -232,7 +243,9 @@ def summary(results: list[dict[str, Any]]) -> str:
     ]
     if examples:
         lines += ["", "| difference | trials | one of them |", "|---|---:|---|"]
-        lines += [f"| {text} | {n} | `{json.dumps(example)}` |" for text, (n, example) in sorted(examples.items())]
+        lines += [
+            f"| {text} | {n} | `{json.dumps(example)}` |" for text, (n, example) in sorted(examples.items())
+        ]
     return "\n".join(lines)
 
 

@@ -21,7 +21,9 @@ def damage(path: Path, way: str, chance: random.Random, older: Path | None = Non
     match way:
         case "flip" if content:
             place = chance.randrange(len(content))
-            changed = content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :]
+            changed = (
+                content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :]
+            )
         case "cut" if content:
             changed = content[: chance.randrange(len(content))]
         case "empty":

@@ -32,7 +32,9 @@ class Fault:
 
     do: str = "count"  # count | signal | fail | short | cut
     at: int = 0
-    signals: tuple[str, ...] = ()  # signal: the first one at operation `at`, each further one at the next operation
+    signals: tuple[
+        str, ...
+    ] = ()  # signal: the first one at operation `at`, each further one at the next operation
     error: str = "ENOSPC"  # fail, short: the name of the error
     for_ever: bool = False  # fail: all later operations fail too
     only: str = ""  # fail: the kind of operations that fail; empty: all kinds
@@ -200,7 +202,12 @@ def _watch_writes(watcher: _Watcher) -> None:
         opener: Any = None,
     ) -> Any:
         is_writing = any(letter in mode for letter in "wax+")
-        if not is_writing or isinstance(file, int) or buffering == 0 or not _absolute(file).startswith(watcher.root):
+        if (
+            not is_writing
+            or isinstance(file, int)
+            or buffering == 0
+            or not _absolute(file).startswith(watcher.root)
+        ):
             return original(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw = WatchedFile(file, mode.replace("b", "").replace("t", ""), closefd, opener)
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)

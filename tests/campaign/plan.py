@@ -54,7 +54,14 @@ def _kills(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
         else:
             first, second = (chance.randint(1, hello["operations"][stage]) for _ in range(2))
             state = {"state": "train without a store"} if stage == "train" and chance.random() < 0.5 else {}
-            yield {"kind": "kill", "stage": stage, "at": first, "again": [second], "signals": ["SIGKILL"], **state}
+            yield {
+                "kind": "kill",
+                "stage": stage,
+                "at": first,
+                "again": [second],
+                "signals": ["SIGKILL"],
+                **state,
+            }
 
 
 def _cuts(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
@@ -97,7 +104,13 @@ def _leftovers(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
             way = chance.choice(("flip", "cut", "empty", "zeros", "edit"))
             yield {"kind": "outbox", "stage": "evaluate", "way": way, "number": number}
         elif stage == "train":
-            yield {"kind": "leftover", "stage": stage, "state": "stopped training", "way": way, "number": number}
+            yield {
+                "kind": "leftover",
+                "stage": stage,
+                "state": "stopped training",
+                "way": way,
+                "number": number,
+            }
         else:
             at = chance.randint(1, hello["operations"][stage])
             yield {"kind": "leftover", "stage": stage, "at": at, "way": way, "number": number}

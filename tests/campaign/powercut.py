@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Record = tuple[str, str, str, bytes | None]
-MODES = ("lost", "empty", "mixed")  # unsynced changes: all lost | names kept, contents lost | chosen at random for each
+MODES = (
+    "lost",
+    "empty",
+    "mixed",
+)  # unsynced changes: all lost | names kept, contents lost | chosen at random for each
 
 
 @dataclass(eq=False)

@@ -142,7 +142,9 @@ def _until_it_runs(project: Path, command: list[str]) -> list[str]:
         if ended.returncode == 0:
             return []
         words = (ended.stderr.strip().splitlines() or [""])[-1]
-        if ended.returncode not in (5, 255) or time.monotonic() > deadline:  # 255: the exit code of `dvc` in this case
+        if (
+            ended.returncode not in (5, 255) or time.monotonic() > deadline
+        ):  # 255: the exit code of `dvc` in this case
             return [f"I5: exit code {ended.returncode}: {words}"]
         if ended.returncode == 5 and seconds > _SECOND_WRITER:
             return [f"I4: the second writer waited {seconds:.0f} s: {words}"]
@@ -220,9 +222,13 @@ def side_by_side(projects: RealProjects, _: Trial) -> list[str]:
         run(project, "dvc", "exp", "run", "--queue", "-n", "other", "-S", "train.lr=2e-3")
         run(project, "dvc", "exp", "run", "--run-all", "-j", "2")
         record = Recorded.read(project)
-        differences = [] if record.runs == ["FINISHED"] * 3 else [f"I7: runs in MLflow: {record.runs}, not 3 FINISHED"]
+        differences = (
+            [] if record.runs == ["FINISHED"] * 3 else [f"I7: runs in MLflow: {record.runs}, not 3 FINISHED"]
+        )
         run(project, "dvc", "exp", "apply", "known")
-        return differences + broken_promises_of_files(project, projects.experiment.files, projects.experiment.left)
+        return differences + broken_promises_of_files(
+            project, projects.experiment.files, projects.experiment.left
+        )
 
 
 REAL_KINDS: dict[str, Callable[[RealProjects, Trial], list[str]]] = {

@@ -158,7 +158,15 @@ class TinyProject:
     def restore(self, state: str) -> None:
         """Restore a saved state of the project, and remove what a trial left."""
         for entry in sorted(self.path.iterdir()):
-            if entry.name not in ("params.yaml", "dvc.yaml", "data", ".git", ".gitignore", ".dvc", ".dvcignore"):
+            if entry.name not in (
+                "params.yaml",
+                "dvc.yaml",
+                "data",
+                ".git",
+                ".gitignore",
+                ".dvc",
+                ".dvcignore",
+            ):
                 _remove(entry)
         for entry in sorted((self.path / "data").iterdir()):
             if entry.name != "sources":
@@ -211,7 +219,10 @@ class TinyProject:
             return Running(pid, said, counters, started)
         code = 70
         try:
-            for signum in (signal.SIGINT, signal.SIGTERM):  # until the stage begins, signals end the process at once
+            for signum in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # until the stage begins, signals end the process at once
                 signal.signal(signum, signal.SIG_DFL)
             os.setsid()
             self._become_a_process_of_the_project(said, environment or {})
@@ -228,7 +239,12 @@ class TinyProject:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.chdir(self.path)
-        os.environ |= {"DVC_ROOT": str(self.path), "TMPDIR": str(self.folder), "GPTPIPE_WORKERS": "1", **environment}
+        os.environ |= {
+            "DVC_ROOT": str(self.path),
+            "TMPDIR": str(self.folder),
+            "GPTPIPE_WORKERS": "1",
+            **environment,
+        }
 
 
 class Running:

@@ -137,7 +137,9 @@ def test_every_kind_of_damage_changes_the_folder(tmp_path: Path) -> None:
         (older / "a.json").write_text('{"a": 3}')
         assert damage(folder / "a.json", way, random.Random(1), older / "a.json")
         before = {"a.json": '{"a": 1}', "b.json": '{"a": 22}'}
-        assert {file.name: file.read_text(errors="replace") for file in folder.iterdir() if file.is_file()} != before
+        assert {
+            file.name: file.read_text(errors="replace") for file in folder.iterdir() if file.is_file()
+        } != before
 
 
 def test_the_checks_report_what_is_wrong(root: Path) -> None:

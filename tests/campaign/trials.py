@@ -168,7 +168,9 @@ class Laboratory:
     def compare(self, stage: str, left: frozenset[str] = frozenset()) -> list[str]:
         """The differences from the undisturbed run; files in `left` may be left behind."""
         expected = self.expected[stage]
-        if stage == "train":  # the steps that are kept depend on where it was stopped; stage evaluate removes them
+        if (
+            stage == "train"
+        ):  # the steps that are kept depend on where it was stopped; stage evaluate removes them
             left |= {name for name in leftovers(self.project.path) if re.search(r"/(step|best)-\d+$", name)}
         broken = broken_promises_of_files(self.project.path, expected.files, expected.left | left)
         return broken + broken_promises_of_the_record(self.project.path, expected.record)
@@ -231,7 +233,9 @@ def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
         sent = lab.project.call("gptpipe.record.run", "send_outbox")
         differences += broken_promises_of_an_end(sent, {0})
     # A disk that refuses to remove a temporary folder or a free lock: the next evaluation, or the doctor, removes it.
-    refused = {name for name in leftovers(lab.project.path) if name.endswith((".registration.partial", ".lock"))}
+    refused = {
+        name for name in leftovers(lab.project.path) if name.endswith((".registration.partial", ".lock"))
+    }
     return differences + lab.compare(stage, frozenset(refused))
 
 
@@ -299,7 +303,10 @@ def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     ended = lab.project.run("evaluate")
     differences = broken_promises_of_an_end(ended, {0, 4})
     is_named = path.name in ended.said or path.stem in ended.said
-    if not is_named and trial["way"] not in ("gone", "edit"):  # an edit may change a number that nothing protects
+    if not is_named and trial["way"] not in (
+        "gone",
+        "edit",
+    ):  # an edit may change a number that nothing protects
         differences.append(f"I5: nothing names the damaged record: {ended.said.strip()[-200:]}")
     return differences + unsound(lab.project.path)
 
@@ -344,6 +351,9 @@ def files_read(project: Path, stage: str) -> list[str]:
     """The files that a stage reads, in the state before it."""
     paths = [project / name for name in READS[stage]]
     files = [
-        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+        if file.is_file()
     ]
     return [file.relative_to(project).as_posix() for file in files]

@@ -28,7 +28,9 @@ MIB = 1 << 20
 def opened(tmp_path: Path):
     """Open a file with this content: for each name after the file's own, its content, or `-reason`."""
 
-    def open_all(content: bytes, format_: Format = "text", max_expansion: int = 200, **options) -> dict[str, str]:
+    def open_all(
+        content: bytes, format_: Format = "text", max_expansion: int = 200, **options
+    ) -> dict[str, str]:
         path = tmp_path / "file"
         path.write_bytes(content)
         results = {}
@@ -46,18 +48,51 @@ def opened(tmp_path: Path):
 
 @pytest.mark.parametrize("pack", [tar, zip_])
 def test_files_of_systems_and_of_other_formats_are_skipped_and_counted(opened, pack) -> None:
-    names = ["__MACOSX/._a.jsonl", "._a.jsonl", "d/.DS_Store", "Thumbs.db", "README.md", "LICENSE", "x.png", "b.csv.gz"]
-    members = dict.fromkeys(names, b"\x00\xff") | {"d/a.jsonl": b"one", "part-0": b"two", "b.jsonl.gz": b"three"}
-    expected = dict.fromkeys(names, "-other_file") | {"d/a.jsonl": "one", "part-0": "two", "b.jsonl.gz": "three"}
+    names = [
+        "__MACOSX/._a.jsonl",
+        "._a.jsonl",
+        "d/.DS_Store",
+        "Thumbs.db",
+        "README.md",
+        "LICENSE",
+        "x.png",
+        "b.csv.gz",
+    ]
+    members = dict.fromkeys(names, b"\x00\xff") | {
+        "d/a.jsonl": b"one",
+        "part-0": b"two",
+        "b.jsonl.gz": b"three",
+    }
+    expected = dict.fromkeys(names, "-other_file") | {
+        "d/a.jsonl": "one",
+        "part-0": "two",
+        "b.jsonl.gz": "three",
+    }
     assert opened(pack(members), "jsonl") == expected
 
 
 def test_which_names_belong_to_another_format() -> None:
-    never: tuple[str, ...] = (".DS_Store", "a/__MACOSX/b", "~$a.docx", "desktop.ini", "x.jpg", "x.parquet.zip/.git/a")
+    never: tuple[str, ...] = (
+        ".DS_Store",
+        "a/__MACOSX/b",
+        "~$a.docx",
+        "desktop.ini",
+        "x.jpg",
+        "x.parquet.zip/.git/a",
+    )
     formats: dict[Format, tuple[str, str]] = {  # what is accepted, what is not
-        "text": ("a.txt README LICENSE.md a.csv a.py a.pdf a.2020 noend a.unknown a.txt.xz a.zip", "a.parquet a.MP3"),
-        "jsonl": ("a.jsonl a.JSON a.ndjson.zst noend a.unknown RC_2020-01 a.tar.gz", "a.txt readme SHA256SUMS a.pdf"),
-        "parquet": ("a.parquet a.pq noend part-0.c000 a.tgz", "a.jsonl Readme.MD LICENCE _SUCCESS a.crc a.json.gz"),
+        "text": (
+            "a.txt README LICENSE.md a.csv a.py a.pdf a.2020 noend a.unknown a.txt.xz a.zip",
+            "a.parquet a.MP3",
+        ),
+        "jsonl": (
+            "a.jsonl a.JSON a.ndjson.zst noend a.unknown RC_2020-01 a.tar.gz",
+            "a.txt readme SHA256SUMS a.pdf",
+        ),
+        "parquet": (
+            "a.parquet a.pq noend part-0.c000 a.tgz",
+            "a.jsonl Readme.MD LICENCE _SUCCESS a.crc a.json.gz",
+        ),
     }
     for format_, (accepted, others) in formats.items():
         assert [name for name in accepted.split() if is_other_file(name, format_)] == []
@@ -95,11 +130,15 @@ def test_a_bomb_in_an_archive_in_an_archive_stops_at_max_expansion(opened, depth
     monkeypatch.setattr(opening, "_FREE_BYTES", MIB)
     zeros = bytes(3 * MIB)
     content = {
-        "gz in zip in zip": zip_({"in": zip_({"a": gzip.compress(zeros)}, zipfile.ZIP_STORED)}, zipfile.ZIP_STORED),
+        "gz in zip in zip": zip_(
+            {"in": zip_({"a": gzip.compress(zeros)}, zipfile.ZIP_STORED)}, zipfile.ZIP_STORED
+        ),
         "zip in tar.gz": gzip.compress(tar({"in": zip_({"a": zeros})})),
         "many zips": zip_({f"in{i}": zip_({"a": zeros[: MIB // 2]}) for i in range(6)}),
     }[depth]
-    with pytest.raises(InputError, match=r"file: grows to more than 20 times its size; .*collect.max_expansion"):
+    with pytest.raises(
+        InputError, match=r"file: grows to more than 20 times its size; .*collect.max_expansion"
+    ):
         opened(content, max_expansion=20)
     assert sum(map(len, opened(content, max_expansion=100_000).values())) == 3 * MIB
 
@@ -190,7 +229,9 @@ def test_ranges_that_divide_a_zip_archive_contain_each_member_once(opened) -> No
     content = zip_(members, zipfile.ZIP_STORED)
     for n_ranges in (1, 2, 7, 300):
         ends = [len(content) * i // n_ranges for i in range(1, n_ranges)]
-        found = [opened(content, start=start, end=end) for start, end in zip([0, *ends], [*ends, None], strict=True)]
+        found = [
+            opened(content, start=start, end=end) for start, end in zip([0, *ends], [*ends, None], strict=True)
+        ]
         assert [item for part in found for item in part.items()] == [
             (name, text.decode()) for name, text in members.items()
         ]
@@ -202,7 +243,9 @@ def test_ranges_that_divide_a_zip_archive_contain_each_member_once(opened) -> No
 
 
 def test_skipped_members_reach_the_counts(tmp_path: Path, collect_params) -> None:
-    (tmp_path / "a.zip").write_bytes(zip_({"a.jsonl": json.dumps({"text": "one"}).encode(), "README": b"about"}))
+    (tmp_path / "a.zip").write_bytes(
+        zip_({"a.jsonl": json.dumps({"text": "one"}).encode(), "README": b"about"})
+    )
     params = collect_params({"kind": "jsonl", "paths": (f"{tmp_path}/a.zip",)})
     texts = [text for texts in read_source(params) for text in texts]
     assert texts == ["one", Rejected("other_file", f"{tmp_path}/a.zip: README")]

@@ -136,9 +136,15 @@ def test_utf16_without_a_mark_is_recognised_in_the_error(tmp_path: Path, collect
     assert "looks like utf-16-le; set &#96;encoding: utf-16-le&#96;" in counts_page.read_text()
 
 
-def test_a_wrong_key_lists_the_keys_and_a_nested_key_is_found(tmp_path: Path, collect_params: MakeParams) -> None:
-    source = write(tmp_path / "a", json_lines({"body": "one", "meta": {"lang": "en"}}, {"body": "two", "id": 1}))
-    with pytest.raises(InputError, match=r"a: no line has the key `text`; the keys are body, meta, id; set text_key"):
+def test_a_wrong_key_lists_the_keys_and_a_nested_key_is_found(
+    tmp_path: Path, collect_params: MakeParams
+) -> None:
+    source = write(
+        tmp_path / "a", json_lines({"body": "one", "meta": {"lang": "en"}}, {"body": "two", "id": 1})
+    )
+    with pytest.raises(
+        InputError, match=r"a: no line has the key `text`; the keys are body, meta, id; set text_key"
+    ):
         collect(collect_params(source), tmp_path / "raw")
     collect(collect_params(source | {"text_key": "meta.lang"}), tmp_path / "raw")
     assert texts_of(tmp_path / "raw") == ["en"]
@@ -147,7 +153,9 @@ def test_a_wrong_key_lists_the_keys_and_a_nested_key_is_found(tmp_path: Path, co
     assert texts_of(tmp_path / "raw") == ["flat"]
 
 
-@pytest.mark.parametrize("content", [b'[{"text": "one"}]', b'[\n{"text": "one"},\n{"text": "two"}\n]\n', b"[1, 2]\n"])
+@pytest.mark.parametrize(
+    "content", [b'[{"text": "one"}]', b'[\n{"text": "one"},\n{"text": "two"}\n]\n', b"[1, 2]\n"]
+)
 def test_a_json_array_is_recognised(tmp_path: Path, collect_params: MakeParams, content: bytes) -> None:
     with pytest.raises(InputError, match=r"a: a JSON array, not one JSON object per line; convert it, .*jq -c"):
         collect(collect_params(write(tmp_path / "a", content)), tmp_path / "raw")
@@ -174,7 +182,9 @@ def test_a_file_name_may_look_like_a_glob(tmp_path: Path, collect_params: MakePa
     assert texts_of(tmp_path / "raw") == ["this"]
 
 
-def test_files_about_the_data_are_counted_unless_they_are_named(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_files_about_the_data_are_counted_unless_they_are_named(
+    tmp_path: Path, collect_params: MakeParams
+) -> None:
     write(tmp_path / "a.jsonl", json_lines({"text": "one"}))
     write(tmp_path / "README.md", json_lines({"text": "two"}))
     write(tmp_path / ".DS_Store", b"\0")
@@ -185,7 +195,10 @@ def test_files_about_the_data_are_counted_unless_they_are_named(tmp_path: Path, 
 
 
 def test_files_outside_of_data_sources_are_a_warning(
-    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    collect_params: MakeParams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data/sources").mkdir(parents=True)
@@ -194,7 +207,10 @@ def test_files_outside_of_data_sources_are_a_warning(
     collect(collect_params(inside), tmp_path / "raw")
     assert "warning" not in capsys.readouterr().err
     collect(collect_params(inside, outside), tmp_path / "raw")
-    assert "warning: b.txt: outside data/sources, so `dvc repro` does not notice changes" in capsys.readouterr().err
+    assert (
+        "warning: b.txt: outside data/sources, so `dvc repro` does not notice changes"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_filter_that_rejects_nearly_all_is_a_warning(
@@ -212,11 +228,19 @@ def test_a_filter_that_rejects_nearly_all_is_a_warning(
     ("content", "keys", "words"),
     [
         (b"", {}, r": the sources are empty; add text"),
-        (json_lines({"text": "a"}, {"text": "b"}), {"min_document_bytes": 5}, r"\(2 too_short\); lower collect.min_"),
+        (
+            json_lines({"text": "a"}, {"text": "b"}),
+            {"min_document_bytes": 5},
+            r"\(2 too_short\); lower collect.min_",
+        ),
         (json_lines({"text": None}), {}, r"\(1 no_text\); check text_key"),
         (json_lines({"text": " "}), {}, r"\(1 empty\); the files contain no text"),
         (json_lines({"text": "\ud800"}), {}, r"\(1 lone_surrogates\); fix the escapes"),
-        (json_lines({"text": "one two"}), {"filters": {"words": (3, 9)}}, r"\(1 words\); relax or switch off coll"),
+        (
+            json_lines({"text": "one two"}),
+            {"filters": {"words": (3, 9)}},
+            r"\(1 words\); relax or switch off coll",
+        ),
     ],
 )
 def test_an_empty_corpus_is_an_error_that_says_what_to_do(

@@ -90,7 +90,10 @@ def test_documents_in_are_kept_plus_rejected_by_reason(tmp_path: Path, collect_p
 
 
 def test_the_first_of_equal_texts_is_kept_across_sources(tmp_path: Path, collect_params: MakeParams) -> None:
-    sources = [write_lines(tmp_path / "a.txt", "one", "two", "one  "), write_lines(tmp_path / "b.txt", "two", "three")]
+    sources = [
+        write_lines(tmp_path / "a.txt", "one", "two", "one  "),
+        write_lines(tmp_path / "b.txt", "two", "three"),
+    ]
     assert collect(collect_params(*sources), tmp_path / "raw")["rejected_duplicate"] == 2
     assert [(row["source"], row["text"]) for row in rows(tmp_path / "raw")] == [
         ("text-0", "one"),
@@ -187,7 +190,9 @@ def test_any_number_of_workers_gives_the_same_bytes(
     tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_sizes(monkeypatch, shards=30_000)
-    params = collect_params(*mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup="near")
+    params = collect_params(
+        *mixed_sources(tmp_path), max_document_bytes=300, min_document_bytes=7, dedup="near"
+    )
     outcomes = []
     for workers, many_bytes in (("1", 1 << 30), ("1", 0), ("2", 0), ("3", 0)):
         monkeypatch.setenv("GPTPIPE_WORKERS", workers)
@@ -196,7 +201,9 @@ def test_any_number_of_workers_gives_the_same_bytes(
         outcomes.append((counts, verify(tmp_path / "raw").digest, (tmp_path / "report.md").read_bytes()))
     assert outcomes[0] == outcomes[1] == outcomes[2] == outcomes[3]
     counts = outcomes[0][0]
-    assert counts["documents_in"] == counts["documents"] + sum(n for name, n in counts.items() if "rejected" in name)
+    assert counts["documents_in"] == counts["documents"] + sum(
+        n for name, n in counts.items() if "rejected" in name
+    )
     assert counts["cut"] > 100
     assert counts["rejected_near_duplicate"] > 100
     assert len(shard_paths(tmp_path / "raw")) > 3
@@ -242,7 +249,9 @@ def test_parts_behind_a_limit_are_not_read(
 ) -> None:
     small_sizes(monkeypatch, parts=1000)
     read, really = list[int](), candidates.read_part
-    monkeypatch.setattr(candidates, "read_part", lambda part, *rest: read.append(part.start) or really(part, *rest))
+    monkeypatch.setattr(
+        candidates, "read_part", lambda part, *rest: read.append(part.start) or really(part, *rest)
+    )
     lines = write_lines(tmp_path / "a.txt", *(f"line {i}" for i in range(1000)))
     collect(collect_params(lines | {"max_documents": 200}), tmp_path / "raw")
     assert read == [0, 1000]
@@ -283,7 +292,12 @@ def kill(folder: Path, params: CollectParams, kind: str, number: int) -> None:
 @pytest.mark.parametrize("dedup", ["exact", "near"])
 @pytest.mark.parametrize(("kind", "number"), [("part", 7), ("shard", 4), ("end", 0)])
 def test_after_a_kill_finished_parts_and_shards_are_kept(
-    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch, dedup: str, kind: str, number: int
+    tmp_path: Path,
+    collect_params: MakeParams,
+    monkeypatch: pytest.MonkeyPatch,
+    dedup: str,
+    kind: str,
+    number: int,
 ) -> None:
     """The corpus has the same bytes as without a kill, also if a finished file is damaged."""
     small_sizes(monkeypatch)
@@ -299,8 +313,12 @@ def test_after_a_kill_finished_parts_and_shards_are_kept(
 
     made_parts, made_shards = list[str](), list[str]()
     read_part, write_shard = candidates.read_part, shards.write_shard
-    monkeypatch.setattr(candidates, "read_part", lambda part, *a: made_parts.append(part.name) or read_part(part, *a))
-    monkeypatch.setattr(shards, "write_shard", lambda path, *a: made_shards.append(path.name) or write_shard(path, *a))
+    monkeypatch.setattr(
+        candidates, "read_part", lambda part, *a: made_parts.append(part.name) or read_part(part, *a)
+    )
+    monkeypatch.setattr(
+        shards, "write_shard", lambda path, *a: made_shards.append(path.name) or write_shard(path, *a)
+    )
     assert collect(params, tmp_path / "raw", tmp_path / "report.md") == counts
     assert len(damaged) <= len(made_parts) <= n_parts - done[0] + len(damaged)
     assert len(made_shards) == n_shards - done[1]
@@ -318,7 +336,9 @@ def test_leftovers_of_a_kill_are_used_only_where_nothing_has_changed(
     assert len(list(tmp_path.glob(".raw.*.partial/docs-*"))) == 3
     write_lines(tmp_path / "b.txt", "another line")
     read, really = list[tuple[str, ...]](), candidates.read_part
-    monkeypatch.setattr(candidates, "read_part", lambda part, *a: read.append(part.addresses) or really(part, *a))
+    monkeypatch.setattr(
+        candidates, "read_part", lambda part, *a: read.append(part.addresses) or really(part, *a)
+    )
     collect(params, tmp_path / "raw")
     assert read == [(f"{tmp_path}/b.txt",)]
     collect(params, tmp_path / "undisturbed")
@@ -340,7 +360,9 @@ def test_after_an_error_finished_parts_are_kept(
     for name in "bc":
         write_lines(tmp_path / f"{name}.txt", f"text {name}")
     read, really = list[tuple[str, ...]](), candidates.read_part
-    monkeypatch.setattr(candidates, "read_part", lambda part, *a: read.append(part.addresses) or really(part, *a))
+    monkeypatch.setattr(
+        candidates, "read_part", lambda part, *a: read.append(part.addresses) or really(part, *a)
+    )
     assert collect(params, tmp_path / "raw")["documents"] == 3
     assert read == [(f"{tmp_path}/b.txt",), (f"{tmp_path}/c.txt",)]
     assert not list(tmp_path.glob(".raw*"))
@@ -352,7 +374,9 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
     lines = write_lines(tmp_path / "a.txt", "one", "two")
     really = collecting.plan_shards
     monkeypatch.setattr(
-        collecting, "plan_shards", lambda decisions: write_lines(tmp_path / "a.txt", "six") and really(decisions)
+        collecting,
+        "plan_shards",
+        lambda decisions: write_lines(tmp_path / "a.txt", "six") and really(decisions),
     )
     with pytest.raises(InputError, match="a source changed while it was read"):
         collect(collect_params(lines), tmp_path / "raw")
@@ -365,14 +389,18 @@ def test_a_batch_is_limited_even_if_a_chunk_has_many_texts(
     """A chunk can have a quarter of a million blank lines, and each becomes a rejection."""
     (tmp_path / "a.txt").write_text("\n" * 100_000 + "text\n")
     clean, sizes = candidates.clean, list[int]()
-    monkeypatch.setattr(candidates, "clean", lambda texts, *a, **k: sizes.append(len(texts)) or clean(texts, *a, **k))
+    monkeypatch.setattr(
+        candidates, "clean", lambda texts, *a, **k: sizes.append(len(texts)) or clean(texts, *a, **k)
+    )
     source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}
     assert collect(collect_params(source), tmp_path / "raw")["rejected_empty"] == 100_000
     assert sum(sizes) == 100_001
     assert max(sizes) <= 8192
 
 
-@pytest.mark.parametrize(("line", "fault"), [(b"{bad\n", "line 4: not JSON"), (b"\xff\n", "not UTF-8 at byte 50")])
+@pytest.mark.parametrize(
+    ("line", "fault"), [(b"{bad\n", "line 4: not JSON"), (b"\xff\n", "not UTF-8 at byte 50")]
+)
 def test_errors_and_texts_after_a_limit_have_no_effect(
     tmp_path: Path, collect_params: MakeParams, line: bytes, fault: str
 ) -> None:

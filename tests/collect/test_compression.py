@@ -53,7 +53,11 @@ PACKED = {
     "zstd": zstd(TEXT),
     "zstd with a window of 2 GiB": with_window(zstd(TEXT), 31),
     "two frames of zstd with different windows": with_window(zstd(TEXT[:5000]), 31) + zstd(TEXT[5000:]),
-    "pzstd": skippable(b"\0\1\2\3") + zstd(TEXT[:5000]) + skippable(b"size", 15) + zstd(TEXT[5000:]) + skippable(b""),
+    "pzstd": skippable(b"\0\1\2\3")
+    + zstd(TEXT[:5000])
+    + skippable(b"size", 15)
+    + zstd(TEXT[5000:])
+    + skippable(b""),
     "zstd after a long skippable frame": skippable(bytes(MIB)) + zstd(TEXT),
     "lz4": lz4(TEXT),
     "two frames of lz4": lz4(TEXT[:5000]) + lz4(TEXT[5000:]),
@@ -107,7 +111,9 @@ def test_a_window_that_is_too_large_is_an_error_with_the_limit(monkeypatch: pyte
     monkeypatch.setattr(compression, "_ZSTD_WINDOW", MIB)
     monkeypatch.setattr(compression, "_ZSTD_WINDOW_DESCRIPTOR", bytes([(20 - 10) << 3]))
     assert len(unpack(with_window(zstd(bytes(MIB)), 31))) == MIB
-    words = "file: needs a window of 2,048 MiB to unpack, above 1; unpack it with `zstd -d --long=31`, and pack it"
+    words = (
+        "file: needs a window of 2,048 MiB to unpack, above 1; unpack it with `zstd -d --long=31`, and pack it"
+    )
     with pytest.raises(InputError, match=words):
         unpack(with_window(zstd(bytes(MIB + 1)), 31))
     assert len(unpack(zstd(bytes(MIB + 1)))) == MIB + 1  # a single segment

@@ -109,7 +109,9 @@ def test_an_endless_answer_does_not_fill_the_disk(server: Server, monkeypatch: p
     server.script = ["endless"]
     free = iter([1 << 40] * 3 + [1 << 20] * 9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=next(free)))
-    with pytest.raises(ResourceError, match=r"a\.txt: 786,432 bytes so far in .*\.part, and the disk is nearly full"):
+    with pytest.raises(
+        ResourceError, match=r"a\.txt: 786,432 bytes so far in .*\.part, and the disk is nearly full"
+    ):
         download(address(server), SHA256)
 
 
@@ -140,7 +142,9 @@ def test_an_invalid_address_is_an_input_error(server: Server, url: str) -> None:
         (["breaks off", "no ranges"], [None, f"bytes={int(0.9 * len(BODY))}-"]),
     ],
 )
-def test_a_download_is_retried_resumed_and_kept(server: Server, script: list[str], asked: list[str | None]) -> None:
+def test_a_download_is_retried_resumed_and_kept(
+    server: Server, script: list[str], asked: list[str | None]
+) -> None:
     server.script = script
     path = download(address(server), SHA256)
     assert path.read_bytes() == BODY
@@ -220,7 +224,9 @@ def test_two_runs_download_a_file_once(server: Server) -> None:
     assert server.asked == [None]
 
 
-def test_a_kept_file_needs_no_lock_and_a_failed_lock_is_a_resource_error(server: Server, tmp_path: Path) -> None:
+def test_a_kept_file_needs_no_lock_and_a_failed_lock_is_a_resource_error(
+    server: Server, tmp_path: Path
+) -> None:
     """The folder of downloads may be read-only."""
     folder = tmp_path / ".gptpipe/downloads"
     (folder / f"{SHA256}.lock").mkdir(parents=True)
@@ -243,7 +249,9 @@ try:
 except ResourceError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program, address(server), SHA256], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, address(server), SHA256], capture_output=True, text=True
+    )
     assert f"{SHA256}.part: cannot write: File too large; free space" in done.stdout
     assert len(server.asked) == 1
     assert download(address(server), SHA256).read_bytes() == BODY
@@ -284,7 +292,9 @@ def test_a_huggingface_source_is_read(
     assert list(chain.from_iterable(read_source(params))) == stories
     datasets: Any = importlib.import_module("datasets")
     asked, really = [], datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *rest, **how: asked.append(how) or really(*rest, **how)
+    )
     name = DatasetName("a", dataset["dataset"], None, "train", "a" * 40)
     assert list(chain.from_iterable(dataset_rows(name, "text", 0, 1))) == stories
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]

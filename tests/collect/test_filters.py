@@ -27,7 +27,13 @@ TABLE: list[tuple[str, Any, str, str, str]] = [
     ("stop_words", 2, "The cat, (and) the dog", "the cat, the dog", "1, allowed is at least 2"),
     ("sentences", 3, 'One. "Two!" Three? No', "One.two. Three? No", "2, allowed is at least 3"),
     ("duplicate_lines", (0.3, 1), "a\nb\nc\na", "a\nb\na", "0.3333, allowed is at most 0.3"),
-    ("duplicate_paragraphs", (0.3, 1), "a\nb\n\nc\n\nd\n\na\nb", "a\nb\n\nc\n\na\nb", "0.3333, allowed is at most 0.3"),
+    (
+        "duplicate_paragraphs",
+        (0.3, 1),
+        "a\nb\n\nc\n\nd\n\na\nb",
+        "a\nb\n\nc\n\na\nb",
+        "0.3333, allowed is at most 0.3",
+    ),
 ]
 CHARACTERS = [
     ("duplicate_lines", (1, 0.2), "ab\ncdefgh\nab", "abc\ncdefgh\nabc", 3 / 12),
@@ -51,7 +57,9 @@ CHARACTERS = [
 
 
 @pytest.mark.parametrize(("name", "setting", "good", "bad", "why"), TABLE)
-def test_a_filter_rejects_values_beyond_its_limit(name: str, setting: Any, good: str, bad: str, why: str) -> None:
+def test_a_filter_rejects_values_beyond_its_limit(
+    name: str, setting: Any, good: str, bad: str, why: str
+) -> None:
     assert fault(good, filters(**{name: setting})) is None
     assert fault(bad, filters(**{name: setting})) == (name, why)
     assert fault(bad, filters()) is None
@@ -75,7 +83,9 @@ def test_sentences_end_in_other_scripts_too(text: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "setting", "good", "bad", "value"), CHARACTERS)
-def test_repetition_is_counted_in_characters(name: str, setting: Any, good: str, bad: str, value: float) -> None:
+def test_repetition_is_counted_in_characters(
+    name: str, setting: Any, good: str, bad: str, value: float
+) -> None:
     assert fault(good, filters(**{name: setting})) is None
     assert fault(bad, filters(**{name: setting})) == (name, f"{value:.4g}, allowed is at most 0.2")
 
@@ -102,7 +112,10 @@ def test_boilerplate_lines_are_removed() -> None:
         'He said "and so on"\nno'
     )
     for setting, kept in (
-        ({"drop_lines_below": 5}, 'A line of five words.\n\nWithout JavaScript this is all.\n\nHe said "and so on"'),
+        (
+            {"drop_lines_below": 5},
+            'A line of five words.\n\nWithout JavaScript this is all.\n\nHe said "and so on"',
+        ),
         (
             {"drop_lines_unfinished": True},
             'A line of five words.\nFour words are few.\n\nWithout JavaScript this is all.\n\nHe said "and so on"',
@@ -125,10 +138,21 @@ def test_filters_apply_after_boilerplate_is_removed(collect_params: Callable[...
 def test_rejections_are_reported_by_source_with_examples(
     tmp_path: Path, collect_params: Callable[..., CollectParams]
 ) -> None:
-    lines = ["a good line of words", "tiny", *(f"number {i}" for i in range(5)), "a good line of words", "x" * 999]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, "\ud800|`x`"]))
+    lines = [
+        "a good line of words",
+        "tiny",
+        *(f"number {i}" for i in range(5)),
+        "a good line of words",
+        "x" * 999,
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": line}) + "\n" for line in [*lines, "\ud800|`x`"])
+    )
     (tmp_path / "b.txt").write_text("one more good line\n\n")
-    sources = [{"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",)}, {"kind": "text", "paths": (f"{tmp_path}/b.txt",)}]
+    sources = [
+        {"kind": "jsonl", "paths": (f"{tmp_path}/a.jsonl",)},
+        {"kind": "text", "paths": (f"{tmp_path}/b.txt",)},
+    ]
     params = collect_params(*sources, min_document_bytes=5, filters={"words": (3, 9)})
     for name in ("raw", "again"):
         counts = collect(params, tmp_path / name, tmp_path / f"{name}.md")
@@ -174,7 +198,9 @@ jsonl, **duplicate**
     )
 
 
-def test_near_duplicates_are_in_the_report(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> None:
+def test_near_duplicates_are_in_the_report(
+    tmp_path: Path, collect_params: Callable[..., CollectParams]
+) -> None:
     words = " ".join(f"word{i}" for i in range(100))
     (tmp_path / "a.txt").write_text(f"{words}\n{words} and more\n")
     source = {"kind": "text", "paths": (f"{tmp_path}/a.txt",), "document": "line"}

@@ -77,7 +77,11 @@ def check(run: Callable[[], dict[str, int]], outcome: dict[str, int] | str, alon
     expected = {} if isinstance(outcome, str) else outcome
     if isinstance(outcome, str) or (alone and not expected.get("documents")):
         reasons = "".join(expected)[9:]
-        left = f"no document left of 1 (1 {reasons})" if reasons else "no document left of 0: the sources are empty"
+        left = (
+            f"no document left of 1 (1 {reasons})"
+            if reasons
+            else "no document left of 0: the sources are empty"
+        )
         words = outcome if isinstance(outcome, str) else left
         with pytest.raises(InputError) as caught:
             run()
@@ -93,7 +97,9 @@ def check(run: Callable[[], dict[str, int]], outcome: dict[str, int] | str, alon
     rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
     assert counts["documents_in"] == counts["documents"] + rejected
     assert verify(raw).counts == counts
-    texts = [text for shard in sorted(raw.glob("*.parquet")) for text in pq.read_table(shard)["text"].to_pylist()]
+    texts = [
+        text for shard in sorted(raw.glob("*.parquet")) for text in pq.read_table(shard)["text"].to_pylist()
+    ]
     assert len(texts) == counts["documents"]
     assert alone or texts[:99] == GOOD
 
@@ -132,7 +138,9 @@ def test_a_hostile_line_of_json(
     outcome: dict[str, int] | str,
     alone: bool,
 ) -> None:
-    monkeypatch.setattr(jsonl, "_LINE_BYTES", (1 << 20) - 16 * 1_000_000)  # 16 times `max_document_bytes` is added
+    monkeypatch.setattr(
+        jsonl, "_LINE_BYTES", (1 << 20) - 16 * 1_000_000
+    )  # 16 times `max_document_bytes` is added
     (tmp_path / "hostile").write_bytes(line)
     check(lambda: collected(alone, "jsonl"), outcome, alone, tmp_path / "raw")
 
@@ -181,7 +189,9 @@ def test_documents_with_replaced_bytes_are_counted(collected, tmp_path: Path, al
     assert texts == [*([] if alone else GOOD), "fine until \ufffd here"]
 
 
-NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+NOT_UTF8 = pa.Array.from_buffers(
+    pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")]
+)
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among 99"])
@@ -201,7 +211,13 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\
     ids=["dictionary bomb", "zstd bomb", "invalid utf-8", "no text", "empty"],
 )
 def test_a_hostile_parquet_file(
-    collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: Any, options: Any, outcome: Any, alone: bool
+    collected,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: Any,
+    options: Any,
+    outcome: Any,
+    alone: bool,
 ) -> None:
     in_workers(monkeypatch, {"open_files._FREE_BYTES": 1 << 20})
     pq.write_table(pa.table({"text": texts}), tmp_path / "hostile", **options)
@@ -226,7 +242,9 @@ def test_a_parquet_file_whose_rows_share_one_long_text_is_read_in_small_batches(
     assert (counts["documents"], counts["rejected_duplicate"]) == (1, 999)
 
 
-def test_a_parquet_file_that_needs_too_much_memory(tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parquet_file_that_needs_too_much_memory(
+    tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_workers(monkeypatch, {"readers._MEMORY": 80 << 20})
     pq.write_table(pa.table({"text": ["a" * (60 << 20)]}), tmp_path / "hostile", compression="zstd")
     with pytest.raises(InputError, match=r"hostile: needs more than \d+ MiB of memory to read: it is damaged"):
@@ -255,12 +273,16 @@ def test_file_names_cannot_break_a_message_or_the_report(
         (folder / os.fsdecode(b"\x1b[31m<b>caf\xe9")).write_bytes(b"\0binary")
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
-    params = collect_params(*({"kind": "text", "paths": (f"{path}",)} for path in (f"{tmp_path}/*.txt", f"{folder}/*")))
+    params = collect_params(
+        *({"kind": "text", "paths": (f"{path}",)} for path in (f"{tmp_path}/*.txt", f"{folder}/*"))
+    )
     collect(params, tmp_path / "raw", tmp_path / "report.md")
     assert rf"{tmp_path}/new\nline/\x1b[31m<b>caf\xe9" in unescape((tmp_path / "report.md").read_text())
     assert not {"<", "\x1b"} & set((tmp_path / "report.md").read_text())
     params = collect_params({"kind": "parquet", "paths": (f"{folder}/*",)})
     with pytest.raises(InputError) as caught:
         collect(params, tmp_path / "raw")
-    assert str(caught.value).startswith(rf"{tmp_path}/new\nline/\x1b[31m<b>caf\xe9: not a readable Parquet file: ")
+    assert str(caught.value).startswith(
+        rf"{tmp_path}/new\nline/\x1b[31m<b>caf\xe9: not a readable Parquet file: "
+    )
     assert "\n" not in str(caught.value)

@@ -75,7 +75,11 @@ def test_letter_case_and_punctuation_make_no_difference(tmp_path: Path) -> None:
 
 def test_scripts_without_spaces_have_shingles_too(tmp_path: Path) -> None:
     one = "日本語の文章には単語の間に空白がありませんので文字ごとに比べることにしました。" * 2
-    assert repeats(tmp_path / "a", [one, one.replace("比べる", "比較する"), one[::-1]], 0.5) == [False, True, False]
+    assert repeats(tmp_path / "a", [one, one.replace("比べる", "比較する"), one[::-1]], 0.5) == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_two_documents_similar_to_a_third_are_in_one_cluster(tmp_path: Path) -> None:
@@ -157,7 +161,9 @@ def test_operators_and_brackets_are_compared_too(tmp_path: Path) -> None:
     formulas = ["x = (a + b) * c ≤ d", "x = a + (b * c) ≤ d", "x = (a + b) * c ≥ d", "x = (a + b) ∩ c ≤ d"]
     assert repeats(tmp_path / "functions", functions) == [False] * 3
     assert repeats(tmp_path / "formulas", formulas) == [False] * 4
-    assert repeats(tmp_path / "spaces", [functions[0], functions[0].replace(" ", "  ").replace("a, b", "a,b")]) == [
+    assert repeats(
+        tmp_path / "spaces", [functions[0], functions[0].replace(" ", "  ").replace("a, b", "a,b")]
+    ) == [
         False,
         True,
     ]
@@ -168,7 +174,9 @@ def test_prose_with_other_punctuation_is_a_duplicate(tmp_path: Path) -> None:
         'The stage reads the corpus; it writes "shards" - one for each file. Does it stop? No! It goes on, slowly, '
         "until all files (there may be thousands) are done: well-known tools do the same..."
     )
-    other = text.translate({ord(old): new for old, new in {'"': "'", ";": ",", ":": " —", "!": ".", "?": "!"}.items()})
+    other = text.translate(
+        {ord(old): new for old, new in {'"': "'", ";": ",", ":": " —", "!": ".", "?": "!"}.items()}
+    )
     assert repeats(tmp_path / "a", [text, other.replace(" - ", " -- ").replace("...", ".")]) == [False, True]
 
 

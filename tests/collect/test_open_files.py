@@ -55,7 +55,9 @@ def parquet(texts: list[str]) -> bytes:
 def texts(collect_params: MakeParams) -> Callable[..., list[str]]:
     """Read an address; a rejected text is returned as `-reason`."""
 
-    def read_all(address: str, kind: str = "text", digests: dict[str, str] | None = None, **changed: Any) -> list[str]:
+    def read_all(
+        address: str, kind: str = "text", digests: dict[str, str] | None = None, **changed: Any
+    ) -> list[str]:
         keys = {"document": "line"} if kind == "text" else {}
         params = collect_params({"kind": kind, "paths": (address,), **keys}, **changed)
         results = chain.from_iterable(read_source(params, digests))
@@ -83,7 +85,9 @@ def test_compressed_and_archived_text_equals_the_plain_text(tmp_path: Path, text
 
 
 def test_json_and_parquet_may_be_compressed(tmp_path: Path, texts) -> None:
-    (tmp_path / "a").write_bytes(gzip.compress(b"\n".join(json.dumps({"text": line}).encode() for line in LINES)))
+    (tmp_path / "a").write_bytes(
+        gzip.compress(b"\n".join(json.dumps({"text": line}).encode() for line in LINES))
+    )
     assert texts(f"{tmp_path}/a", "jsonl") == LINES
     for content in (zip_({"x.parquet": parquet(LINES)}), gzip.compress(tar({"x.parquet": parquet(LINES)}))):
         (tmp_path / "b").write_bytes(content)
@@ -132,7 +136,9 @@ def test_a_decompression_bomb_stops_at_max_expansion(
         "many in zip": zip_({str(i): zeros[: 1 << 20] for i in range(8)}),
     }[name]
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(InputError, match=r"file: grows to more than 50 times its size; .*collect.max_expansion"):
+    with pytest.raises(
+        InputError, match=r"file: grows to more than 50 times its size; .*collect.max_expansion"
+    ):
         texts(str(tmp_path / "file"), max_expansion=50)
     assert len(texts(str(tmp_path / "file"), max_expansion=1_000_000)) >= 8
 
@@ -140,7 +146,11 @@ def test_a_decompression_bomb_stops_at_max_expansion(
 def test_links_and_devices_in_an_archive_are_skipped(tmp_path: Path, texts) -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for kind, target in ((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "../x"), (tarfile.FIFOTYPE, "")):
+        for kind, target in (
+            (tarfile.SYMTYPE, "/etc/passwd"),
+            (tarfile.LNKTYPE, "../x"),
+            (tarfile.FIFOTYPE, ""),
+        ):
             info = tarfile.TarInfo(f"member{ord(kind)}")
             info.type, info.linkname = kind, target
             archive.addfile(info)
@@ -174,28 +184,57 @@ HOSTILE_ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: gzip.compress(header("name", tarfile.GNUTYPE_LONGNAME, bytes(60 << 20)) + ONE + END, 1),
         "file: a header of 62,914,560 bytes",
     ),
-    "negative header": (lambda: header("pax", tarfile.XHDTYPE, size=-512) + ONE + END, "file: a header of -512 bytes"),
+    "negative header": (
+        lambda: header("pax", tarfile.XHDTYPE, size=-512) + ONE + END,
+        "file: a header of -512 bytes",
+    ),
     "negative size": (lambda: header("a", tarfile.REGTYPE, size=-512) + ONE + END, "file: .*: a negative size"),
-    "pax record of a wrong length": (lambda: header("pax", tarfile.XHDTYPE, b"99 path=a\n") + END, "a wrong length"),
-    "pax size that is none": (lambda: pax(b"size=many") + ONE + END, "file: damaged, truncated or encrypted: invalid"),
+    "pax record of a wrong length": (
+        lambda: header("pax", tarfile.XHDTYPE, b"99 path=a\n") + END,
+        "a wrong length",
+    ),
+    "pax size that is none": (
+        lambda: pax(b"size=many") + ONE + END,
+        "file: damaged, truncated or encrypted: invalid",
+    ),
     "sparse": (lambda: header("a", tarfile.GNUTYPE_SPARSE) + END, "file: a: a sparse file; .*without --sparse"),
     "sparse by pax": (lambda: pax(b"GNU.sparse.major=1") + ONE + END, "file: one: a sparse file; "),
-    "damaged second header": (lambda: ONE + ONE.replace(b"one", b"two", 1) + END, "file: damaged, .*: bad checksum"),
+    "damaged second header": (
+        lambda: ONE + ONE.replace(b"one", b"two", 1) + END,
+        "file: damaged, .*: bad checksum",
+    ),
     "cut between members": (lambda: ONE, "file: damaged, .*: empty header"),
-    "cut in a member": (lambda: header("a", tarfile.REGTYPE, b"one", size=2000), "file: a: damaged, .*ends too early"),
-    "zip without a name": (lambda: (FIXTURES / "nameless-member.zip").read_bytes(), "file: damaged, .*out of range"),
+    "cut in a member": (
+        lambda: header("a", tarfile.REGTYPE, b"one", size=2000),
+        "file: a: damaged, .*ends too early",
+    ),
+    "zip without a name": (
+        lambda: (FIXTURES / "nameless-member.zip").read_bytes(),
+        "file: damaged, .*out of range",
+    ),
     "zip with a name that is not UTF-8": (
         lambda: zip_({"d/\u00fc.txt": b"one"}).replace(b"\xc3\xbc", b"\xff\xff"),
         "file: damaged, .*can't decode byte",
     ),
     "zip with a large directory": (
-        lambda: gzip.compress(zip_({"a": b""}) + bytes(30 << 20) + b"PK\5\6" + bytes(8) + b"\0\0\x90\1" + bytes(6), 1),
+        lambda: gzip.compress(
+            zip_({"a": b""}) + bytes(30 << 20) + b"PK\5\6" + bytes(8) + b"\0\0\x90\1" + bytes(6), 1
+        ),
         "file: a directory of 26,214,400 bytes, above 16,777,216; split the archive",
     ),
     "zip of lzma": (lambda: zip_({"a": b"one"}, zipfile.ZIP_LZMA), "file: a: packed with LZMA; .*deflate"),
-    "xz that needs 1.5 GiB": (lambda: WIDE_XZ, "file: needs more than 160 MiB of memory to unpack; pack it again"),
-    "xz in zip that needs 1.5 GiB": (lambda: zip_({"a": WIDE_XZ}), "file: a: needs more than 160 MiB of memory"),
-    "garbage after gzip": (lambda: gzip.compress(b"one") + b"garbage", "file: damaged, truncated or encrypted: "),
+    "xz that needs 1.5 GiB": (
+        lambda: WIDE_XZ,
+        "file: needs more than 160 MiB of memory to unpack; pack it again",
+    ),
+    "xz in zip that needs 1.5 GiB": (
+        lambda: zip_({"a": WIDE_XZ}),
+        "file: a: needs more than 160 MiB of memory",
+    ),
+    "garbage after gzip": (
+        lambda: gzip.compress(b"one") + b"garbage",
+        "file: damaged, truncated or encrypted: ",
+    ),
     "damaged member": (lambda: zip_({"a": gzip.compress(TEXT)[:-9]}), "file: a: damaged, .*ends too early"),
 }
 
@@ -282,7 +321,9 @@ def server(tmp_path: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    serving = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))
+    )
     thread = threading.Thread(target=serving.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{serving.server_port}"
@@ -294,7 +335,12 @@ def server(tmp_path: Path) -> Iterator[str]:
 def test_http_files_are_read_and_their_digests_stored(
     tmp_path: Path, texts, server: str, collect_params: MakeParams
 ) -> None:
-    packed = {"a.txt": TEXT, "b.txt.gz": gzip.compress(TEXT), "c.zip": zip_({"x": TEXT}), "d.tar": tar({"x": TEXT})}
+    packed = {
+        "a.txt": TEXT,
+        "b.txt.gz": gzip.compress(TEXT),
+        "c.zip": zip_({"x": TEXT}),
+        "d.tar": tar({"x": TEXT}),
+    }
     for name, content in packed.items():
         (tmp_path / name).write_bytes(content)
         digests: dict[str, str] = {}
@@ -309,7 +355,9 @@ def test_http_files_are_read_and_their_digests_stored(
 
 
 def test_an_unreachable_server_is_a_resource_error(texts, server: str) -> None:
-    with pytest.raises(ResourceError, match=r"http://127.0.0.1:1/a: cannot read: Cannot connect to host .*; rerun"):
+    with pytest.raises(
+        ResourceError, match=r"http://127.0.0.1:1/a: cannot read: Cannot connect to host .*; rerun"
+    ):
         texts("http://127.0.0.1:1/a")
 
 
@@ -347,7 +395,9 @@ def test_a_wrong_answer_of_a_server_has_the_right_error(
 
 
 def test_an_unknown_protocol_is_an_input_error(texts) -> None:
-    with pytest.raises(GptpipeError, match=r"nonsense://a/b: Protocol not known: nonsense; for s3: .*'\.\[s3\]'"):
+    with pytest.raises(
+        GptpipeError, match=r"nonsense://a/b: Protocol not known: nonsense; for s3: .*'\.\[s3\]'"
+    ):
         texts("nonsense://a/b")
 
 

@@ -22,7 +22,18 @@ from gptpipe.collect.texts import Piece, Rejected
 
 MakeParams = Callable[..., CollectParams]
 SIZES = (5, 8, 13, 21, 34, 89, 233)  # bytes
-TEXTS = ["one", "", "zwölf\tBoote", "日本語", "a" * 40, "  two ", "one", "x", *(f"text {i}" for i in range(20)), "end"]
+TEXTS = [
+    "one",
+    "",
+    "zwölf\tBoote",
+    "日本語",
+    "a" * 40,
+    "  two ",
+    "one",
+    "x",
+    *(f"text {i}" for i in range(20)),
+    "end",
+]
 
 
 @pytest.fixture
@@ -144,9 +155,9 @@ def test_small_files_are_read_in_groups_and_the_same_file_has_one_name(
     source = {"kind": "text", "paths": ("./*.txt", "0.txt", "././1.txt")}
     params = collect_params(source, source)
     planned = plan_parts(params, find_files(params.sources))
-    assert [[len(part.addresses) for part in some] for _, some in groupby(planned, key=lambda part: part.source)] == [
-        [2] * 5
-    ] * 2
+    assert [
+        [len(part.addresses) for part in some] for _, some in groupby(planned, key=lambda part: part.source)
+    ] == [[2] * 5] * 2
     assert [address for part in planned[:5] for address in part.addresses] == [f"{i}.txt" for i in range(10)]
     assert len({part.name for part in planned}) == len(planned)
     assert collect(params, tmp_path / "raw")["documents_in"] == 20
@@ -164,7 +175,13 @@ def test_the_names_of_parts_depend_on_what_their_candidates_depend_on(
         (part,) = plan_parts(params, find_files(params.sources))
         return part.name
 
-    names = [name(), name(weight=0.5), name(on_bad="skip"), name(keep_trailing_spaces=True), name(document="line")]
+    names = [
+        name(),
+        name(weight=0.5),
+        name(on_bad="skip"),
+        name(keep_trailing_spaces=True),
+        name(document="line"),
+    ]
     names += [name(min_document_bytes=2), name(filters={"sentences": 2})]
     assert len(set(names)) == len(names)
     assert name(paths=(f"{tmp_path}/*.txt",)) == names[0]

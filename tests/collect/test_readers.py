@@ -75,7 +75,10 @@ def test_a_character_or_separator_across_chunks(texts) -> None:
     for before in range(MIB - 5, MIB + 2):
         content = b"a" * before + "€\r\n--\r\nü".encode() + b"b" * 10
         expected = ["a" * before + "€", "ü" + "b" * 10]
-        assert texts("text", content, max_document_bytes=4 * MIB, document="separator", separator="\n--\n") == expected
+        assert (
+            texts("text", content, max_document_bytes=4 * MIB, document="separator", separator="\n--\n")
+            == expected
+        )
 
 
 def test_long_documents_are_cut_while_they_are_read_and_counted(texts) -> None:
@@ -223,7 +226,9 @@ def test_a_long_text_is_cut_among_others(texts) -> None:
 
 def test_parquet_columns_are_read_and_checked(texts) -> None:
     assert texts("parquet", parquet_bytes(["one", None, "ü"])) == ["one", "-no_text", "ü"]
-    assert texts("parquet", parquet_bytes(pa.array(["one"], pa.large_string()), "b"), text_column="b") == ["one"]
+    assert texts("parquet", parquet_bytes(pa.array(["one"], pa.large_string()), "b"), text_column="b") == [
+        "one"
+    ]
     with pytest.raises(InputError, match="no column `text` among body; set text_column"):
         texts("parquet", parquet_bytes(["one"], "body"))
     with pytest.raises(InputError, match="column `text` contains int64, not text"):
@@ -350,7 +355,9 @@ except InputError as error:
         assert done.stdout.startswith(f"{expected}; fix collect.sources")
 
 
-def test_fingerprints_are_file_digests_and_the_version_of_python(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_fingerprints_are_file_digests_and_the_version_of_python(
+    tmp_path: Path, collect_params: MakeParams
+) -> None:
     (tmp_path / "a.txt").write_bytes(b"text")
     params = collect_params({"kind": "python-docs"}, {"kind": "text", "paths": (f"{tmp_path}/*",)})
     assert find_files(params.sources).digests == {
@@ -359,13 +366,17 @@ def test_fingerprints_are_file_digests_and_the_version_of_python(tmp_path: Path,
     }
 
 
-def test_a_file_name_that_is_not_utf8_has_a_printable_fingerprint(tmp_path: Path, collect_params: MakeParams) -> None:
+def test_a_file_name_that_is_not_utf8_has_a_printable_fingerprint(
+    tmp_path: Path, collect_params: MakeParams
+) -> None:
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"text")
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/*",)})
-    assert [name.encode() for name in find_files(params.sources).digests] == [f"{tmp_path}/caf\\xe9.txt".encode()]
+    assert [name.encode() for name in find_files(params.sources).digests] == [
+        f"{tmp_path}/caf\\xe9.txt".encode()
+    ]
 
 
 def test_docstrings_and_code_of_an_installed_package(
@@ -384,9 +395,12 @@ def test_docstrings_and_code_of_an_installed_package(
         (path := tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode("latin-1"))
     monkeypatch.syspath_prepend(tmp_path)
-    params = collect_params({"kind": "python-docs", "package": "pack"}, {"kind": "python-code", "package": "pack"})
+    params = collect_params(
+        {"kind": "python-docs", "package": "pack"}, {"kind": "python-code", "package": "pack"}
+    )
     docs, code = (
-        list(chain.from_iterable(read_part(Part(i, ""), source, params, {}))) for i, source in enumerate(params.sources)
+        list(chain.from_iterable(read_part(Part(i, ""), source, params, {})))
+        for i, source in enumerate(params.sources)
     )
     assert docs == ["All of it.", "A class.", "Says \xe4."]
     assert code == [files["__init__.py"], files["a/deep.py"], files["b.py"]]
@@ -403,5 +417,7 @@ def test_docstrings_and_code_of_an_installed_package(
 def test_code_of_the_standard_library(collect_params: MakeParams) -> None:
     params = collect_params({"kind": "python-code"})
     code = list(chain.from_iterable(read_source(params)))
-    assert any('def parse(source, filename="<unknown>", mode="exec"' in str(text).replace("'", '"') for text in code)
+    assert any(
+        'def parse(source, filename="<unknown>", mode="exec"' in str(text).replace("'", '"') for text in code
+    )
     assert sum(map(len, map(str, code))) > 5_000_000

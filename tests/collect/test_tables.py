@@ -48,7 +48,9 @@ def rows(file: io.BytesIO, column: str = "text", max_bytes: int | None = None, *
 def test_a_column_of_any_type_that_holds_text_is_read(type_: pa.DataType) -> None:
     texts = pa.array(["one", None, "zwölf" * 10, "", "one"])
     column = (
-        texts.cast(pa.string()).cast(type_) if type_ != pa.json_() else pa.ExtensionArray.from_storage(type_, texts)
+        texts.cast(pa.string()).cast(type_)
+        if type_ != pa.json_()
+        else pa.ExtensionArray.from_storage(type_, texts)
     )
     assert rows(parquet({"n": [1] * 5, "text": column})) == ["one", "file, row 2", "zwölf" * 10, "", "one"]
 
@@ -87,7 +89,9 @@ def test_two_columns_with_the_same_name() -> None:
     assert rows(parquet(same), "other") == ["c"]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dictionary": False, "compression": "none"}], ids=["dictionary", "plain"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dictionary": False, "compression": "none"}], ids=["dictionary", "plain"]
+)
 def test_parts_that_divide_a_file_contain_each_row_once(options: dict[str, Any]) -> None:
     texts = [f"text {i}" if i % 5 else None for i in range(400)]
     file = parquet({"n": range(400), "text": texts}, row_group_size=30, **options)
@@ -138,11 +142,23 @@ def test_a_large_dictionary_page_is_not_read_to_find_its_longest_text(monkeypatc
     ("content", "words"),
     [
         ("some text".encode("utf-16"), "it is UTF-16: set encoding: utf-16 of the source, or convert it"),
-        (b"\xfe\xff" + "текст".encode("utf-16-be"), "it is UTF-16: set encoding: utf-16 of the source, or convert it"),
-        ("café au lait".encode("utf-16-le"), "it is UTF-16-LE: set encoding: utf-16-le of the source, or convert it"),
-        ("café au lait".encode("utf-16-be"), "it is UTF-16-BE: set encoding: utf-16-be of the source, or convert it"),
+        (
+            b"\xfe\xff" + "текст".encode("utf-16-be"),
+            "it is UTF-16: set encoding: utf-16 of the source, or convert it",
+        ),
+        (
+            "café au lait".encode("utf-16-le"),
+            "it is UTF-16-LE: set encoding: utf-16-le of the source, or convert it",
+        ),
+        (
+            "café au lait".encode("utf-16-be"),
+            "it is UTF-16-BE: set encoding: utf-16-be of the source, or convert it",
+        ),
         ("some text".encode("utf-32"), "it is UTF-32: set encoding: utf-32 of the source, or convert it"),
-        ("café au lait".encode("utf-32-be"), "it is UTF-32-BE: set encoding: utf-32-be of the source, or convert it"),
+        (
+            "café au lait".encode("utf-32-be"),
+            "it is UTF-32-BE: set encoding: utf-32-be of the source, or convert it",
+        ),
         (bytes(range(1, 256)), "it looks compressed or binary: unpack, convert or remove it"),
         (
             "café au lait\r\n\t".encode("latin-1"),
@@ -174,7 +190,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {"split": "validation"},
             r"huggingface://x: Bad split: validation. Available splits: \['train'\]; fix",
         ),
-        ({"name": "other"}, "huggingface://x: BuilderConfig 'other' not found. Available: .*; fix dataset, name"),
+        (
+            {"name": "other"},
+            "huggingface://x: BuilderConfig 'other' not found. Available: .*; fix dataset, name",
+        ),
         ({"dataset": "/nothing/here"}, "huggingface://x: .*/nothing/here.*; fix dataset"),
     ],
 )

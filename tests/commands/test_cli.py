@@ -169,7 +169,9 @@ def test_generate_says_if_it_cuts_the_prompt(model: str, capsys: pytest.CaptureF
     )
 
 
-def test_generate_prints_text_that_the_terminal_cannot_encode(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_prints_text_that_the_terminal_cannot_encode(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     run(lambda: _dispatch(["generate", "café 猫", "--model", model, "--max-new-tokens", "1"]))

@@ -34,7 +34,9 @@ def log_run(
     client = connect()
     experiment = client.get_experiment_by_name("gptpipe")
     assert experiment is not None
-    run_id = client.create_run(experiment.experiment_id, tags={"params_digest": f"{lr} {seed}", **tags}).info.run_id
+    run_id = client.create_run(
+        experiment.experiment_id, tags={"params_digest": f"{lr} {seed}", **tags}
+    ).info.run_id
     for key, text in (("train.lr", lr), ("seed", str(seed)), ("train.schedule", "linear")):
         client.log_param(run_id, key, text)
     client.log_metric(run_id, metric, value)
@@ -60,8 +62,24 @@ def test_runs_are_grouped_over_seeds() -> None:
     assert rows() == [
         [*HEADER],
         ["train.lr=0.001", "best", "3", "1.5200", f"{0.02 / 3**0.5:.4f}"],
-        ["train.lr=0.01", "3", "1.6500", f"{0.05 / 3**0.5:.4f}", "0.1300", f"{error:.4f}", f"{p:.4f}", "3 seeds"],
-        ["train.lr=0.1", "1", "2.0000", "0.0500", "0.4800", "nothing"],  # one seed: standard error over documents
+        [
+            "train.lr=0.01",
+            "3",
+            "1.6500",
+            f"{0.05 / 3**0.5:.4f}",
+            "0.1300",
+            f"{error:.4f}",
+            f"{p:.4f}",
+            "3 seeds",
+        ],
+        [
+            "train.lr=0.1",
+            "1",
+            "2.0000",
+            "0.0500",
+            "0.4800",
+            "nothing",
+        ],  # one seed: standard error over documents
     ]
 
 
@@ -74,7 +92,9 @@ def test_runs_of_different_seeds_are_not_paired() -> None:
     assert rows()[2][-4:] == ["0.1300", f"{error:.4f}", f"{welch.pvalue:.4f}", "nothing"]
 
 
-def test_single_runs_are_paired_by_document_if_their_test_documents_are_equal(params: Params, project: Path) -> None:
+def test_single_runs_are_paired_by_document_if_their_test_documents_are_equal(
+    params: Params, project: Path
+) -> None:
     """The deviations of the documents are up to 4%, those of their differences 4% of 0.01 bits."""
     for i, (lr, bits, digest) in enumerate((("0.1", 2.0, "d1"), ("0.2", 2.01, "d1"), ("0.3", 2.02, "d2"))):
         run_id = log_run(lr, 0, bits)

@@ -253,7 +253,9 @@ def deny_access(*_: object) -> None:
     raise psutil.AccessDenied
 
 
-def test_password_in_the_store_address_is_not_shown(made: Path, examine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_in_the_store_address_is_not_shown(
+    made: Path, examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mary:hunter2@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     status, text = examine()[1]["store"]
@@ -344,7 +346,11 @@ def test_records_for_another_store_are_reported_and_not_sent(
 
 
 def test_locations_of_a_copied_store_are_reported_and_updated(
-    made: Path, examine, params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    made: Path,
+    examine,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     evaluate(params, tiny.make_model(made / "models/gpt"), None, 2.0)
     copy = tmp_path_factory.mktemp("copy") / "project"

@@ -26,7 +26,9 @@ from gptpipe.shell.errors import ConfigError, InputError, IntegrityError
 from gptpipe.tokenize.tokenizers import named_tokenizer, train_tokenizer
 
 F32, F16, Q8_0 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "Q8_0"))
-every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
+every_architecture = pytest.mark.parametrize(
+    "switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values()))
+)
 runs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python, which is built from source"
 )
@@ -74,8 +76,16 @@ def test_names_shapes_and_numbers_of_a_file(tmp_path: Path, tokenizer: Tokenizer
         return field.contents()
 
     assert value("general.architecture") == "qwen3"
-    assert [value(f"qwen3.{key}") for key in ("context_length", "embedding_length", "block_count")] == [64, 32, 2]
-    assert [value(f"qwen3.attention.{key}") for key in ("head_count", "head_count_kv", "key_length")] == [4, 2, 8]
+    assert [value(f"qwen3.{key}") for key in ("context_length", "embedding_length", "block_count")] == [
+        64,
+        32,
+        2,
+    ]
+    assert [value(f"qwen3.attention.{key}") for key in ("head_count", "head_count_kv", "key_length")] == [
+        4,
+        2,
+        8,
+    ]
     assert value("qwen3.rope.freq_base") == 5000.0
     assert value("tokenizer.ggml.pre") == "qwen35"
     assert value("tokenizer.ggml.tokens")[699] == "<|endoftext|>"
@@ -253,7 +263,9 @@ def test_llama_cpp_gives_the_ids_of_gpt2(tmp_path: Path, capsys: pytest.CaptureF
 @runs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [GPT4_PATTERN, GPT4O_PATTERN], ids=["gpt-4", "gpt-4o"])
-def test_an_approximated_pattern_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str) -> None:
+def test_an_approximated_pattern_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str
+) -> None:
     pairs = tokenizer_with(pattern)
     folder = save(tmp_path / "gpt", network(pairs), pairs)
     _dispatch(["export", "--type", "f32", "--model", str(folder)])
@@ -272,7 +284,9 @@ def test_llama_cpp_reveals_a_wrong_file(
     folder = save(tmp_path / "gpt", model, tokenizer)
     if change == "rope":
         configuration = gguf_file._configuration
-        monkeypatch.setattr(gguf_file, "_configuration", lambda *a: {**configuration(*a), "llama.rope.freq_base": 1.5})
+        monkeypatch.setattr(
+            gguf_file, "_configuration", lambda *a: {**configuration(*a), "llama.rope.freq_base": 1.5}
+        )
     else:
         monkeypatch.setattr(gguf_file, "_as_llama_cpp", lambda _, value, __: value.contiguous())
     with pytest.raises(IntegrityError, match=r"llama\.cpp (computes a loss|continues)"):

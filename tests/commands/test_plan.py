@@ -41,7 +41,9 @@ def test_does_not_warn_of_usual_proportions(toy_split: Path, monkeypatch: pytest
     assert [warning.split(" ")[0] for warning in warnings] == ["validation"]  # the toy split is small
 
 
-def test_raises_errors_of_the_training(toy_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raises_errors_of_the_training(
+    toy_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(IntegrityError):
         estimate_training(tiny.params(), tmp_path)
     monkeypatch.setattr("gptpipe.commands.plan.free_bytes", lambda _: 1000)

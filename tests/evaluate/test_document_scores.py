@@ -67,7 +67,9 @@ def test_other_documents_are_not_compared() -> None:
 def test_scores_are_stored_exactly_and_damage_is_noticed(tmp_path: Path) -> None:
     scores = table([0.1, 1e-300, 3.3], [10, 10, 2**40])
     write_scores(tmp_path / "documents", scores, "d")
-    pd.testing.assert_frame_equal(read_scores(tmp_path / "documents"), scores, check_exact=True, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        read_scores(tmp_path / "documents"), scores, check_exact=True, check_dtype=False
+    )
     (tmp_path / "documents/scores.parquet").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"scores.parquet: differs"):
         read_scores(tmp_path / "documents")

@@ -40,7 +40,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Projec
 
 def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     params = tiny.params()
-    evaluation = evaluate_model(project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed)
+    evaluation = evaluate_model(
+        project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed
+    )
     results = json.loads((tmp_path / "eval.json").read_bytes())
     assert results == evaluation.results
     assert set(results["val"]) == set(results["test"]) == METRICS
@@ -49,12 +51,14 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     assert set(results["by_source"]["test"]) == {"text-0", "text-1"}
     parts = results["by_source"]["test"].values()
     assert sum(part["n_tokens"] for part in parts) == results["test"]["n_tokens"]
-    assert sum(part["loss"] * part["n_tokens"] for part in parts) / results["test"]["n_tokens"] == pytest.approx(
-        results["test"]["loss"]
-    )
+    assert sum(part["loss"] * part["n_tokens"] for part in parts) / results["test"][
+        "n_tokens"
+    ] == pytest.approx(results["test"]["loss"])
     assert results["test_digest"] == documents_digest(open_stream(project.split, "test"))
     positions = pd.read_csv(tmp_path / "eval.positions.csv")
-    assert positions.groupby("split")["position"].apply(list).to_dict() == {s: [*range(16)] for s in ("test", "val")}
+    assert positions.groupby("split")["position"].apply(list).to_dict() == {
+        s: [*range(16)] for s in ("test", "val")
+    }
     assert len(pd.read_csv(tmp_path / "eval.sources.csv")) == 4
     samples = (tmp_path / "samples.md").read_text()
     assert "**the **" in samples
@@ -92,7 +96,9 @@ def test_a_model_is_scored_as_it_was_trained(
     nats, _, n_tokens = score(model, stream, scoring).by_document
     assert evaluation.results["test"]["loss"] == pytest.approx(nats.sum() / n_tokens.sum(), rel=1e-9)
     others = {Scoring(), Scoring(end_of_text=tokenizer.end_of_text), Scoring(torch.bfloat16)} - {scoring}
-    assert all(abs(score(model, stream, other).by_document[0].sum() / nats.sum() - 1) > 1e-6 for other in others)
+    assert all(
+        abs(score(model, stream, other).by_document[0].sum() / nats.sum() - 1) > 1e-6 for other in others
+    )
     assert project.records[0].tagged["scoring"] == words
     assert words in unescape(evaluation.model_card)
 
@@ -109,7 +115,9 @@ def test_a_model_that_does_not_say_how_it_was_scored_is_refused(project: Project
 
 def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path: Path) -> None:
     params = tiny.params()
-    evaluation = evaluate_model(project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed)
+    evaluation = evaluate_model(
+        project.root / "models/gpt", project.split, tmp_path, params.evaluate, params.seed
+    )
     metrics = evaluation.metrics()
     assert {f"{side}/{name}" for side in ("val", "test") for name in METRICS} <= set(metrics)
     assert {"test/xz_bits_per_byte", "val/unigram_bits_per_byte", "continuations/bleu"} <= set(metrics)

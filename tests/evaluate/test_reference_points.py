@@ -38,7 +38,9 @@ def test_xz_bits_per_byte_are_the_growth_of_the_archive(
     def text(stream: Stream) -> bytes:
         ids = stream.tokens.tolist()
         ends = [i + 1 for i, token in enumerate(ids) if token == tokenizer.end_of_text]
-        return b"".join(tokenizer.decode_bytes(ids[a:b]) + b"\n" for a, b in zip([0, *ends[:-1]], ends, strict=True))
+        return b"".join(
+            tokenizer.decode_bytes(ids[a:b]) + b"\n" for a, b in zip([0, *ends[:-1]], ends, strict=True)
+        )
 
     def size(content: bytes) -> int:
         return len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))

@@ -50,7 +50,9 @@ def another(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(params: Params, model: Path) -> None:
+def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(
+    params: Params, model: Path
+) -> None:
     """Of ten documents with 2 bits per byte, the first model has up to 4% more or less in each."""
     assert "the first champion" in evaluate(params, model, None, 2.0)
     assert champion() == "1"
@@ -72,7 +74,10 @@ def test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents(pa
     another(model)
     # Half a bit less on average, with deviations of up to 2%: sqrt(10 / 9 * 60) * 0.5 / 1000 = 0.0041.
     line = evaluate(params, model, None, 1.5)
-    assert "the new champion: 1.5000 bits per byte on test, 2.0000 before; the difference is -0.5000 ± 0.0041" in line
+    assert (
+        "the new champion: 1.5000 bits per byte on test, 2.0000 before; the difference is -0.5000 ± 0.0041"
+        in line
+    )
     assert champion() == "6"
     assert "version 6, which is the champion already" in evaluate(params, model, None, 1.5)
 
@@ -89,7 +94,9 @@ def test_a_champion_without_readable_scores_stays(params: Params, model: Path, p
     assert champion() == "1"
 
 
-def test_a_model_is_registered_once_even_if_it_is_evaluated_again(params: Params, model: Path, project: Path) -> None:
+def test_a_model_is_registered_once_even_if_it_is_evaluated_again(
+    params: Params, model: Path, project: Path
+) -> None:
     """By two runs, and with other values of `evaluate`. A damaged or lost copy is uploaded again."""
     evaluate(params, model, "a" * 32, 2.0)
     changed = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"top_k": 7})})
@@ -222,7 +229,9 @@ def test_prompts_may_be_a_text_a_list_a_dict_or_a_table_and_are_streamed(params:
     for wrong in (None, [CAT, None], {"prompt": None}, pd.DataFrame({"prompt": [CAT, None]})):
         with pytest.raises(mlflow.MlflowException, match=r"prompt \d is null"):
             loaded.predict(wrong)
-    with pytest.raises(mlflow.MlflowException, match="unknown parameter tempature; there are max_new_tokens, seed"):
+    with pytest.raises(
+        mlflow.MlflowException, match="unknown parameter tempature; there are max_new_tokens, seed"
+    ):
         loaded.predict(CAT, params={"tempature": 1.0})
 
 

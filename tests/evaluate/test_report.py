@@ -77,7 +77,9 @@ def test_a_report_that_stage_train_did_not_write_is_refused(reports: Path, tmp_p
     content = (copy / name).read_bytes()
     for changed in (b"", content[: len(content) // 2], content.replace(b"1", b"2", 1), b"\xff" + content):
         (copy / name).write_bytes(changed)
-        with pytest.raises(IntegrityError, match=f"{name}: not as stage train wrote it; `dvc repro` restores it"):
+        with pytest.raises(
+            IntegrityError, match=f"{name}: not as stage train wrote it; `dvc repro` restores it"
+        ):
             read_training_reports(copy, model)
     (copy / name).unlink()
     with pytest.raises(IntegrityError, match=f"{name}: No such file or directory; `dvc repro` restores it"):
@@ -130,7 +132,9 @@ def test_the_page_in_a_browser_on_a_phone_and_in_dark_mode(browser: Any, reports
             "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color, "
             "getComputedStyle(document.querySelector('svg text')).fill]"
         )
-        paper, text, axis = (sum(map(int, colour[4:-1].split(","))) for colour in browser.execute_script(colours))
+        paper, text, axis = (
+            sum(map(int, colour[4:-1].split(","))) for colour in browser.execute_script(colours)
+        )
         assert text == axis  # charts have the colour of the text
         ink[scheme] = text - paper
     assert ink["light"] < -600

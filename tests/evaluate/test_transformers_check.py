@@ -150,13 +150,19 @@ def test_other_greedy_text_is_an_integrity_error_unless_two_tokens_are_equally_p
         check_with_transformers(folder, ours, tokenizer, np.arange(32, dtype=np.uint16))
     with torch.no_grad():
         ours.head.weight[:] = 0
-    check_with_transformers(folder, ours, tokenizer, np.arange(32, dtype=np.uint16))  # all tokens are equally probable
+    check_with_transformers(
+        folder, ours, tokenizer, np.arange(32, dtype=np.uint16)
+    )  # all tokens are equally probable
 
 
-def test_a_folder_that_transformers_cannot_load_is_a_resource_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_folder_that_transformers_cannot_load_is_a_resource_error(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     """As with a version that does not know the architecture."""
     folder = save(tmp_path / "model", tokenizer)
     ours = load_model(folder)
     change_json(folder / "config.json", lambda config: config.update(model_type="qwen99"))
-    with pytest.raises(ResourceError, match=r"transformers cannot load it: .*evaluate\.check_transformers to false"):
+    with pytest.raises(
+        ResourceError, match=r"transformers cannot load it: .*evaluate\.check_transformers to false"
+    ):
         check_with_transformers(folder, ours, tokenizer, np.arange(32, dtype=np.uint16))

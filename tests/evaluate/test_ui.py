@@ -28,7 +28,14 @@ from gptpipe.train.session import train_model
 
 pytestmark = pytest.mark.usefixtures("project")
 
-COLUMNS = ["test/bits_per_byte", "val/bits_per_byte", "val/loss", "params_digest", "environment.device", "changed"]
+COLUMNS = [
+    "test/bits_per_byte",
+    "val/bits_per_byte",
+    "val/loss",
+    "params_digest",
+    "environment.device",
+    "changed",
+]
 CHARTS = [
     "loss",
     "learning_rate",
@@ -110,14 +117,18 @@ def ui(recorded: tuple[Path, str]) -> Iterator[str]:
 def shows(browser: Any, *words: str) -> None:  # noqa: F811
     """Wait until the page contains all words."""
     deadline = time.monotonic() + 120
-    while missing := [word for word in words if word not in browser.execute_script("return document.body.innerText")]:
+    while missing := [
+        word for word in words if word not in browser.execute_script("return document.body.innerText")
+    ]:
         assert time.monotonic() < deadline, f"{browser.current_url}: no {missing}"
         time.sleep(0.2)
 
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_pages_of_a_run_and_of_its_model_in_a_browser(browser: Any, ui: str, recorded: tuple[Path, str]) -> None:  # noqa: F811
+def test_the_pages_of_a_run_and_of_its_model_in_a_browser(
+    browser: Any, ui: str, recorded: tuple[Path, str]
+) -> None:  # noqa: F811
     run_id = recorded[1]
     browser.set_window_size(1700, 1000)  # the table has only the columns that fit
     browser.get(f"{ui}/#/experiments/1/runs")
@@ -133,10 +144,15 @@ def test_the_pages_of_a_run_and_of_its_model_in_a_browser(browser: Any, ui: str,
     shows(browser, "split/train", "params_digest", "train.lr")
     browser.get(f"{run}/model-metrics")
     shows(browser, "train", "val", "test")
-    browser.find_element("css selector", "input[placeholder='Search metric charts']").send_keys("(train|val)/loss$")
+    browser.find_element("css selector", "input[placeholder='Search metric charts']").send_keys(
+        "(train|val)/loss$"
+    )
     shows(browser, "dapper-owl (train/loss)", "dapper-owl (val/loss)")
     browser.get(f"{run}/artifacts")
-    for name, words in (("samples.json", ["step", "continuation"]), ("figures", [f"{name}.svg" for name in CHARTS])):
+    for name, words in (
+        ("samples.json", ["step", "continuation"]),
+        ("figures", [f"{name}.svg" for name in CHARTS]),
+    ):
         shows(browser, name)
         browser.find_element("xpath", f"//*[text()='{name}']").click()
         shows(browser, *words)

@@ -49,12 +49,16 @@ AWKWARD = [
 
 @pytest.fixture
 def both(request: pytest.FixtureRequest, sentences: list[str]) -> tuple[Tokenizer, HuggingFaceTokenizer]:
-    tokenizer = named_tokenizer("gpt2") if request.param == "gpt2" else train_tokenizer([*sentences, *AWKWARD], 400)
+    tokenizer = (
+        named_tokenizer("gpt2") if request.param == "gpt2" else train_tokenizer([*sentences, *AWKWARD], 400)
+    )
     return tokenizer, HuggingFaceTokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer)))
 
 
 @pytest.mark.parametrize("both", ["gpt2", "trained"], indirect=True)
-def test_the_same_ids_on_awkward_text(both: tuple[Tokenizer, HuggingFaceTokenizer], sentences: list[str]) -> None:
+def test_the_same_ids_on_awkward_text(
+    both: tuple[Tokenizer, HuggingFaceTokenizer], sentences: list[str]
+) -> None:
     ours, theirs = both
     for text in [*AWKWARD, " ".join(AWKWARD), "\n".join(AWKWARD), *sentences[:20]]:
         ids = theirs.encode(text, add_special_tokens=False).ids
@@ -73,7 +77,9 @@ def test_pieces_are_the_same_for_characters_of_all_planes() -> None:
     theirs = HuggingFaceTokenizer.from_str(json.dumps(to_tokenizer_json(ours)))
     everything = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     characters = [
-        c for i, c in enumerate(everything) if (unicodedata.category(c)[0] in "MNZC" and i < 0xD800) or i % 97 == 0
+        c
+        for i, c in enumerate(everything)
+        if (unicodedata.category(c)[0] in "MNZC" and i < 0xD800) or i % 97 == 0
     ]
     for i in range(0, len(characters), 4096):
         text = "".join(f"a{c}b {c}1'{c}\n{c} " for c in characters[i : i + 4096])

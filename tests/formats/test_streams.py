@@ -163,7 +163,9 @@ def test_a_shard_whose_lengths_are_wrong_is_an_integrity_error(
     wrong = pa.array(table["n_tokens"].to_numpy() - 1)
     pq.write_table(table.set_column(table.column_names.index("n_tokens"), "n_tokens", wrong), shard)
     monkeypatch.setattr(stage, "verify_tokens", read_manifest)  # which would notice it first
-    with pytest.raises(IntegrityError, match=r"tokens-00001\.parquet: 3,128 tokens instead of 3,097; make the folder"):
+    with pytest.raises(
+        IntegrityError, match=r"tokens-00001\.parquet: 3,128 tokens instead of 3,097; make the folder"
+    ):
         split(tokens, tmp_path / "split", fifths, SEED)
     assert not (tmp_path / "split").exists()
 

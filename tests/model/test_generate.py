@@ -89,7 +89,9 @@ def without_cache(model: GPT, prompt: torch.Tensor, n: int) -> list[int]:
 
 @pytest.mark.parametrize("switches", tiny.SWITCHES[::3], ids=lambda s: str(s["architecture"]))
 @pytest.mark.parametrize("n_prompt", [1, 5, 16, 23])
-def test_greedy_generation_with_a_cache_equals_generation_without_one(switches: dict[str, Any], n_prompt: int) -> None:
+def test_greedy_generation_with_a_cache_equals_generation_without_one(
+    switches: dict[str, Any], n_prompt: int
+) -> None:
     model, prompts = tiny.network(**switches), tiny.token_ids(2, n_prompt)
     steps = list(generate(model, prompts, 40, Sampling(temperature=0)))
     assert torch.stack(steps, dim=1).tolist() == without_cache(model, prompts, 40)

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from gptpipe.model.cpu_kernels import TanhGELU
 from gptpipe.model.gpt import GPT, document_mask, gelu, rotary_tables, rotate
 
-every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
+every_architecture = pytest.mark.parametrize(
+    "switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values()))
+)
 
 
 def test_rotary_tables_of_two_frequencies() -> None:
@@ -86,7 +88,10 @@ def test_loss_and_its_gradients_equal_those_of_cross_entropy(switches: dict[str,
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    loss, expected = model.loss(tokens, targets), F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    loss, expected = (
+        model.loss(tokens, targets),
+        F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()),
+    )
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(loss), gradients(expected), atol=1e-5, rtol=1e-4)
     with torch.no_grad():
@@ -171,7 +176,14 @@ def test_a_new_network_gives_all_tokens_the_same_probability(switches: dict[str,
 
 def test_gpt2_small_has_124_million_parameters() -> None:
     """124,439,808 is the number in the literature and in transformers."""
-    small = {"context_length": 1024, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "n_inner": 3072}
+    small = {
+        "context_length": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_kv_head": 12,
+        "n_embd": 768,
+        "n_inner": 3072,
+    }
     with torch.device("meta"):
         assert GPT(tiny.model_params(**small, architecture="gpt2"), 50257).n_parameters() == 124_439_808
 

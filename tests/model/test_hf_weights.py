@@ -28,11 +28,11 @@ from gptpipe.tokenize.tokenizers import train_tokenizer
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
-every_architecture = pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
-
-TEXT = (
-    "the cat sees the dog in the café, it's 1234 o'clock… 猫\n\nnaïve   spaces\tand\r\ncarriage <|endoftext|> returns "
+every_architecture = pytest.mark.parametrize(
+    "switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values()))
 )
+
+TEXT = "the cat sees the dog in the café, it's 1234 o'clock… 猫\n\nnaïve   spaces\tand\r\ncarriage <|endoftext|> returns "
 
 
 def saved(folder: Path, model: GPT, end_of_text: int = 0) -> Path:
@@ -122,7 +122,9 @@ def test_transformers_gives_the_same_loss_on_a_stream(tmp_path: Path, switches: 
 
 
 @pytest.mark.parametrize("switches", [tiny.SWITCHES[0], tiny.SWITCHES[3]], ids=lambda s: str(s["architecture"]))
-def test_transformers_gives_the_same_loss_with_the_mask_of_documents(tmp_path: Path, switches: dict[str, Any]) -> None:
+def test_transformers_gives_the_same_loss_with_the_mask_of_documents(
+    tmp_path: Path, switches: dict[str, Any]
+) -> None:
     """How to score a model that was trained with `document_masking` outside of gptpipe."""
     stream = open_stream(tiny.make_split(tmp_path), "val")
     end = Tokenizer.load(tmp_path / "split" / TOKENIZER).end_of_text
@@ -153,7 +155,16 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     save_tokenizer_json(tmp_path, tokenizer, 16)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     plain = TEXT.replace("<|endoftext|>", "")
-    for text in (plain, " leading", "trailing ", "\n\n\n", "  \n x", "don't 12345 ABC'S", "日本語 emoji 🙂", ""):
+    for text in (
+        plain,
+        " leading",
+        "trailing ",
+        "\n\n\n",
+        "  \n x",
+        "don't 12345 ABC'S",
+        "日本語 emoji 🙂",
+        "",
+    ):
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
@@ -210,7 +221,9 @@ def gpt2_without_prefix(folder: Path) -> Any:
     """Like OpenAI's own upload of GPT-2: without `transformer.`, and with buffers besides the weights."""
     theirs = random_model(*their_models()[0].values)
     theirs.save_pretrained(folder)
-    weights = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()
+    }
     weights["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     save_file(weights, folder / "model.safetensors")
     return theirs
@@ -272,7 +285,9 @@ def test_all_differences_to_the_folder_are_reported_at_once(tmp_path: Path) -> N
 
 def test_the_shape_of_a_folder_replaces_all_but_context_length_and_dropout(tmp_path: Path) -> None:
     saved(tmp_path, tiny.network(context_length=16))
-    present = tiny.model_params(architecture="llama", n_layer=5, n_embd=64, n_inner=8, context_length=8, dropout=0.5)
+    present = tiny.model_params(
+        architecture="llama", n_layer=5, n_embd=64, n_inner=8, context_length=8, dropout=0.5
+    )
     shape = with_shape_of(present, tmp_path)
     assert shape == tiny.model_params(context_length=8, dropout=0.5, head_dim=8)
     model = GPT(shape, 50)
@@ -300,7 +315,9 @@ def test_another_head_dim_is_reported(tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "has no vocab_size"),
     ],
 )
-def test_an_unsupported_configuration_is_an_input_error(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_an_unsupported_configuration_is_an_input_error(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     saved(tmp_path, tiny.network())
     config = json.loads((tmp_path / "config.json").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -43,7 +43,9 @@ def config(**changes: Any) -> Change:
 
 
 def content(name: str, written: bytes | str) -> Change:
-    return lambda folder: (folder / name).write_bytes(written if isinstance(written, bytes) else written.encode())
+    return lambda folder: (folder / name).write_bytes(
+        written if isinstance(written, bytes) else written.encode()
+    )
 
 
 def both(*changes: Change) -> Change:
@@ -153,8 +155,14 @@ CASES: dict[str, tuple[Change, int]] = {
     "a context of 2^22": (config(max_position_embeddings=2**22), 3),
     "a context of 1": (config(max_position_embeddings=1), 3),
     "GPT-2's sizes": (config(model_type="gpt2", n_positions=10**6, n_embd=32, n_layer=2, n_head=4), 4),
-    "GPT-2 of 2^40 positions": (config(model_type="gpt2", n_positions=2**40, n_embd=32, n_layer=2, n_head=4), 3),
-    "GPT-2 of a width that is a list": (config(model_type="gpt2", n_positions=16, n_embd=[1], n_layer=2, n_head=4), 3),
+    "GPT-2 of 2^40 positions": (
+        config(model_type="gpt2", n_positions=2**40, n_embd=32, n_layer=2, n_head=4),
+        3,
+    ),
+    "GPT-2 of a width that is a list": (
+        config(model_type="gpt2", n_positions=16, n_embd=[1], n_layer=2, n_head=4),
+        3,
+    ),
     # Other values of config.json.
     "rope_theta of 10^400": (config(rope_parameters={"rope_theta": 10**400}), 3),
     "rope_theta as text": (config(rope_parameters={"rope_theta": "1e4"}), 3),
@@ -262,7 +270,10 @@ CASES: dict[str, tuple[Change, int]] = {
     "a missing byte": (ranks(lambda lines: lines.pop(97)), 4),
     "a negative rank": (ranks(lambda lines: lines.__setitem__(7, lines[7].split()[0] + b" -7")), 4),
     "a rank of 2^40": (ranks(lambda lines: lines.append(base64.b64encode(b"abc") + b" %d" % 2**40)), 4),
-    "a rank of 5,000 digits": (ranks(lambda lines: lines.append(base64.b64encode(b"abc") + b" " + b"1" * 5000)), 4),
+    "a rank of 5,000 digits": (
+        ranks(lambda lines: lines.append(base64.b64encode(b"abc") + b" " + b"1" * 5000)),
+        4,
+    ),
     "a rank with an underscore": (ranks(lambda lines: lines.append(base64.b64encode(b"abc") + b" 2_7")), 4),
     "a line of one word": (ranks(lambda lines: lines.append(b"YWJj")), 4),
     "a line of three words": (ranks(lambda lines: lines.append(b"YWJj 270 271")), 4),

@@ -541,7 +541,9 @@ BUGS = (
         "gptpipe/evaluate/registry.py",
         "    if not difference.is_lower:\n",
         "    if difference.is_lower:\n",
-        ("tests/evaluate/test_registry.py::test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents",),
+        (
+            "tests/evaluate/test_registry.py::test_the_champion_moves_only_to_a_better_model_on_the_same_test_documents",
+        ),
     ),
     Bug(
         "a validation metric of the training gets a second value",
@@ -604,7 +606,9 @@ BUGS = (
         "gptpipe/evaluate/overlapping_windows.py",
         "stride = context // 2",
         "stride = context",
-        ("tests/evaluate/test_overlapping_windows.py::test_each_token_is_scored_once_with_at_least_half_a_context",),
+        (
+            "tests/evaluate/test_overlapping_windows.py::test_each_token_is_scored_once_with_at_least_half_a_context",
+        ),
     ),
     # Languages
     Bug(

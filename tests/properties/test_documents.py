@@ -44,7 +44,10 @@ def test_a_side_depends_only_on_the_document_and_the_seed(
 def test_a_larger_fraction_takes_documents_from_train_only(
     documents: list[str], grows: list[float], other: float, seed: int
 ) -> None:
-    for side, name, fixed in (("val", "val_fraction", "test_fraction"), ("test", "test_fraction", "val_fraction")):
+    for side, name, fixed in (
+        ("val", "val_fraction", "test_fraction"),
+        ("test", "test_fraction", "val_fraction"),
+    ):
         before, after = (
             sides_of(documents, split_params(**{name: share, fixed: other}).fractions, seed) for share in grows
         )
@@ -85,7 +88,9 @@ def test_deduplicating_twice_changes_nothing(dedup: str, texts: list[str]) -> No
     assert collected(kept, dedup) == kept
 
 
-@given(texts=st.lists(sentences.map(" ".join), min_size=1, max_size=20), random=st.randoms(use_true_random=False))
+@given(
+    texts=st.lists(sentences.map(" ".join), min_size=1, max_size=20), random=st.randoms(use_true_random=False)
+)
 @settings(max_examples=8)
 def test_the_order_of_documents_does_not_change_the_set_that_is_kept(texts: list[str], random: Random) -> None:
     kept = collected(texts, "exact")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from gptpipe.base.manifest import MANIFEST, new_folder, read_manifest, verify
 from gptpipe.shell.errors import IntegrityError
 
-names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=12).filter(
-    lambda name: not name.startswith(".") and name != MANIFEST and len(name.encode()) < 100
-)
+names = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=12
+).filter(lambda name: not name.startswith(".") and name != MANIFEST and len(name.encode()) < 100)
 plain = st.recursive(
     st.none()
     | st.booleans()
@@ -51,7 +51,9 @@ def test_a_manifest_is_read_as_written(
         assert manifest.to_bytes() == (folder / MANIFEST).read_bytes()
 
 
-@given(contents.filter(lambda files: any(files.values())), st.randoms(use_true_random=False), st.integers(1, 255))
+@given(
+    contents.filter(lambda files: any(files.values())), st.randoms(use_true_random=False), st.integers(1, 255)
+)
 @settings(max_examples=60)
 def test_every_changed_byte_of_a_file_is_detected(files: dict[str, bytes], random: Any, change: int) -> None:
     with tempfile.TemporaryDirectory() as name:

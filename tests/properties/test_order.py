@@ -60,7 +60,9 @@ def test_a_permutation_is_a_bijection(n: int, key: str) -> None:
 
 
 @given(st.integers(1, 2**62), st.text(max_size=20), st.sets(st.integers(0, 2**62), min_size=1, max_size=20))
-def test_a_permutation_of_a_large_range_stays_inside_and_repeats_nothing(n: int, key: str, drawn: set[int]) -> None:
+def test_a_permutation_of_a_large_range_stays_inside_and_repeats_nothing(
+    n: int, key: str, drawn: set[int]
+) -> None:
     positions = sorted({position % n for position in drawn})
     images = Permutation(n, key)(np.array(positions)).tolist()
     assert len(set(images)) == len(positions)

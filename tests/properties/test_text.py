@@ -34,7 +34,16 @@ PIECES = (
         "\u2028",
         "\xa0",
     ),
-    *("e\u0301", "\u00e9", "\u212b", "\u0344", "\u1100\u1161\u11a8", "\uac01", "\u0f73", "\U0001f468\u200d\U0001f469"),
+    *(
+        "e\u0301",
+        "\u00e9",
+        "\u212b",
+        "\u0344",
+        "\u1100\u1161\u11a8",
+        "\uac01",
+        "\u0f73",
+        "\U0001f468\u200d\U0001f469",
+    ),
     *(
         END_OF_TEXT,
         "<|endof",
@@ -49,7 +58,9 @@ PIECES = (
 )
 pieces = st.sampled_from(PIECES)
 repeated = st.tuples(pieces, st.sampled_from([9, 999, 1000, 1001, 1100])).map(lambda pair: pair[0] * pair[1])
-texts = st.lists(st.one_of(st.text(st.characters(), max_size=20), pieces, pieces, repeated), max_size=12).map("".join)
+texts = st.lists(st.one_of(st.text(st.characters(), max_size=20), pieces, pieces, repeated), max_size=12).map(
+    "".join
+)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,9 @@ def test_a_location_that_the_user_chose_stays(
     assert Path(connect().download_artifacts(run_id, "words.md")).read_text() == "words"
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "a#b", "100%", "a%20b", "a?b", "é", "a%3Fb?c=d&e", "a:b@c"])
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", 'say "x"', "a#b", "100%", "a%20b", "a?b", "é", "a%3Fb?c=d&e", "a:b@c"]
+)
 def test_a_project_works_under_any_path(
     tmp_path: Path,
     fresh_store: Path,
@@ -154,7 +156,9 @@ def test_a_relative_store_belongs_to_the_project_and_not_to_the_current_folder(
     assert store_name() == "experiment gptpipe in sqlite:///runs/mine.db"
 
 
-def test_the_outbox_of_a_store_in_the_project_moves_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_outbox_of_a_store_in_the_project_moves_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = []
     for name in ("old", "new"):
         (tmp_path / name / ".dvc").mkdir(parents=True)

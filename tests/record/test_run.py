@@ -49,7 +49,11 @@ def test_a_run_has_parameters_data_metrics_and_texts(project: Path, params: Para
     assert {(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs} == {
         (f"split/{side}", "c" * 36) for side in ("train", "val", "test")
     }
-    assert {f.path for f in client.list_artifacts(record.run_id)} == {"environment.txt", "lineage.json", "samples"}
+    assert {f.path for f in client.list_artifacts(record.run_id)} == {
+        "environment.txt",
+        "lineage.json",
+        "samples",
+    }
     assert (project / "mlartifacts").is_dir()
 
 
@@ -135,7 +139,10 @@ def test_a_long_parameter_is_complete_in_an_artifact_and_the_run_says_so(
     assert values[0].endswith("the whole value is in the artifact parameters/train.sample_prompts.txt]")
     assert {len(value) for value in values} == {6000}
     assert values[0] != values[1]  # `gptpipe compare` groups runs by their values
-    assert capsys.readouterr().err.count("warning: train.sample_prompts has 9,007 characters, MLflow takes 6,000") == 2
+    assert (
+        capsys.readouterr().err.count("warning: train.sample_prompts has 9,007 characters, MLflow takes 6,000")
+        == 2
+    )
 
 
 def test_the_load_of_the_machine_is_logged(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +186,9 @@ def test_a_run_names_the_commit_of_its_code(project: Path, params: Params) -> No
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     with training_run(params, None, LINEAGE, {}) as record:
         pass
     assert connect().get_run(record.run_id).data.tags["mlflow.source.git.commit"] == head
@@ -292,7 +301,9 @@ def test_a_damaged_line_of_the_outbox_is_set_aside_and_the_rest_is_sent(
     assert f"{first}.jsonl.damaged" in said
 
 
-def test_a_changed_character_in_the_outbox_is_noticed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_character_in_the_outbox_is_noticed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The line is still an operation, so only its checksum shows the damage."""
     line = with_checksum(json.dumps(GOOD).encode()).replace(b"2.5", b"2.7")
     write_bytes(project / f".gptpipe/outbox/{RUN}.jsonl", line)
@@ -315,7 +326,9 @@ def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     assert (run.info.status, run.data.tags["best_step"]) == ("FINISHED", "1")
     aside = {path.name: path.read_text() for path in (project / ".gptpipe/outbox").rglob("*.refused")}
     assert aside.pop(f"{RUN}.jsonl.refused").encode() == content
-    assert [json.loads(line.partition(" ")[2]) for line in aside.values()] == [["tags", {"x" * 1000: "refused"}]]
+    assert [json.loads(line.partition(" ")[2]) for line in aside.values()] == [
+        ["tags", {"x" * 1000: "refused"}]
+    ]
     assert f"it has no run {RUN}" in capsys.readouterr().err
 
 
@@ -459,7 +472,11 @@ def test_no_secret_from_environment_variables_is_recorded(
     said = evaluate(params, project / "models/gpt", record.run_id, 2.0) + "".join(capfd.readouterr())
     assert "127.0.0.1" in said
     assert "canary" not in said
-    kept = [path for path in project.rglob("*") if path.is_file() and ".git" not in path.parts and path.name != ".env"]
+    kept = [
+        path
+        for path in project.rglob("*")
+        if path.is_file() and ".git" not in path.parts and path.name != ".env"
+    ]
     assert len(kept) > 20
     assert [path for path in kept if b"canary" in path.read_bytes()] == []
 

@@ -68,7 +68,10 @@ class Server:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *where],
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # it would start a dozen processes
+                env={
+                    **os.environ,
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                },  # it would start a dozen processes
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -91,7 +94,9 @@ class Server:
     def counts(self) -> Counter[tuple[str, int]]:
         """The number of rows that the store has for each run and step."""
         with closing(sqlite3.connect(self.folder / "server.db")) as database:
-            return Counter(database.execute("select run_uuid, step from metrics where key = 'train/loss'").fetchall())
+            return Counter(
+                database.execute("select run_uuid, step from metrics where key = 'train/loss'").fetchall()
+            )
 
 
 def free_port() -> int:
@@ -140,7 +145,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def forward(self, body: bytes) -> tuple[int, bytes, str]:
         headers = {key: value for key, value in self.headers.items() if key not in ("Host", "Connection")}
-        request = urllib.request.Request(self.server.server.uri + self.path, body or None, headers, method=self.command)
+        request = urllib.request.Request(
+            self.server.server.uri + self.path, body or None, headers, method=self.command
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read(), response.headers["Content-Type"]
@@ -219,7 +226,9 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def middleman(steady: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Middleman]:
+def middleman(
+    steady: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Middleman]:
     """A proxy in front of `steady` that this test logs to; all waits are short."""
     between = Middleman(steady)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", between.uri)
@@ -289,7 +298,9 @@ def test_a_training_resumed_before_its_store_answered_is_one_run(middleman: Midd
     ((run_id, steps),) = logged().items()
     assert steps == [1, 2, 3]
     assert connect().get_run(run_id).data.tags["rolled_back.00000002"] == "words"
-    with training_run(params, first.run_id, LINEAGE, {}) as third:  # by the name that it had before the store answered
+    with training_run(
+        params, first.run_id, LINEAGE, {}
+    ) as third:  # by the name that it had before the store answered
         third.metrics(entries(3, 4))
     send_outbox()  # what was not sent because the waits are short
     assert logged() == {run_id: [1, 2, 3, 4]}
@@ -305,7 +316,10 @@ def sqlite_store(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An `mlflow server` on its own PostgreSQL cluster, on loopback. PostgreSQL does not run as root."""
     pytest.importorskip("psycopg2", reason="needs psycopg2")
-    folders = [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]  # Debian's are not in PATH
+    folders = [
+        os.environ["PATH"],
+        *map(str, Path("/usr/lib/postgresql").glob("*/bin")),
+    ]  # Debian's are not in PATH
     initdb, postgres = (shutil.which(name, path=os.pathsep.join(folders)) for name in ("initdb", "postgres"))
     if not (initdb and postgres):
         pytest.skip("needs PostgreSQL: install Debian's package postgresql")

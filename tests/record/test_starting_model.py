@@ -26,7 +26,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("value", "is_model"), [("trained", False), ("gpt2", False), ("data/start/base", True), ("models:/gpt/1", True)]
+    ("value", "is_model"),
+    [("trained", False), ("gpt2", False), ("data/start/base", True), ("models:/gpt/1", True)],
 )
 def test_a_value_with_a_slash_names_a_model(value: str, is_model: bool) -> None:
     assert names_a_model(value) is is_model
@@ -97,5 +98,8 @@ def test_a_registered_model_whose_files_cannot_be_read_is_an_integrity_error(
         raise MlflowException("gone")
 
     monkeypatch.setattr(module, "stored_folder", fail)
-    with pytest.raises(IntegrityError, match="models:/gpt/1: gone"), starting_model("x", "models:/gpt/1", OUTPUT):
+    with (
+        pytest.raises(IntegrityError, match="models:/gpt/1: gone"),
+        starting_model("x", "models:/gpt/1", OUTPUT),
+    ):
         pass

@@ -88,7 +88,9 @@ def test_any_prompt_can_be_continued(prompt: str) -> None:
     assert texts[0]
 
 
-def test_a_prompt_longer_than_the_context_is_announced(toy_split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_longer_than_the_context_is_announced(
+    toy_split: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny.network(300)
     announce_cut(model, BYTES, "x" * 16, "it")
     tokenizer, stream = Tokenizer.load(toy_split / TOKENIZER), open_stream(toy_split, "test")
@@ -144,5 +146,7 @@ def test_rouge_l_calculated_by_hand() -> None:
     pair = [Continuation("p", "the big dog", "the dog was here"), Continuation("p", "yes it is", "yes it is")]
     scores = overlap_scores(pair)
     assert scores["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)
-    assert scores["rouge_l_standard_error"] == pytest.approx((1 - 4 / 7) / 2)  # sqrt(2) * half the gap / sqrt(2)
+    assert scores["rouge_l_standard_error"] == pytest.approx(
+        (1 - 4 / 7) / 2
+    )  # sqrt(2) * half the gap / sqrt(2)
     assert scores["n_documents"] == 2

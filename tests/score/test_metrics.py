@@ -6,7 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gptpipe.score.metrics import calibration_error, calibration_table, compute_metrics, metrics_by_source, ratio
+from gptpipe.score.metrics import (
+    calibration_error,
+    calibration_table,
+    compute_metrics,
+    metrics_by_source,
+    ratio,
+)
 
 DOCUMENTS = pd.DataFrame({"source": ["b", "a"], "n_bytes": [8, 12]})
 SCORES = np.array([[10.0, 6.0], [1.0, 3.0], [4.0, 6.0]])  # nats, hits, tokens

@@ -76,7 +76,9 @@ def by_hand(model: Any, stream: Stream, *, masked: bool = False) -> dict[str, li
 
 @pytest.mark.parametrize("windows_at_once", [1, 2, 100])
 @pytest.mark.parametrize("lengths", [(1, 20, 3, 40), (17,), (16, 1), (2,), (33, 32), (5, 1, 1)])
-def test_against_a_loop(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int) -> None:
+def test_against_a_loop(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int
+) -> None:
     """Documents cross windows, the last window has any length, and any number of windows is scored at once."""
     model, stream = tiny.network(), stream_of(*lengths)
     monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
@@ -128,7 +130,9 @@ def test_how_a_model_is_scored_survives_being_written_down(how: Scoring) -> None
 
 
 @pytest.mark.parametrize("n_parts", [2, 3, 7])
-def test_the_scores_of_all_parts_add_up_to_those_of_the_stream(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
+def test_the_scores_of_all_parts_add_up_to_those_of_the_stream(
+    monkeypatch: pytest.MonkeyPatch, n_parts: int
+) -> None:
     """All parts report the same turns, even parts without a batch in the last turn."""
     model, stream = tiny.network(), stream_of(1, 40, 3, 60)
     monkeypatch.setattr(scoring, "_MAX_LOGITS", 16 * model.vocab_size)

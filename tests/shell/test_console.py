@@ -84,7 +84,9 @@ def on_a_terminal(code: str, **environment: str) -> str:
     """The output of a program on a pseudo-terminal of 80 columns."""
     controller, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environment}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, **dict.fromkeys(STREAMS, terminal))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, **dict.fromkeys(STREAMS, terminal)
+    )
     os.close(terminal)
     shown = b""
     try:

@@ -68,7 +68,9 @@ def test_torchrun_sets_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rank_info() == RankInfo(rank=5, n_ranks=8, local_rank=1, n_local_ranks=4)
 
 
-def test_idle_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     for changed, expected in (
         ({}, {"GOMP_SPINCOUNT": "4000", "KMP_BLOCKTIME": "1"}),
@@ -84,5 +86,7 @@ def test_a_program_limits_busy_waiting_before_it_does_anything() -> None:
     """Torch reads the variables when it is imported."""
     code = "import os, sys; from gptpipe.shell.process import run; run(lambda: print(os.environ['GOMP_SPINCOUNT']))"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    ).stdout
     assert printed == "4000\n"

@@ -44,7 +44,9 @@ def test_a_second_writer_stops_within_seconds_and_names_the_first(tmp_path: Path
     build(target, b"old")
     with held(target, 60) as holder:
         started = time.monotonic()
-        with pytest.raises(ResourceError, match=rf"raw: process {holder.pid} on .* is writing it; wait until it ends"):
+        with pytest.raises(
+            ResourceError, match=rf"raw: process {holder.pid} on .* is writing it; wait until it ends"
+        ):
             build(target, b"new")
         assert time.monotonic() - started < 5
     assert (target / "one.txt").read_bytes() == b"old"

@@ -132,7 +132,9 @@ run_stage("toy", main, "a stage")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_library_call_that_does_not_return_to_python(stage: Path, signum: signal.Signals) -> None:
+def test_a_signal_ends_a_library_call_that_does_not_return_to_python(
+    stage: Path, signum: signal.Signals
+) -> None:
     """Training a vocabulary on 40 MB once delayed SIGTERM by 39 seconds."""
     stage.write_text(BUSY)
     process = start(stage)

@@ -93,7 +93,9 @@ def test_counts_equal_those_of_plain_sets_of_words(
     texts = list(dict.fromkeys(texts))
     monkeypatch.setattr(shards, "SHARD_BYTES", 9_000)
     monkeypatch.setattr(overlap, "_BLOCK_CHARACTERS", 500)
-    sides = {id_of(text.encode()): side_of(id_of(text.encode()), split_params(**FIFTHS), SEED) for text in texts}
+    sides = {
+        id_of(text.encode()): side_of(id_of(text.encode()), split_params(**FIFTHS), SEED) for text in texts
+    }
     runs = {id_of(text.encode()): plain_runs(text, n) for text in texts}
     of_train = set().union(*(own | shorter for name, (own, shorter) in runs.items() if sides[name] == "train"))
     held_out = set().union(*(own for name, (own, _) in runs.items() if sides[name] != "train"))
@@ -118,7 +120,9 @@ def test_counts_equal_those_of_plain_sets_of_words(
     assert report_on(texts, ngram=n) == one_worker
 
 
-def test_thirteen_shared_words_overlap_in_any_case_and_twelve_do_not(report_on: Callable[..., dict[str, Any]]) -> None:
+def test_thirteen_shared_words_overlap_in_any_case_and_twelve_do_not(
+    report_on: Callable[..., dict[str, Any]],
+) -> None:
     loud = [word.upper() + "," for word in RUN]
     train, val, test = on_side("train", ["a", *RUN]), on_side("val", [*loud]), on_side("test", ["b", *RUN[:12]])
     report = report_on([train, val, test])
@@ -145,10 +149,16 @@ def write_benchmark(folder: Path, questions: list[Any], key: str = "q") -> dict[
 def test_benchmarks_are_examined_and_a_share_above_the_limit_is_an_error(
     tmp_path: Path, report_on: Callable[..., dict[str, Any]]
 ) -> None:
-    benchmark = write_benchmark(tmp_path, [" ".join(RUN), "too short", None, " ".join(f"other{i}" for i in range(20))])
+    benchmark = write_benchmark(
+        tmp_path, [" ".join(RUN), "too short", None, " ".join(f"other{i}" for i in range(20))]
+    )
     texts = [on_side("train", ["a", *RUN]), on_side("val", [f"v{i}" for i in range(20)])]
     report = report_on(texts, benchmarks=(benchmark,), max_contamination=0.5)
-    assert (report["benchmark-0_documents"], report["benchmark-0_examined"], report["benchmark-0_rejected"]) == (
+    assert (
+        report["benchmark-0_documents"],
+        report["benchmark-0_examined"],
+        report["benchmark-0_rejected"],
+    ) == (
         3,
         2,
         1,
@@ -203,14 +213,19 @@ def test_a_share_of_nothing_is_null_and_fails_the_limit(
     benchmark = write_benchmark(tmp_path, ["yes", "no", "a b c d"])
     texts = [on_side("train", RUN)]
     assert report_on(texts, benchmarks=(benchmark,))["share"] == {"benchmark-0": None, "train": 0.0}
-    with pytest.raises(InputError, match=r"none of the 3 documents of benchmark-0 \(jsonl .*\) has 5 words or more"):
+    with pytest.raises(
+        InputError, match=r"none of the 3 documents of benchmark-0 \(jsonl .*\) has 5 words or more"
+    ):
         report_on(texts, benchmarks=(benchmark,), max_contamination=1.0)
 
 
 @pytest.mark.parametrize(
     ("questions", "why"),
     [
-        ([" ".join(RUN)] * 2, r".*questions\.jsonl: no line has the key `q`; the keys are question; set text_key"),
+        (
+            [" ".join(RUN)] * 2,
+            r".*questions\.jsonl: no line has the key `q`; the keys are question; set text_key",
+        ),
         ([], "collect: no document left of 0: the sources are empty; add text, or check paths"),
     ],
 )
@@ -297,6 +312,8 @@ def test_a_sample_of_whole_documents_is_examined_if_there_is_much_text(
         report_on(texts, max_contamination=0.35)
 
 
-def test_without_held_out_documents_no_train_document_is_contaminated(report_on: Callable[..., dict[str, Any]]) -> None:
+def test_without_held_out_documents_no_train_document_is_contaminated(
+    report_on: Callable[..., dict[str, Any]],
+) -> None:
     report = report_on([on_side("train", RUN)], val_fraction=0.2, test_fraction=0.0)
     assert report["share"] == {"train": 0.0}

@@ -27,7 +27,9 @@ SEED = 7
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for shard in sorted(folder.glob("tokens-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    return [
+        row for shard in sorted(folder.glob("tokens-*.parquet")) for row in pq.read_table(shard).to_pylist()
+    ]
 
 
 def side(text: str, params: SplitParams) -> str:
@@ -56,7 +58,9 @@ def test_every_document_is_encoded_and_ends_with_end_of_text(
     manifest = verify(tmp_path / "tokens")
     assert manifest.counts == counts
     assert manifest.made_from["raw"] == verify(raw).digest
-    assert pq.read_schema(tmp_path / "tokens" / "tokens-00000.parquet").field("tokens").type == pa.list_(pa.uint16())
+    assert pq.read_schema(tmp_path / "tokens" / "tokens-00000.parquet").field("tokens").type == pa.list_(
+        pa.uint16()
+    )
 
 
 def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
@@ -70,7 +74,9 @@ def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     ranks = Tokenizer.load(tmp_path / "tokens" / "tokenizer").ranks
     assert [token for token in ranks if len(token) > 1 and (b"Q" in token or b"Z" in token)] == []
 
-    everything = split_params(val_fraction=0.0, test_fraction=0.0)  # the same text on the train side does shape it
+    everything = split_params(
+        val_fraction=0.0, test_fraction=0.0
+    )  # the same text on the train side does shape it
     tokenize(tmp_path / "raw", tmp_path / "all", trained, everything.fractions, SEED)
     assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
 
@@ -97,7 +103,13 @@ def test_at_most_training_bytes_of_text_train_the_vocabulary(
     everything = split_params(val_fraction=0.0, test_fraction=0.0)
     raw = corpus(sentences)
     n_bytes = sum(len(text.encode()) for text in sentences)
-    tokenize(raw, tmp_path / "all", tokenize_params(vocab_size=400, training_bytes=n_bytes), everything.fractions, SEED)
+    tokenize(
+        raw,
+        tmp_path / "all",
+        tokenize_params(vocab_size=400, training_bytes=n_bytes),
+        everything.fractions,
+        SEED,
+    )
     assert seen == sentences
     seen.clear()
     tokenize(
@@ -107,7 +119,9 @@ def test_at_most_training_bytes_of_text_train_the_vocabulary(
         everything.fractions,
         SEED,
     )
-    assert seen == [text for text in sentences if int(id_of(text.encode())[16:24], 16) < n_bytes // 3 / n_bytes * 2**32]
+    assert seen == [
+        text for text in sentences if int(id_of(text.encode())[16:24], 16) < n_bytes // 3 / n_bytes * 2**32
+    ]
     assert 70 < len(seen) < 130
 
 
@@ -211,13 +225,18 @@ def test_after_a_kill_finished_shards_are_kept(
     assert killed.returncode == -9
     assert not (tmp_path / "tokens").exists()
     (left,) = tmp_path.glob(".tokens.*.partial")
-    assert [path.name for path in sorted(left.glob("tokens-*"))] == ["tokens-00000.parquet", "tokens-00001.parquet"]
+    assert [path.name for path in sorted(left.glob("tokens-*"))] == [
+        "tokens-00000.parquet",
+        "tokens-00001.parquet",
+    ]
     if damage:
         content = bytearray((left / "tokens-00001.parquet").read_bytes())
         content[len(content) // 2] ^= 1
         (left / "tokens-00001.parquet").write_bytes(content)
     made, trainings, really = [], [], encode._encode_shard
-    monkeypatch.setattr(encode, "_encode_shard", lambda shard, *rest: made.append(shard.name) or really(shard, *rest))
+    monkeypatch.setattr(
+        encode, "_encode_shard", lambda shard, *rest: made.append(shard.name) or really(shard, *rest)
+    )
     monkeypatch.setattr(encode, "build_tokenizer", lambda *_: trainings.append(1))
     tokenize(raw, tmp_path / "tokens", trained, fifths.fractions, SEED)
     n_shards = len(shard_paths(raw))
@@ -271,10 +290,14 @@ def test_the_tokens_of_a_model_are_used_and_belong_to_the_key(
     params = tokenize_params(encoding="data/start/base")
     counts = tokenize(raw, tmp_path / "tokens", params, fifths.fractions, SEED, models[0])
     assert counts["vocab_size"] == 300
-    assert (tmp_path / "tokens/tokenizer/ranks.tiktoken").read_bytes() == (models[0] / "ranks.tiktoken").read_bytes()
+    assert (tmp_path / "tokens/tokenizer/ranks.tiktoken").read_bytes() == (
+        models[0] / "ranks.tiktoken"
+    ).read_bytes()
     keys = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "new_folder", lambda *arguments: keys.append(arguments[2]) or new_folder(*arguments))
+        patch.setattr(
+            encode, "new_folder", lambda *arguments: keys.append(arguments[2]) or new_folder(*arguments)
+        )
         for model in (*models, None):
             section = params if model else trained
             tokenize(raw, tmp_path / "tokens", section, fifths.fractions, SEED, model)

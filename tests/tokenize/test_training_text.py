@@ -17,13 +17,20 @@ def letters(n: int, seed: int = 0, alphabet: str = "abcdefghijklmnopqrstuvwxyz")
 
 
 def test_long_words_are_cut_and_other_text_stays_whole() -> None:
-    ordinary = ["Ordinary text, with a https://example.com/very/long/address/of/a/page.html.", "", "x" * 32, "\n" * 99]
+    ordinary = [
+        "Ordinary text, with a https://example.com/very/long/address/of/a/page.html.",
+        "",
+        "x" * 32,
+        "\n" * 99,
+    ]
     hindi, khmer = "ह\u093f" * 50, "ក\u17d2" * 50
     texts = [*ordinary, f"see {letters(100)} here", hindi, khmer, "=" * 99, "1" * 99]
     parts = list(affordable(lambda: texts))
     assert parts[: len(ordinary)] == ordinary
     assert "".join(parts) == "".join(texts)
-    assert max(len(piece) for part in parts for piece in regex.findall(PATTERN, part) if not piece.isspace()) == 33
+    assert (
+        max(len(piece) for part in parts for piece in regex.findall(PATTERN, part) if not piece.isspace()) == 33
+    )
 
 
 def test_text_with_too_many_distinct_words_is_sampled(
@@ -37,7 +44,10 @@ def test_text_with_too_many_distinct_words_is_sampled(
         assert sample == list(affordable(lambda texts=texts: texts))
         assert all(part in "".join(texts) for part in sample)
         assert 10_000 < len("".join(sample)) <= 30_000
-    assert "tokenize: too many distinct words; the vocabulary is trained on 0.25 of the text" in capsys.readouterr().err
+    assert (
+        "tokenize: too many distinct words; the vocabulary is trained on 0.25 of the text"
+        in capsys.readouterr().err
+    )
     words = [" ".join(letters(5, seed % 500) for seed in range(200))] * 100
     assert list(affordable(lambda: words)) == words
 

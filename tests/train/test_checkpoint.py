@@ -55,7 +55,9 @@ def saved_run(folder: Path, losses: dict[int, float], n_steps: int, **changes: A
     return state
 
 
-def restored(folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any) -> tuple[TrainState, bool]:
+def restored(
+    folder: Path, environment: dict[str, Any] = ENVIRONMENT, **changes: Any
+) -> tuple[TrainState, bool]:
     """Restore into a state with other weights; returns it, and whether there was a checkpoint."""
     state, _, _ = tiny.trained_state(2, seed=99, **changes)
     return state, Checkpoints(folder, environment).restore(state, allow_inexact=False)
@@ -71,7 +73,9 @@ def test_a_restored_training_continues_bit_for_bit(tmp_path: Path, optimizer: st
     changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
     undisturbed = saved_run(tmp_path / "undisturbed", {0: 4.0, 6: 3.0}, 12, **changes)
     (tmp_path / "halves").mkdir()
-    shutil.copy(tmp_path / "undisturbed" / "run.json", tmp_path / "halves")  # it has the run id, which is random
+    shutil.copy(
+        tmp_path / "undisturbed" / "run.json", tmp_path / "halves"
+    )  # it has the run id, which is random
     saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
     state, is_restored = restored(tmp_path / "halves", **changes)
     assert is_restored
@@ -136,7 +140,9 @@ def remove(path: Path, _: np.random.Generator) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize(("damage", "n_times"), [(flip, 15), (truncate, 3), (zero_a_page, 3), (empty, 1), (remove, 1)])
+@pytest.mark.parametrize(
+    ("damage", "n_times"), [(flip, 15), (truncate, 3), (zero_a_page, 3), (empty, 1), (remove, 1)]
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -203,7 +209,9 @@ def journal(*lines: str) -> Callable[[Path], object]:
     return change
 
 
-def tensors(edit: Callable[[dict[str, Tensor]], object], name: str = "state.safetensors") -> Callable[[Path], object]:
+def tensors(
+    edit: Callable[[dict[str, Tensor]], object], name: str = "state.safetensors"
+) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         values = {key: value.clone() for key, value in load_file(folder / name).items()}
         edit(values)
@@ -282,7 +290,9 @@ FORGERIES: dict[str, Callable[[Path], object]] = {
     "a count of another shape": tensors(lambda t: t.update({COUNT: torch.ones(8)})),
     "a weight of another type": tensors(lambda t: t.update({NORM: t[NORM].double()})),
     "a moment of another type": tensors(lambda t: t.update({MOMENT: t[MOMENT].half()})),
-    "a generator of another size": tensors(lambda t: t.update({"generator.cpu": t["generator.cpu"][:-1].clone()})),
+    "a generator of another size": tensors(
+        lambda t: t.update({"generator.cpu": t["generator.cpu"][:-1].clone()})
+    ),
     "a generator of another type": tensors(lambda t: t.update({"generator.cpu": t["generator.cpu"].float()})),
     "a generator of nonsense": tensors(lambda t: t["generator.cpu"].fill_(255)),
     "no tensors": content("state.safetensors", ""),
@@ -327,7 +337,11 @@ def sound_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_forged_checkpoint_is_not_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], sound_run: Path, name: str, change: Callable[[Path], object]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sound_run: Path,
+    name: str,
+    change: Callable[[Path], object],
 ) -> None:
     """Its manifest is valid, but its content is not what a training saves."""
     shutil.copytree(sound_run, tmp_path / "run")
@@ -347,7 +361,9 @@ def test_a_forgery_that_changes_nothing_is_used(tmp_path: Path, sound_run: Path)
     assert restored(tmp_path / "run", **SMALL)[0].step == 6
 
 
-@pytest.mark.parametrize("name", ["micro-batches of 0", "a moment that would be broadcast", "a generator of nonsense"])
+@pytest.mark.parametrize(
+    "name", ["micro-batches of 0", "a moment that would be broadcast", "a generator of nonsense"]
+)
 def test_a_failed_restore_changes_nothing(tmp_path: Path, sound_run: Path, name: str) -> None:
     shutil.copytree(sound_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/step-00000003")
@@ -403,7 +419,9 @@ def test_no_sound_checkpoint_is_an_integrity_error(tmp_path: Path, name: str) ->
     assert caught.value.exit_code == 4
 
 
-def test_another_environment_is_refused_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_environment_is_refused_unless_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     other = {"threads": 2, "torch": "9.9"}
     with pytest.raises(ResourceError, match="threads was 1, is 2") as caught:
@@ -433,7 +451,9 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_because_of_its_environmen
     """Without a traceback for the keys that it lacks."""
     really = checkpoint.write_json
     monkeypatch.setattr(
-        checkpoint, "write_json", lambda path, value: really(path, {k: v for k, v in value.items() if k != "inexact"})
+        checkpoint,
+        "write_json",
+        lambda path, value: really(path, {k: v for k, v in value.items() if k != "inexact"}),
     )
     saved_run(tmp_path, {0: 4.0}, 3, **SMALL)
     with pytest.raises(ResourceError, match="threads was 1, is 2"):
@@ -475,7 +495,9 @@ def test_a_finished_training_is_discarded_by_its_run_id(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "c"]
 
 
-def interrupted_in_a_fork(work: Callable[[], object], at: int, error: int | None = None, lasts: bool = False) -> int:
+def interrupted_in_a_fork(
+    work: Callable[[], object], at: int, error: int | None = None, lasts: bool = False
+) -> int:
     """Run `work` in a forked process that is killed before its change of the disk number `at`.
 
     With `error`, that change fails with this errno instead, and with `lasts` all later ones too. Returns the exit code:
@@ -524,7 +546,11 @@ def run_before_save(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tra
 
 
 def interrupted_at_every_change(
-    run_before_save: tuple[Path, TrainState], folder: Path, name: str, error: int | None = None, lasts: bool = False
+    run_before_save: tuple[Path, TrainState],
+    folder: Path,
+    name: str,
+    error: int | None = None,
+    lasts: bool = False,
 ) -> Iterator[tuple[int, int | None]]:
     """Interrupt a piece of work at each of its changes of the disk, each time in a fresh copy of the run.
 

@@ -51,7 +51,9 @@ def assert_alike(actual: Project, expected: Project) -> None:
     for name in ("steps", "validations"):
         tables = [pd.read_csv(project.root / f"reports/train.{name}.csv") for project in (actual, expected)]
         pd.testing.assert_frame_equal(*tables, check_exact=False, rtol=1e-5)
-    models = [dict(load_model(project.root / "models/gpt").named_parameters()) for project in (actual, expected)]
+    models = [
+        dict(load_model(project.root / "models/gpt").named_parameters()) for project in (actual, expected)
+    ]
     for name, weight in models[1].items():
         torch.testing.assert_close(models[0][name], weight, rtol=1e-3, atol=1e-5)
 
@@ -100,13 +102,17 @@ def test_two_ranks_roll_back_like_one(
     project: Project, tmp_path_factory: pytest.TempPathFactory, parallel: str
 ) -> None:
     changes = {"on_spike": "rollback", "spike_sigmas": 0.02, "max_steps": 30, "save_every": 5}
-    params = tiny.params(train__parallel=parallel, **{f"train__{name}": value for name, value in changes.items()})
+    params = tiny.params(
+        train__parallel=parallel, **{f"train__{name}": value for name, value in changes.items()}
+    )
     assert exit_codes(start_ranks(2, params, project)) == [0, 0]
     rolled_back = [line for line in output_of(project, 0).splitlines() if "continuing from step" in line]
     assert rolled_back
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
     alone.train(params)
-    assert len([name for name in alone.records[-1].tagged if name.startswith("rolled_back")]) == len(rolled_back)
+    assert len([name for name in alone.records[-1].tagged if name.startswith("rolled_back")]) == len(
+        rolled_back
+    )
     assert_alike(project, alone)
 
 
@@ -136,7 +142,9 @@ def test_a_signal_to_one_rank_stops_all_and_a_rerun_continues_bit_for_bit(
     project: Project, tmp_path: Path, parallel: str, n: int, optimizer: str
 ) -> None:
     """With three ranks too, whose sums depend on the order of the summands."""
-    params = tiny.params(train__parallel=parallel, train__batch_size=6, train__optimizer=optimizer, model__dropout=0.1)
+    params = tiny.params(
+        train__parallel=parallel, train__batch_size=6, train__optimizer=optimizer, model__dropout=0.1
+    )
     assert exit_codes(start_ranks(n, params, project)) == [0] * n
     undisturbed = project.digests()
     project = Project(tmp_path / "again", project.split)
@@ -168,7 +176,9 @@ def test_another_number_of_ranks_can_resume_if_allowed(
         with pytest.raises(Interrupted):
             project.train(params, stop_at=4)
         assert exit_codes(start_ranks(2, params, project)) == [5, 5]
-        errors = [line for rank in range(2) for line in output_of(project, rank).splitlines() if "error" in line]
+        errors = [
+            line for rank in range(2) for line in output_of(project, rank).splitlines() if "error" in line
+        ]
         assert len(errors) == 1
         assert "ranks was 1, is 2 by fsdp" in errors[0]
         assert exit_codes(start_ranks(2, params, project, GPTPIPE_ALLOW_INEXACT="1")) == [0, 0]
@@ -187,7 +197,9 @@ def test_if_a_rank_is_killed_the_others_stop_with_one_line_and_a_sound_checkpoin
     survivor = 1 - victim
     assert exit_codes(ranks)[survivor] == 5
     errors = [line for line in output_of(project, survivor).splitlines() if "error" in line]
-    assert errors == [f"error: train: rank {survivor} lost another rank; rerun to continue from the last checkpoint"]
+    assert errors == [
+        f"error: train: rank {survivor} lost another rank; rerun to continue from the last checkpoint"
+    ]
     verify(max(project.root.glob(".gptpipe/checkpoints/*/step-*")))
 
 
@@ -213,14 +225,31 @@ train_and_exit(tiny.params(**{changes!r}), Path({split!r}), project, None, {{}})
 def test_a_run_that_torchrun_restarts_after_a_kill_ends_like_an_undisturbed_one(
     project: Project, tmp_path: Path
 ) -> None:
-    changes = {"train__max_steps": 150, "train__save_every": 5, "train__eval_every": 50, "train__warmup_steps": 2}
+    changes = {
+        "train__max_steps": 150,
+        "train__save_every": 5,
+        "train__eval_every": 50,
+        "train__warmup_steps": 2,
+    }
     undisturbed = Project(tmp_path / "undisturbed", project.split)
     undisturbed.root.mkdir()
     assert exit_codes(start_ranks(2, tiny.params(**changes), undisturbed)) == [0, 0]
     script, tests = tmp_path / "rank.py", Path(__file__).parents[1]
-    names = {"tests": str(tests), "root": str(tests.parent), "project": str(project.root), "split": str(project.split)}
+    names = {
+        "tests": str(tests),
+        "root": str(tests.parent),
+        "project": str(project.root),
+        "split": str(project.split),
+    }
     script.write_text(ELASTIC_RANK.format(**names, changes=changes))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+    ]
     result = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "resumed after step" in output_of(project, 0)
@@ -234,7 +263,9 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, n_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 6])
-def test_the_parts_of_any_number_of_ranks_make_the_batch_of_one(n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_any_number_of_ranks_make_the_batch_of_one(
+    n_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, batches, plan = tiny.trained_state(train__batch_size=6)
     for step in range(20):
         parts = []
@@ -251,6 +282,8 @@ def test_a_batch_that_ranks_cannot_share_equally_is_an_error(
 ) -> None:
     as_rank(monkeypatch, 0, n_ranks)
     params: Params = tiny.params(train__micro_batch_size=micro_batch_size)
-    with pytest.raises(ConfigError, match=rf"train\.batch_size 4 must be a multiple of {n_ranks} processes") as caught:
+    with pytest.raises(
+        ConfigError, match=rf"train\.batch_size 4 must be a multiple of {n_ranks} processes"
+    ) as caught:
         distributed.batch_slice(params.train)
     assert caught.value.exit_code == 2

@@ -49,7 +49,9 @@ def summary(project: Project) -> dict[str, Any]:
 
 def first_step(project: Project) -> int:
     """The first step that the newest training has done itself: the journal keeps the times of the others."""
-    times = [{step: time for step, time, m in record.entries if "train/loss" in m} for record in project.records[-2:]]
+    times = [
+        {step: time for step, time, m in record.entries if "train/loss" in m} for record in project.records[-2:]
+    ]
     return min(step for step, time in times[1].items() if times[0].get(step) != time)
 
 
@@ -113,7 +115,9 @@ def test_other_micro_batches_are_used_from_the_next_step_on(project: Project) ->
     assert summary(project)["changed_settings"] == ["after step 6: train.micro_batch_size was null, is 2"]
 
 
-def test_more_steps_continue_a_stopped_training_if_the_schedule_allows(project: Project, toy_split: Path) -> None:
+def test_more_steps_continue_a_stopped_training_if_the_schedule_allows(
+    project: Project, toy_split: Path
+) -> None:
     stopped(project, train__schedule="wsd", train__max_steps=10)  # it decays in the last 4 steps
     project.train(tiny.params(train__schedule="wsd", train__max_steps=16))
     longer = Project(project.root / "longer", toy_split)
@@ -133,7 +137,9 @@ def test_after_a_harmful_change_a_training_starts_again_and_says_what_it_could_c
     with pytest.raises(Interrupted):
         project.train(tiny.params(**change), stop_at=1)
     message = capsys.readouterr().err
-    assert f"starts at step 0; an unfinished training is kept, at step 6 of {folder}" in message.replace("\n", "")
+    assert f"starts at step 0; an unfinished training is kept, at step 6 of {folder}" in message.replace(
+        "\n", ""
+    )
     assert next(iter(change)).replace("__", ".") in message
     assert f"set train.continue_from to {folder.name}" in message
     assert first_step(project) == 1

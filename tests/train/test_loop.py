@@ -107,7 +107,11 @@ def test_losses_and_gradient_norms_are_unchanged(
     architecture: str, tied: bool, optimizer: str, first: tuple[float, float], eighth: tuple[float, float]
 ) -> None:
     """Only an intended change of initial weights, optimizer or data order may change these numbers."""
-    changes = {"model__architecture": architecture, "model__tie_embeddings": tied, "train__optimizer": optimizer}
+    changes = {
+        "model__architecture": architecture,
+        "model__tie_embeddings": tied,
+        "train__optimizer": optimizer,
+    }
     heads = {"model__n_kv_head": 4 if architecture == "gpt2" else 2}
     state, batches, plan = tiny.trained_state(**changes, **heads, train__lr=1e-2)
     steps = [optimizer_step(state, batches, plan) for _ in range(8)]
@@ -191,7 +195,9 @@ def test_a_spike_stops_before_the_update(sigmas: float | None, stops: bool) -> N
     before = weights(state)
     plan = spiked(plan, state.model, [1], 1.3)  # 3.8 nats to 4.9
     if stops:
-        with pytest.raises(SpikeError, match=r"step 26: loss 4\.\d+ spikes, 1\d\.\d standard deviations .* 25 steps"):
+        with pytest.raises(
+            SpikeError, match=r"step 26: loss 4\.\d+ spikes, 1\d\.\d standard deviations .* 25 steps"
+        ):
             optimizer_step(state, batches, plan)
         assert (state.step, weights(state)) == (25, before)
     else:
@@ -213,14 +219,21 @@ def test_no_spike_is_reported_before_20_steps() -> None:
 
 
 def test_a_roll_back_skips_the_batches_since_the_checkpoint() -> None:
-    changes = {"train__max_steps": 8, "train__save_every": 3, "train__eval_every": 100, "train__on_spike": "rollback"}
+    changes = {
+        "train__max_steps": 8,
+        "train__save_every": 3,
+        "train__eval_every": 100,
+        "train__on_spike": "rollback",
+    }
     state, batches, plan = tiny.trained_state(**changes)
     events = RecordedEvents(state)
     seen: list[int] = []
     at = batches.at
     batches.at = lambda step, part: (seen.append(step), at(step, part))[1]  # type: ignore[method-assign]
     events.run(batches, spiked(plan, state.model, [5, 9], math.nan))
-    assert seen == list(range(11))  # 8 that count, 2 that failed, and 1 before the first of them that was rolled back
+    assert seen == list(
+        range(11)
+    )  # 8 that count, 2 that failed, and 1 before the first of them that was rolled back
     faults = [call for call in events.calls if call.startswith(("back", "save"))]
     assert faults == [
         "save 0",

@@ -15,7 +15,9 @@ def section(**changes: object) -> TrainParams:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values())))
-def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer: str, switches: dict[str, object]) -> None:
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(
+    optimizer: str, switches: dict[str, object]
+) -> None:
     model = tiny.network(**switches)
     groups = [group for o in build_optimizers(model, section(optimizer=optimizer)) for group in o.param_groups]
     ids = [id(p) for group in groups for p in group["params"]]
@@ -32,7 +34,9 @@ def test_muon_updates_the_matrices_of_the_blocks_and_nothing_else() -> None:
     assert isinstance(muon, Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert found == {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    assert found == {
+        name for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2
+    }
 
 
 def test_one_step_of_adamw_by_hand() -> None:

@@ -152,7 +152,9 @@ def described(folder: Path, *changed_files: str, **environment: str) -> list[dic
 def test_everything_that_affects_the_bits_is_in_the_environment_of_a_checkpoint(tmp_path: Path) -> None:
     """Threads, libraries, whatever else changes how sums are rounded, and the code of a step."""
     shutil.copytree(ROOT / "gptpipe", tmp_path / "gptpipe")
-    usual, *changed = described(tmp_path, "gptpipe/commands/cli.py", "gptpipe/model/gpt.py", OMP_NUM_THREADS="1")
+    usual, *changed = described(
+        tmp_path, "gptpipe/commands/cli.py", "gptpipe/model/gpt.py", OMP_NUM_THREADS="1"
+    )
     assert usual["threads"] == 1
     assert usual["torch"] == torch.__version__
     assert usual["compiled"] is False
@@ -209,7 +211,12 @@ def test_a_long_training_compiles_if_there_is_a_compiler(monkeypatch: pytest.Mon
     auto = section(device="cpu", compile="auto")
     an_hour = 3600 * 3e10 * 3
     shares = (0.1, 0.4, 0.6, 10)
-    assert [resolve_runtime(auto, share * an_hour, QWEN3).is_compiled for share in shares] == [False, False, True, True]
+    assert [resolve_runtime(auto, share * an_hour, QWEN3).is_compiled for share in shares] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert not resolve_runtime(auto, an_hour, GPT2).is_compiled
     assert not resolve_runtime(section(device="cpu", compile=False), an_hour, QWEN3).is_compiled
     with monkeypatch.context() as ranked:

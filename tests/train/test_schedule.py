@@ -15,7 +15,13 @@ SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
 def section(schedule: str, **changes: Any) -> TrainParams:
-    base = {"lr": 1.0, "warmup_steps": 10, "final_lr_fraction": 0.1, "decay_fraction": 0.5, "max_steps": N_STEPS}
+    base = {
+        "lr": 1.0,
+        "warmup_steps": 10,
+        "final_lr_fraction": 0.1,
+        "decay_fraction": 0.5,
+        "max_steps": N_STEPS,
+    }
     return TrainParams(**{**tiny.TRAIN, **base, "schedule": schedule, **changes})
 
 
@@ -35,7 +41,9 @@ def test_the_learning_rate_at_given_steps(schedule: str, points: dict[int, float
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 1, 10, 100])
-def test_the_learning_rate_is_positive_at_most_lr_and_never_rises_after_the_warmup(schedule: str, warmup: int) -> None:
+def test_the_learning_rate_is_positive_at_most_lr_and_never_rises_after_the_warmup(
+    schedule: str, warmup: int
+) -> None:
     rates = [learning_rate(step, N_STEPS, section(schedule, warmup_steps=warmup)) for step in range(N_STEPS)]
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[:warmup] == sorted(rates[:warmup])

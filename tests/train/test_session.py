@@ -28,7 +28,14 @@ from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import load_model
 from gptpipe.params import Params
 from gptpipe.score.metrics import Metrics, compute_metrics
-from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, Interrupted, NumericError, ResourceError
+from gptpipe.shell.errors import (
+    ConfigError,
+    InputError,
+    IntegrityError,
+    Interrupted,
+    NumericError,
+    ResourceError,
+)
 from gptpipe.split.split import split
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train import session
@@ -226,7 +233,9 @@ def test_a_finished_training_is_not_repeated(project: Project, capsys: pytest.Ca
     assert second.entries == first.entries  # with the same times: no step was repeated
 
 
-def test_a_training_finished_by_other_code_is_repeated(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_finished_by_other_code_is_repeated(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project.train(tiny.params())
     describe = Runtime.describe
     monkeypatch.setattr(Runtime, "describe", lambda self: {**describe(self), "training_code": "other"})
@@ -298,7 +307,13 @@ def test_a_red_flag_that_no_longer_holds_leaves_the_record(
     """Also if the training was interrupted in between. Otherwise the record would contain opposite advice."""
 
     def flags(history: list[Validation], n_steps: int) -> dict[str, str]:
-        return {"lr_too_low": "too low"} if len(history) == 2 else {"exploding": "too high"} if len(history) > 2 else {}
+        return (
+            {"lr_too_low": "too low"}
+            if len(history) == 2
+            else {"exploding": "too high"}
+            if len(history) > 2
+            else {}
+        )
 
     monkeypatch.setattr(session, "red_flags", flags)
     with pytest.raises(Interrupted):
@@ -356,7 +371,9 @@ def test_out_of_memory_in_the_update_is_a_resource_error_that_names_the_last_ste
 
     def step(*arguments: Any, **options: Any) -> None:
         if next(updates, None) is None:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 7 bytes"
+            )
         update(*arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -364,7 +381,9 @@ def test_out_of_memory_in_the_update_is_a_resource_error_that_names_the_last_ste
         project.train(tiny.params())
 
 
-def test_an_inexact_resume_is_mentioned_in_the_model_card(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inexact_resume_is_mentioned_in_the_model_card(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Interrupted):
         project.train(tiny.params(), stop_at=5)
     describe = Runtime.describe
@@ -442,10 +461,16 @@ def recorded_steps(record: ListRecord) -> list[int]:
     return [step for step, _, metrics in record.entries if "train/loss" in metrics]
 
 
-@pytest.mark.parametrize("error", [None, ResourceError("no memory"), RuntimeError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [None, ResourceError("no memory"), RuntimeError("a bug"), KeyboardInterrupt()]
+)
 @pytest.mark.parametrize(("on_spike", "n_recorded"), [("stop", 7), ("rollback", 6)])
 def test_the_record_of_a_training_that_fails_has_its_last_points(
-    project: Project, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, on_spike: str, n_recorded: int
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None,
+    on_spike: str,
+    n_recorded: int,
 ) -> None:
     """The batch of step 8 fails; the last save was at 6. After a roll-back, other values would follow that save."""
     fail_at_batch(monkeypatch, project, 7, error)
@@ -515,7 +540,9 @@ def test_other_changes_of_on_spike_keep_the_run(project: Project) -> None:
     assert not any("continues_run" in record.tagged for record in project.records)
 
 
-def test_a_loss_that_always_fails_is_not_rolled_back_forever(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_always_fails_is_not_rolled_back_forever(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(GPT, "loss", lambda self, x, y, **_: self.hidden(x).sum() * math.nan)
     with pytest.raises(NumericError, match="step 1"):
         project.train(tiny.params(train__on_spike="rollback"))
@@ -533,7 +560,9 @@ def test_a_training_can_start_from_a_model(project: Project) -> None:
     project.train(tiny.params(train__init_from=folder, train__max_steps=4))
     validations = pd.read_csv(project.root / "reports/train.validations.csv")
     assert validations["val_loss"][0] == pytest.approx(before, rel=1e-5)
-    assert f"trained from the weights in {as_text(folder)}" in (project.root / "models/gpt/README.md").read_text()
+    assert (
+        f"trained from the weights in {as_text(folder)}" in (project.root / "models/gpt/README.md").read_text()
+    )
 
 
 def test_a_training_does_not_start_from_a_model_for_other_tokens(project: Project, tmp_path: Path) -> None:
@@ -577,7 +606,9 @@ def test_a_batch_that_cannot_fit_is_an_error_before_the_first_step(
     project: Project, monkeypatch: pytest.MonkeyPatch, size: int | None
 ) -> None:
     monkeypatch.setattr("gptpipe.train.session.free_bytes", lambda _: 1 << 16)
-    with pytest.raises(ResourceError, match=f"micro-batches of {size or 1} need about 0.0 GiB, 0.0 are free") as caught:
+    with pytest.raises(
+        ResourceError, match=f"micro-batches of {size or 1} need about 0.0 GiB, 0.0 are free"
+    ) as caught:
         project.train(tiny.params(train__micro_batch_size=size))
     assert caught.value.exit_code == 5
     assert project.records == project.checkpoints() == []
@@ -589,7 +620,9 @@ def test_too_little_text_is_an_input_error(project: Project) -> None:
     params = split_params(val_fraction=0.0, test_fraction=0.2)
     split(project.split.parent / "tokens", project.root / "split", params, 7)
     project.split = project.root / "split"
-    with pytest.raises(InputError, match=r"validation split is empty; raise split\.val_fraction or add documents"):
+    with pytest.raises(
+        InputError, match=r"validation split is empty; raise split\.val_fraction or add documents"
+    ):
         project.train(tiny.params())
     assert project.records == []
 
