@@ -2,18 +2,21 @@
 
     python -m benchmarks.data_plane [--datatrove PYTHON]
 
-The text is the docstrings of this machine's Python in JSON lines, in documents of 100 and of 4,000 characters. Each
-stage runs in a new process on a quarter of the text and on all of it. CPU seconds per GB are the difference of both,
-so starting processes does not count. Wall time is that of the whole text, without imports. The best round counts.
+The text is the docstrings of this machine's Python in JSON lines, in documents of 100 and of 4,000 characters.
+Each stage runs in a new process on a quarter of the text and on all of it. CPU seconds per GB are the
+difference of both, so starting processes does not count. Wall time is that of the whole text, without imports.
+The best round counts.
 
-Parent CPU is that of the process that divides the work; it limits the speed on any number of cores. The limit for n
-cores is the lower of n times the rate of one core, and the rate at which the parent is always busy.
+Parent CPU is that of the process that divides the work; it limits the speed on any number of cores. The limit
+for n cores is the lower of n times the rate of one core, and the rate at which the parent is always busy.
 
-The physical limit is the least work on all cores of this machine, on texts in memory and without Python between:
-SHA-256 and zstd of the texts for collect, tiktoken for tokenize, reading the text and the tokens for split.
+The physical limit is the least work on all cores of this machine, on texts in memory and without Python
+between: SHA-256 and zstd of the texts for collect, tiktoken for tokenize, reading the text and the tokens for
+split.
 
-datatrove needs a Python of its own, with `datatrove[processing,io]` and `orjson`; see benchmarks/datatrove_peer.py.
-Takes about an hour on two idle cores, and 1.5 GB on the disk of the temporary folder (TMPDIR).
+datatrove needs a Python of its own, with `datatrove[processing,io]` and `orjson`; see
+benchmarks/datatrove_peer.py. Takes about an hour on two idle cores, and 1.5 GB on the disk of the temporary
+folder (TMPDIR).
 """
 
 import argparse
@@ -80,12 +83,10 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # to wait for processes whose parent has ended
     peer = ""
     if options.datatrove:
-        peer = (
-            f", {subprocess.check_output([options.datatrove, PEER, 'versions', '.', '1'], text=True).strip()}"
-        )
-    print(
-        f"{platform.platform()}, {n_workers()} workers, {options.megabytes} MB of text, pyarrow {pa.__version__}{peer}"
-    )
+        versions = subprocess.check_output([options.datatrove, PEER, "versions", ".", "1"], text=True)
+        peer = f", {versions.strip()}"
+    text = f"{options.megabytes} MB of text"
+    print(f"{platform.platform()}, {n_workers()} workers, {text}, pyarrow {pa.__version__}{peer}")
     print(f"\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as name:
@@ -117,7 +118,7 @@ def measure(folder: Path, length: int, options: argparse.Namespace) -> Iterator[
 
 
 def write_texts(folders: list[Path], length: int, n_bytes: int) -> list[int]:
-    """Pieces of docstrings of `length` characters, chosen with a fixed seed; a quarter of them in the first folder.
+    """Pieces of docstrings of `length` characters, chosen with a fixed seed; a quarter in the first folder.
 
     Returns the bytes of text in each folder.
     """
@@ -228,9 +229,8 @@ def _least_work(stage: str, folder: Path, file: Path) -> float:
     """Seconds of the least work on one shard."""
     if stage == "split":
         started = time.perf_counter()
-        pq.read_table(
-            file, columns=["tokens" if "tokens" in pq.read_schema(file).names else "text"], use_threads=False
-        )
+        column = "tokens" if "tokens" in pq.read_schema(file).names else "text"
+        pq.read_table(file, columns=[column], use_threads=False)
         return time.perf_counter() - started
     texts = pq.read_table(file, columns=["text"])["text"].to_pylist()
     if stage == "tokenize":

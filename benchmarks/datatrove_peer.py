@@ -1,10 +1,10 @@
-"""datatrove on the text of `benchmarks.data_plane`: exact deduplication and tokenizing, as its documentation shows.
+"""datatrove on the text of `benchmarks.data_plane`: exact deduplication and tokenizing, as documented.
 
     python datatrove_peer.py TASK FOLDER WORKERS
 
-TASK is `versions`, `dedup` or `tokenize`. Runs in a Python that has `datatrove[processing,io]` and `orjson`, without
-gptpipe. Downloads nothing: FOLDER contains `texts/*.jsonl` and `tokenizer.json`. Prints the wall seconds, without
-imports.
+TASK is `versions`, `dedup` or `tokenize`. Runs in a Python that has `datatrove[processing,io]` and `orjson`,
+without gptpipe. Downloads nothing: FOLDER contains `texts/*.jsonl` and `tokenizer.json`. Prints the wall
+seconds, without imports.
 """
 
 import os

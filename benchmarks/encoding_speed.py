@@ -2,12 +2,13 @@
 
     python -m benchmarks.encoding_speed
 
-The text is the docstrings of this machine's Python, in documents of 100 and of 4,000 characters, with the encoding
-`gpt2` and with one trained on the text. gptpipe reads and writes Parquet; the other programs get texts in memory and
-discard their ids. All take turns, and the best round counts. Numbers are ratios to a single-process loop of
-`tiktoken.encode_ordinary`, and to the physical limit, which is tiktoken on all cores without file work: on a shared
-machine only ratios can be compared. `tokenize` gets a trained tokenizer; the row below it includes the training.
-Takes a quarter of an hour on two idle cores. The other stages, CPU seconds and memory: `benchmarks.data_plane`.
+The text is the docstrings of this machine's Python, in documents of 100 and of 4,000 characters, with the
+encoding `gpt2` and with one trained on the text. gptpipe reads and writes Parquet; the other programs get texts
+in memory and discard their ids. All take turns, and the best round counts. Numbers are ratios to a
+single-process loop of `tiktoken.encode_ordinary`, and to the physical limit, which is tiktoken on all cores
+without file work: on a shared machine only ratios can be compared. `tokenize` gets a trained tokenizer; the row
+below it includes the training. Takes a quarter of an hour on two idle cores. The other stages, CPU seconds and
+memory: `benchmarks.data_plane`.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     print(f"{platform.platform()}, {n_workers()} workers, {options.megabytes} MB of text\n")
     print(
-        "| documents | encoding | program | MB/s | times the tiktoken loop | of the limit |\n|---|---|---|---|---|---|"
+        "| documents | encoding | program | MB/s | times the tiktoken loop | of the limit |\n"
+        "|---|---|---|---|---|---|"
     )
     for length in (100, 4000):
         texts = make_texts(length, options.megabytes * 1_000_000)
@@ -87,9 +89,8 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
     theirs = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer)))
     table = datasets.Dataset.from_dict({"text": texts})
     PARTS[:] = [texts[i :: n_workers()] for i in range(n_workers())]
-    pool = ProcessPoolExecutor(
-        n_workers(), get_context("fork")
-    )  # forked: it has the texts before the clock starts
+    # Forked: it has the texts before the clock starts.
+    pool = ProcessPoolExecutor(n_workers(), get_context("fork"))
     tokenizer_folder = folder / "tokenizer"
     tokenizer.save(tokenizer_folder)
     list(pool.map(part_loop, range(n_workers()), [tokenizer_folder] * n_workers()))

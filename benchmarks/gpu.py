@@ -3,10 +3,10 @@
     python -m benchmarks.gpu [--seconds 600] [--peak 989e12]
     python -m benchmarks.gpu --rehearse        # a small shape on a CPU, to check that everything works
 
-Steps have context 1,024, in bfloat16, compiled, beside `transformers` and a plain loop. The share is MFU: model FLOPs
-relative to --peak, the device's dense bfloat16 FLOP/s (default: an H100 or H200). The training runs `dvc repro` stage
-by stage in a copy of the project, on the source code of Python and of the installed packages, with GPT-2's encoding.
-Writes benchmarks/results/gpu.md and gpu.svg; a rehearsal writes nothing.
+Steps have context 1,024, in bfloat16, compiled, beside `transformers` and a plain loop. The share is MFU: model
+FLOPs relative to --peak, the device's dense bfloat16 FLOP/s (default: an H100 or H200). The training runs
+`dvc repro` stage by stage in a copy of the project, on the source code of Python and of the installed packages,
+with GPT-2's encoding. Writes benchmarks/results/gpu.md and gpu.svg; a rehearsal writes nothing.
 """
 
 import argparse
@@ -69,19 +69,21 @@ def train(folder: Path, shape: tuple[int, ...], n_tokens: int, is_small: bool) -
     params["tokenize"]["encoding"] = "gpt2"
     params["split"] |= {"val_fraction": 0.01, "test_fraction": 0.0}
     params["model"] |= {
-        "architecture": "gpt2", "context_length": context, "n_layer": n_layer, "n_head": n_head, "n_kv_head": n_head,
-        "n_embd": width, "n_inner": 4 * width, "tie_embeddings": True,
+        "architecture": "gpt2", "context_length": context, "n_layer": n_layer, "n_head": n_head,
+        "n_kv_head": n_head, "n_embd": width, "n_inner": 4 * width, "tie_embeddings": True,
     }  # fmt: skip
     batch_size *= 1 if is_small else 16  # a quarter of a million tokens a step
     n_steps = max(20, n_tokens // (batch_size * context))
     params["train"] |= {
-        "optimizer": "adamw", "lr": 6e-4, "schedule": "cosine", "warmup_steps": n_steps // 10, "batch_size": batch_size,
-        "stride": context, "max_steps": n_steps, "eval_every": max(1, n_steps // 10), "save_every": n_steps,
+        "optimizer": "adamw", "lr": 6e-4, "schedule": "cosine", "warmup_steps": n_steps // 10,
+        "batch_size": batch_size, "stride": context, "max_steps": n_steps,
+        "eval_every": max(1, n_steps // 10), "save_every": n_steps,
     }  # fmt: skip
     yaml.dump(params, path)
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
     for stage in STAGES:
-        subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=project, check=True, stdout=sys.stderr,
-                       env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"})  # fmt: skip
+        command = [sys.executable, "-m", f"stages.{stage}"]
+        subprocess.run(command, cwd=project, check=True, stdout=sys.stderr, env=environment)
     return pd.read_csv(project / "reports/train.validations.csv")
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.large_corpus [--gigabytes 0.03 0.3] [--encoding gpt2]
 
-Each size gets its own project, with documents of 4,000 characters from this machine's Python in one JSON lines file.
-The stages run as under `dvc repro`. Resident memory is the peak of a stage and all its processes together, sampled ten
-times a second; pages of mapped files count too. Needs twice the size on the disk of the temporary folder (TMPDIR).
+Each size gets its own project, with documents of 4,000 characters from this machine's Python in one JSON lines
+file. The stages run as under `dvc repro`. Resident memory is the peak of a stage and all its processes
+together, sampled ten times a second; pages of mapped files count too. Needs twice the size on the disk of the
+temporary folder (TMPDIR).
 """
 
 import argparse

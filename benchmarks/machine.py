@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a description of the machine, its matrix-product rate, and numbers with their spread."""
+"""Shared by the benchmarks: the machine's description and matrix-product rate, numbers with their spread."""
 
 import platform
 import statistics

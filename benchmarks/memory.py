@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory
 
-Vocabulary 50,257, batches of 16 x 512 tokens, 4 layers of width 256. Each contender takes two steps in a separate
-process. The plain loop is the one of benchmarks.training_speed. The table also shows what a process holds before it
-builds a model (Python and torch).
+Vocabulary 50,257, batches of 16 x 512 tokens, 4 layers of width 256. Each contender takes two steps in a
+separate process. The plain loop is the one of benchmarks.training_speed. The table also shows what a process
+holds before it builds a model (Python and torch).
 """
 
 import argparse

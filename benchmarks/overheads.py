@@ -3,8 +3,9 @@
     dvc repro split && python -m benchmarks.overheads
 
 Uses the split in data/split and the settings of params.yaml. It measures cutting batches, validation, saving
-checkpoints, start-up (from the end of the imports to the first step, without the first validation), and the record:
-steps beside a thread that logs to a live, a refused and a silent server, each compared with no record, in turns.
+checkpoints, start-up (from the end of the imports to the first step, without the first validation), and the
+record: steps beside a thread that logs to a live, a refused and a silent server, each compared with no record,
+in turns.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def typical(action: Callable[[], Any], n: int) -> float:
 
 
 def start_up() -> tuple[float, float]:
-    """Seconds from the call of train_model to its first step, without the validation; and those of the validation."""
+    """Seconds from the call of train_model to its first step, except the validation; and of the validation."""
     validated = [0.0]
 
     def timed(*arguments: Any, **options: Any) -> Any:
@@ -158,7 +159,7 @@ def beside_a_record(step: Callable[[], Any]) -> dict[str, float]:
 
 @contextmanager
 def servers(folder: Path) -> Iterator[dict[str, str]]:
-    """Addresses of a live `mlflow server`, of a port that refuses, and of one that accepts calls and never answers."""
+    """Addresses of a live `mlflow server`, of a port that refuses, and of one that accepts and says nothing."""
     live, refused, silent = (socket.create_server(("127.0.0.1", 0)) for _ in range(3))
     ports = [server.getsockname()[1] for server in (live, refused, silent)]
     live.close()

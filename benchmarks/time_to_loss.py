@@ -2,11 +2,11 @@
 
     python -m benchmarks.time_to_loss TEXT [--seeds 3]
 
-Tokens are characters; the first 90% are for training and the last 10% for validation, as in nanoGPT. The peer uses the
-settings of nanoGPT's README for a CPU (4 layers, 4 heads, width 128, context 64, batch 12, AdamW from 1e-3 to 1e-4
-along a cosine after 100 steps of warm-up, betas 0.9 and 0.99, no dropout, 2,000 steps), with `transformers`' GPT-2 and
-torch's fused AdamW. Its time contains only its steps. Our time is that of a whole process, from its start to its last
-validation: first to the given loss, then for as long as the peer needed.
+Tokens are characters; the first 90% are for training and the last 10% for validation, as in nanoGPT. The peer
+uses the settings of nanoGPT's README for a CPU (4 layers, 4 heads, width 128, context 64, batch 12, AdamW from
+1e-3 to 1e-4 along a cosine after 100 steps of warm-up, betas 0.9 and 0.99, no dropout, 2,000 steps), with
+`transformers`' GPT-2 and torch's fused AdamW. Its time contains only its steps. Our time is that of a whole
+process, from its start to its last validation: first to the given loss, then for as long as the peer needed.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def train_ours(
 
 
 def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan: Plan) -> Plan:
-    """Train until about ten steps remain; returns the plan whose last step and validation end before `until`."""
+    """Train until about ten steps remain; returns a plan whose last step and validation end before `until`."""
     started = time.perf_counter()
     score(state.model, val)
     validation = 1.2 * (time.perf_counter() - started)
@@ -151,7 +151,7 @@ def in_time(until: float, state: TrainState, batches: Batches, val: Stream, plan
 
 
 def train_peer(tokens: npt.NDArray[np.uint16], n_characters: int, seed: int) -> tuple[float, float, float]:
-    """Seconds of the steps to the given loss (or to the end), seconds of all steps, and the last validation loss."""
+    """Seconds of the steps to the given loss (or to the end) and of all steps, and the last validation loss."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     context, batch_size, n_steps, n_warmup = 64, 12, 2000, 100

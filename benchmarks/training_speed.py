@@ -2,10 +2,10 @@
 
     python -m benchmarks.training_speed [--compile] [--rounds 5] [--only SHAPE]
 
-A step is forward, backward, gradient clipping and AdamW's update, on random tokens. The plain loop is a GPT-2 in the
-style of nanoGPT with torch's fused AdamW. All contenders of a shape take turns in one process, so that other load
-affects all of them; the result of each is its fastest turn. The share is model FLOPs relative to the fastest rate of
-large float32 matrix products, measured between the turns.
+A step is forward, backward, gradient clipping and AdamW's update, on random tokens. The plain loop is a GPT-2
+in the style of nanoGPT with torch's fused AdamW. All contenders of a shape take turns in one process, so that
+other load affects all of them; the result of each is its fastest turn. The share is model FLOPs relative to the
+fastest rate of large float32 matrix products, measured between the turns.
 
 On a GPU: `python -m benchmarks.gpu`.
 """
@@ -157,10 +157,8 @@ def stepper(
     model.to(device).train()
     params = load_params().train.model_copy(update={"optimizer": "adamw", "lr": 1e-4, "warmup_steps": 0})
     compiled = torch.compile(loss, dynamic=False) if compiles else loss
-    state, plan = (
-        TrainState(model, build_optimizers(model, params), 0),
-        Plan(params, 10**6, 0, precision, compiled),
-    )
+    state = TrainState(model, build_optimizers(model, params), 0)
+    plan = Plan(params, 10**6, 0, precision, compiled)
 
     def step(tokens: Tensor, targets: Tensor) -> None:
         runtime.be_deterministic()  # as every training of ours is, and the others need not be
@@ -194,8 +192,9 @@ def transformers_gpt2(sizes: dict[str, int], vocab_size: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=vocab_size, n_positions=sizes["context_length"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
-        n_embd=sizes["n_embd"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        vocab_size=vocab_size, n_positions=sizes["context_length"], n_layer=sizes["n_layer"],
+        n_head=sizes["n_head"], n_embd=sizes["n_embd"],
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
     )  # fmt: skip
     model: nn.Module = GPT2LMHeadModel(config)
     return model
@@ -205,8 +204,8 @@ def transformers_llama(sizes: dict[str, int], vocab_size: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocab_size, max_position_embeddings=sizes["context_length"], num_hidden_layers=sizes["n_layer"],
-        num_attention_heads=sizes["n_head"], hidden_size=sizes["n_embd"],
+        vocab_size=vocab_size, max_position_embeddings=sizes["context_length"],
+        num_hidden_layers=sizes["n_layer"], num_attention_heads=sizes["n_head"], hidden_size=sizes["n_embd"],
         intermediate_size=inner_width(sizes["n_embd"]), tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     model: nn.Module = LlamaForCausalLM(config)
@@ -239,10 +238,8 @@ class PlainGPT(nn.Module):
     def __init__(self, sizes: dict[str, int], vocab_size: int) -> None:
         super().__init__()
         width = sizes["n_embd"]
-        self.tokens, self.positions = (
-            nn.Embedding(vocab_size, width),
-            nn.Embedding(sizes["context_length"], width),
-        )
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(sizes["context_length"], width)
         self.blocks = nn.Sequential(*(PlainBlock(width, sizes["n_head"]) for _ in range(sizes["n_layer"])))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size, bias=False)
         self.head.weight = self.tokens.weight

@@ -22,8 +22,9 @@ from gptpipe.tokenize.params import TokenizeParams
 
 SharedFolder = Callable[[str, Callable[[Path], object]], Path]
 ROOT = Path(__file__).parents[1]
-# Each file of tests runs on one worker (`--dist loadfile`). The longest come first, so that all workers end together.
-# A file that does not need `reproduced` is second, because the second worker would only wait for the first to build it.
+# Each file of tests runs on one worker (`--dist loadfile`). The longest come first, so that all workers end
+# together. A file that does not need `reproduced` is second, because the second worker would only wait for the
+# first to build it.
 LONGEST_FILES = (
     "tests/test_experiments.py",
     "tests/train/test_distributed.py",
@@ -47,15 +48,13 @@ SETTINGS = (
     "GPTPIPE_ENGINE",
     "RAY_ADDRESS",
 )
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: several workers with several threads each slow down
-)
+# Before torch is imported: several workers with several threads each slow down.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Most tests write small files that are synced to the disk one by one. In shared memory, syncing costs nothing.
 SHARED_MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 4 << 30
 if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_BYTES:
-    os.environ.setdefault(
-        "PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY)
-    )  # where pytest makes its temporary folders
+    # Where pytest makes its temporary folders.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,7 +89,7 @@ def fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep settings of the caller's shell away from tests, and the cache of tiktoken in the test's own folder."""
+    """Keep settings of the caller's shell away from tests, and tiktoken's cache in the test's own folder."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
@@ -145,7 +144,7 @@ def collect_params() -> Callable[..., CollectParams]:
 
 @pytest.fixture(scope="session")
 def reproduced(shared_folder: SharedFolder) -> Path:
-    """A project after its first `dvc repro`, committed. All workers share it: run nothing in it, use `project_copy`."""
+    """A project after its first `dvc repro`, committed. All share it: run nothing in it, use `project_copy`."""
 
     def build(folder: Path) -> None:
         make_project(folder)

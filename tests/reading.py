@@ -28,7 +28,7 @@ def read_source(params: CollectParams, digests: dict[str, str] | None = None) ->
 def find_candidates_with(
     part: Part, *, folder: Any, params: CollectParams, constants: dict[str, int]
 ) -> tuple[Part, dict[str, Any]]:
-    """`find_candidates` in a worker process, where some constants such as `readers._MEMORY` have other values."""
+    """`find_candidates` in a worker process, where constants such as `readers._MEMORY` have other values."""
     for name, value in constants.items():
         module, constant = name.split(".")
         setattr(importlib.import_module(f"gptpipe.collect.{module}"), constant, value)

@@ -1,4 +1,4 @@
-"""The structure of the code: packages only import lower layers, and one list names the code that affects each stage."""
+"""The structure of the code: packages import only lower layers; a list names the code that affects a stage."""
 
 import ast
 import os

@@ -64,8 +64,8 @@ def test_the_own_output_is_refused_before_the_stage_trains(project_copy: Path) -
 def test_a_finished_training_is_extended_from_the_state_that_dvc_keeps(
     project_copy: Path, tmp_path: Path
 ) -> None:
-    """Also after the checkpoints are gone and the state has come from a remote. The result is that of a training with
-    the larger number of steps from the start.
+    """Also after the checkpoints are gone and the state has come from a remote. The result is that of a
+    training with the larger number of steps from the start.
     """
     set_params(project_copy, {"train.schedule": "wsd"})
     run(project_copy, "dvc", "repro")

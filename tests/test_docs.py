@@ -1,4 +1,4 @@
-"""The documentation names only what exists: links, commands, options, parameters, variables, exit codes and files."""
+"""Documentation names only what exists: links, commands, options, parameters, variables, exit codes, files."""
 
 import ast
 import importlib.util
@@ -252,9 +252,8 @@ def test_every_command_is_documented(
     monkeypatch.setattr("sys.argv", ["gptpipe", "no-such-command"])
     with pytest.raises(SystemExit):
         cli.main()
-    names = re.findall(
-        "[a-z]+", capsys.readouterr().err.partition("choose from")[2]
-    )  # argparse lists all commands
+    # The message of argparse lists all commands.
+    names = re.findall("[a-z]+", capsys.readouterr().err.partition("choose from")[2])
     assert "plan" in names
     text = "".join(page.read_text() for page in PAGES)
     for name in names:

@@ -1,4 +1,4 @@
-"""`dvc exp run` as a user runs it: in place, with `--temp` and with `--queue`; experiments resumed and restored."""
+"""`dvc exp run` as users run it: in place, with `--temp`, with `--queue`; experiments resumed and restored."""
 
 import os
 import signal
@@ -15,10 +15,8 @@ from toy_pipeline import copy_project, digests, environment, run
 
 pytestmark = pytest.mark.slow  # each test runs stages train and evaluate, mostly more than once
 
-CHANGE = (
-    "-S",
-    "train.max_steps=60",
-)  # so many steps that a kill after the first checkpoint interrupts the training
+# So many steps that a kill after the first checkpoint interrupts the training.
+CHANGE = ("-S", "train.max_steps=60")
 EDITED_FILE = "gptpipe/shell/errors.py"
 EDIT = "# a change that is in no commit\n"
 
@@ -76,7 +74,7 @@ def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill
 def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(
     project_copy: Path, in_place: Experiment
 ) -> None:
-    """The queue runs again with two jobs: they resume the killed experiment and run a sweep of two learning rates."""
+    """The queue runs again with two jobs: they resume the killed experiment and sweep two learning rates."""
     queue, run_all = ["dvc", "exp", "run", "--queue"], ["dvc", "exp", "run", "--run-all"]
     run(project_copy, *queue, "-n", "first", "train", *CHANGE)
     checkpoints = kill_in_training(project_copy, run_all)
@@ -101,7 +99,7 @@ def check_only_train_and_evaluate_ran(output: str) -> None:
 
 
 def check_restore(project: Path, run_id: str, outputs: dict[str, str]) -> None:
-    """The command in the run's MLflow description restores code, parameters, data and model, whatever changed since."""
+    """The command in a run's description restores code, parameters, data and model, whatever has changed."""
     tags = tags_of_run(project, run_id)
     assert tags["changed"] == "train.max_steps=60"
     assert tags["sweep"].endswith(": train.max_steps")
@@ -136,7 +134,7 @@ def tags_of_run(project: Path, run_id: str) -> dict[str, str]:
 
 
 def kill_in_training(project: Path, command: list[str]) -> Path:
-    """Run an experiment and kill its stage train after the first checkpoint. Returns the folder of checkpoints."""
+    """Run an experiment; kill its stage train after the first checkpoint. Returns the folder of checkpoints."""
     output = project.with_name("output")
     with output.open("w") as file:
         experiment = subprocess.Popen(command, cwd=project, env=environment(), stdout=file, stderr=file)

@@ -27,7 +27,7 @@ def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(
 def test_a_second_repro_has_nothing_to_do_whatever_was_edited_that_changes_no_result(
     project_copy: Path,
 ) -> None:
-    """The doctor, the plan, the console and the record of a run; files that an editor or Python leaves in a package."""
+    """The doctor, plan, console and record of a run; files that an editor or Python leaves in a package."""
     package = project_copy / "gptpipe"
     for name in ("commands/doctor.py", "commands/plan.py", "shell/console.py", "record/store.py", "params.py"):
         with (package / name).open("a") as file:
@@ -65,10 +65,9 @@ def test_the_doctor_finds_no_fault_and_then_a_missing_file(project_copy: Path) -
 
     code, marks = doctor()
     assert code == 0
-    assert {mark for name, mark in marks.items() if name != "versions"} == {
-        "ok"
-    }  # the user chooses the versions
-    assert len(marks) == 24
+    # The user chooses the versions.
+    assert {mark for name, mark in marks.items() if name != "versions"} == {"ok"}
+    assert len(marks) == 27
     (project_copy / "models/gpt/config.json").unlink()
     code, marks = doctor()
     assert (code, marks["pipeline"], marks["models/gpt"]) == (4, "warning", "error")

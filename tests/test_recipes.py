@@ -49,9 +49,8 @@ def test_a_recipe_sets_parameters_that_exist(recipe: Path, tmp_path: Path, filte
 
 def test_the_loader_accepts_the_sources_in_the_documentation() -> None:
     block = re.findall(r"```yaml\n(collect:.*?)```", (ROOT / "docs/your-data.md").read_text(), re.DOTALL)[0]
-    block = block.replace('sha256: "..."', f"sha256: {'ab' * 32}").replace(
-        'revision: "..."', f"revision: {'ab' * 20}"
-    )
+    block = block.replace('sha256: "..."', f"sha256: {'ab' * 32}")
+    block = block.replace('revision: "..."', f"revision: {'ab' * 20}")
     sources = YAML(typ="safe", pure=True).load(block)["collect"]["sources"]
     params = CollectParams.model_validate_json(
         json.dumps({**load_params().collect.model_dump(), "sources": sources})

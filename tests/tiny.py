@@ -151,7 +151,7 @@ def network(vocab_size: int = 50, seed: int = 0, **changes: Any) -> GPT:
 
 
 def trained_state(n_steps: int = 0, **changes: Any) -> tuple[TrainState, Batches, Plan]:
-    """A state `n_steps` into a training on made-up tokens, with what it takes to go on; `changes` as in params()."""
+    """A state `n_steps` into a training on made-up tokens, ready to go on; `changes` as in params()."""
     p = params(**changes)
     torch.manual_seed(p.seed)
     model = GPT(p.model, 50)
@@ -171,7 +171,7 @@ def token_ids(*shape: int, vocab_size: int = 50, seed: int = 1) -> torch.Tensor:
 
 
 def make_split(folder: Path, n_documents: int = 90) -> Path:
-    """Two sources of made-up sentences through the real collect, tokenize and split; returns the split's folder."""
+    """Two sources of made-up sentences through the real collect, tokenize and split; returns its folder."""
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(WORDS, size=int(rng.integers(6, 30)))) + "." for _ in range(n_documents)]
     texts = (folder / "one.txt", folder / "two.txt")

@@ -13,7 +13,9 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {
-    "collect.sources": '[{kind: text, paths: ["data/sources/*.txt"], document: separator, separator: "\\n\\n\\n"}]',
+    "collect.sources": (
+        '[{kind: text, paths: ["data/sources/*.txt"], document: separator, separator: "\\n\\n\\n"}]'
+    ),
     "collect.dedup": "exact",  # the documents resemble each other
     "tokenize.vocab_size": 300,
     "split.val_fraction": 0.3,
@@ -69,7 +71,7 @@ def documents() -> str:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a project's commands: the tests' interpreter comes first in PATH, and no setting leaks in."""
+    """The environment of a project's commands: the tests' interpreter is first in PATH, no setting leaks in."""
     outer = {
         key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "GPTPIPE_"))
     }
@@ -89,7 +91,7 @@ def run(project: Path, *command: str, check: bool = True) -> subprocess.Complete
 
 
 def make_project(folder: Path) -> Path:
-    """A copy of this project, with uncommitted changes, tiny parameters and its own corpus; committed to git."""
+    """A copy of this project, with uncommitted changes, tiny parameters and its own corpus; committed."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )

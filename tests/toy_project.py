@@ -57,9 +57,8 @@ class ListRecord:
         self.texts[name] = content
 
     def tags(self, tags: dict[str, str]) -> None:
-        self.tagged = {
-            name: text for name, text in {**self.tagged, **tags}.items() if text
-        }  # as the store does
+        # As the store does.
+        self.tagged = {name: text for name, text in {**self.tagged, **tags}.items() if text}
 
 
 class Project:
@@ -96,9 +95,8 @@ def end_at_a_write(folder: Path) -> None:
 
     def check(event: str, arguments: tuple[Any, ...]) -> None:
         opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (opens or event in ("os.rename", "os.mkdir", "os.remove")) and str(arguments[0]).startswith(
-            str(folder)
-        ):
+        changes = opens or event in ("os.rename", "os.mkdir", "os.remove")
+        if changes and str(arguments[0]).startswith(str(folder)):
             os._exit(99)
 
     sys.addaudithook(check)
@@ -143,9 +141,8 @@ def _serve_trainings() -> None:
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     forkserver.set_forkserver_preload(preloaded)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "ARROW_DEFAULT_MEMORY_POOL", "system"
-        )  # as the reader wants it, see gptpipe/base/parallel.py
+        # As the reader wants it, see gptpipe/base/parallel.py.
+        patch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")
         forkserver.ensure_running()
 
 

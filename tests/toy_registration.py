@@ -79,7 +79,7 @@ def at_each_write(do: Callable[[str], None]) -> None:
 
 
 def in_a_child(action: Callable[[], None], fault: str = "", at: int = -1) -> tuple[int, int]:
-    """Run `action` in a forked process, with a fault at the write number `at`; returns its exit code and its writes."""
+    """Run `action` in a forked process, with a fault at write number `at`; returns its exit code and writes."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,7 +1,7 @@
 """Durable single files. The project writes every file through this module.
 
-A file gets its final name only when it is complete and on disk: temporary name in the same folder, flush, fsync,
-rename, fsync of the folder.
+A file gets its final name only when it is complete and on disk: temporary name in the same folder, flush,
+fsync, rename, fsync of the folder.
 """
 
 import errno
@@ -55,7 +55,10 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, kind: type[Model], max_bytes: int) -> Model:
-    """Read a JSON file as an object of `kind`, with strict types. Raises OSError, or ValueError of one short line."""
+    """Read a JSON file as an object of `kind`, with strict types.
+
+    Raises OSError, or ValueError of one short line.
+    """
     try:
         return kind.model_validate_json(read_bytes(path, max_bytes), strict=True)
     except ValidationError as error:
@@ -63,7 +66,7 @@ def read_json(path: Path, kind: type[Model], max_bytes: int) -> Model:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first error of a validation in one short line: its key, which may come from the file, and the reason."""
+    """The first error of a validation in one short line: its key, maybe from the file, and the reason."""
     fault = error.errors()[0]
     key = ".".join(map(str, fault["loc"]))
     return f"{key!r:.100}: {fault['msg']:.200}" if key else f"{fault['msg']:.200}"

@@ -1,7 +1,8 @@
 """The mark of a finished training. Its last checkpoint is kept until stage evaluate is complete.
 
-DVC may be killed after the training ends and before it records the result. Then it runs the stage again. The stage
-finds the mark and only writes its results again, so there is one training and one run in the tracking store.
+DVC may be killed after the training ends and before it records the result. Then it runs the stage again. The
+stage finds the mark and only writes its results again, so there is one training and one run in the tracking
+store.
 """
 
 import shutil

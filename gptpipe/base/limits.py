@@ -14,8 +14,8 @@ from gptpipe.shell.errors import GptpipeError, InputError, ResourceError
 def memory_limit(name: str, n_bytes: int | None) -> Iterator[None]:
     """Let the block allocate at most `n_bytes` more than the process has now; None sets no limit.
 
-    The limit counts addresses (RLIMIT_AS) and exists on Linux only. A MemoryError inside becomes an InputError that
-    says that the file `name` is damaged; without a limit, a ResourceError.
+    The limit counts addresses (RLIMIT_AS) and exists on Linux only. A MemoryError inside becomes an InputError
+    that says that the file `name` is damaged; without a limit, a ResourceError.
     """
     try:
         with _address_limit(n_bytes):

@@ -1,8 +1,8 @@
 """Folders with a manifest. They are built as a whole and verified before use.
 
-`manifest.json` contains the schema version, the SHA-256 and size of every file, counts, the digests of everything
-that the folder was made from, and the SHA-256 of all this. It is written last. A folder gets its final name only
-when it is complete and on disk. Only one process at a time can build it.
+`manifest.json` contains the schema version, the SHA-256 and size of every file, counts, the digests of
+everything that the folder was made from, and the SHA-256 of all this. It is written last. A folder gets its
+final name only when it is complete and on disk. Only one process at a time can build it.
 """
 
 import glob
@@ -37,7 +37,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content and the origin of a folder. It contains no time, so that equal folders have equal manifests."""
+    """The content and the origin of a folder. It contains no time, so equal folders have equal manifests."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,12 +69,14 @@ class NewFolder:
 
 @contextmanager
 def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterator[NewFolder]:
-    """Build a folder and its manifest. A complete folder replaces `target`; after an error, `target` is unchanged.
+    """Build a folder and its manifest.
 
-    `made_from` maps the name of each ancestor to its digest. `key` is a digest of everything that determines the
-    content, except of what the records of `gptpipe.base.resume` cover by keys of their own. With a key, a build that is
-    killed or fails leaves its files for the next build with the same key. Raises ResourceError, also if another process
-    is building the folder.
+    A complete folder replaces `target`; after an error, `target` is unchanged.
+
+    `made_from` maps the name of each ancestor to its digest. `key` is a digest of everything that determines
+    the content, except of what the records of `gptpipe.base.resume` cover by keys of their own. With a key, a
+    build that is killed or fails leaves its files for the next build with the same key. Raises ResourceError,
+    also if another process is building the folder.
     """
     partial = target.with_name(f".{target.name}.{key}.partial" if key else f".{target.name}.partial")
     old = target.with_name(f".{target.name}.old.partial")
@@ -116,7 +118,7 @@ def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
 
 
 def _is_content(name: str) -> bool:
-    """Whether a file stays in a finished folder. Names that start with a dot are for `gptpipe.base.resume` only."""
+    """Whether a file stays in a finished folder. Names with a dot first are for `gptpipe.base.resume` only."""
     return not any(part.startswith(".") for part in Path(name).parts)
 
 

@@ -9,15 +9,15 @@ from markupsafe import Markup
 
 from gptpipe.shell.errors import printable
 
-# Characters that are active anywhere, then those that are active at the start of a line or make an address a link.
+# Characters that are active anywhere, then those active at the start of a line or making an address a link.
 _ACTIVE = re.compile(r"[&<>\\`*_~|\[\]$@]|^[-+=#]|^\d(?=\d*[.)](?:\s|$))|:(?=//)|(?<=www)\.", re.MULTILINE)
 _INDENT = re.compile(r"^(?: {2,}|\t)[ \t]*", re.MULTILINE)  # an indent of four spaces starts a code block
 
 
 def as_text(value: Any) -> Markup:
-    """Markdown that shows a value as it is: active characters become entities, which no parser takes for markup.
+    """Markdown that shows a value as it is.
 
-    A value that is marked as safe does not change.
+    Active characters become entities, which no parser takes for markup. A value marked as safe does not change.
     """
     if isinstance(value, Markup):
         return value

@@ -1,4 +1,4 @@
-"""A parallel map that returns results in order: in processes or threads of this machine, or on a Ray cluster."""
+"""A parallel map with results in order: in processes or threads of this machine, or on a Ray cluster."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,14 +43,15 @@ def map_in_order(
 ) -> Iterator[Result]:
     """Results in the order of the items, for any number of workers. At most two items per worker are in flight.
 
-    Workers are processes; or threads, for work that releases Python's global interpreter lock most of the time. With
-    GPTPIPE_ENGINE=ray they belong to a Ray cluster, unless the work is `local`. `small` says that starting processes
-    would take longer than the work: it is done here or in threads, never on Ray. `isolate` uses a process even for
-    one item or one worker, because native code may crash. `work` must be picklable unless it runs in threads: a
-    function of a module, or a partial of one.
+    Workers are processes; or threads, for work that releases Python's global interpreter lock most of the time.
+    With GPTPIPE_ENGINE=ray they belong to a Ray cluster, unless the work is `local`. `small` says that starting
+    processes would take longer than the work: it is done here or in threads, never on Ray. `isolate` uses a
+    process even for one item or one worker, because native code may crash. `work` must be picklable unless it
+    runs in threads: a function of a module, or a partial of one.
 
-    An error of a worker is raised here. A worker that dies is a ResourceError that names the item by `describe`. If
-    the work parses files from elsewhere, `parses` gives the name of an item's file, and a crash is an InputError.
+    An error of a worker is raised here. A worker that dies is a ResourceError that names the item by
+    `describe`. If the work parses files from elsewhere, `parses` gives the name of an item's file, and a crash
+    is an InputError.
     """
     on_ray = uses_ray() and not (small or local)
     rest = iter(items)

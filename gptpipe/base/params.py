@@ -59,7 +59,10 @@ def read_params(path: Path, kind: type[Params]) -> Params:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """The values of a YAML file. Raises ConfigError if it is too large, or contains values that JSON does not have."""
+    """The values of a YAML file.
+
+    Raises ConfigError if it is too large, or contains values that JSON does not have.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -80,9 +83,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: {first_line(ValueError(error.problem or error.context))}") from error
     except _TooLargeError as error:
         raise ConfigError(f"{path}: {error}; start from the params.yaml of the project") from error
-    except (
-        Exception
-    ) as error:  # ruamel.yaml raises KeyError, AttributeError and others for a value with a wrong tag
+    except Exception as error:  # ruamel.yaml raises KeyError and others for a value with a wrong tag
         raise ConfigError(f"{path}: not plain YAML: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: contains no sections; start from the params.yaml of the project")

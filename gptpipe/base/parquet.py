@@ -1,7 +1,7 @@
 """Parquet shards, written with page checksums, and read in batches of rows with the checksums verified.
 
-Without checksums, most single-bit flips in a Parquet file load as wrong values without an error. The footer has no
-checksum, so the folders of this project are also checked against their manifest before they are read.
+Without checksums, most single-bit flips in a Parquet file load as wrong values without an error. The footer has
+no checksum, so the folders of this project are also checked against their manifest before they are read.
 """
 
 from collections.abc import Iterator
@@ -49,9 +49,8 @@ class ParquetRows:
 def new_parquet(path: Path, schema: pa.Schema) -> Iterator[ParquetRows]:
     """Write a Parquet file that appears only if it is complete. Raises ResourceError."""
     options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
-    if (
-        "tokens" in schema.names
-    ):  # separates low from high bytes: 20% smaller and written in two thirds of the time
+    if "tokens" in schema.names:
+        # Separates low from high bytes: 20% smaller and written in two thirds of the time.
         options["column_encoding"] = {"tokens.list.element": "BYTE_STREAM_SPLIT"}
     with new_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         rows = ParquetRows(writer, schema)
@@ -62,8 +61,8 @@ def new_parquet(path: Path, schema: pa.Schema) -> Iterator[ParquetRows]:
 def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Record batches of some columns, none larger than a row group. Raises IntegrityError for a damaged file.
 
-    The file must be trusted, that is, a shard of this project that was compared with its manifest. A hostile file could
-    crash native code and this process; `gptpipe.collect.tables` reads files from other origins.
+    The file must be trusted, that is, a shard of this project that was compared with its manifest. A hostile
+    file could crash native code and this process; `gptpipe.collect.tables` reads files from other origins.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -78,7 +77,7 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def verify_rows(folder: Path, counts: dict[str, str]) -> Manifest:
-    """Check the files of a folder and the rows of its Parquet files against its manifest, and return the manifest.
+    """Check the files of a folder and the rows of its Parquet files against its manifest; return it.
 
     `counts` maps a glob pattern to the name of a count: the rows of all matching files. Raises IntegrityError.
     """

@@ -1,7 +1,7 @@
 """The tasks of `map_in_order` on a Ray cluster.
 
-Every machine needs gptpipe, and the project's folder under the same path. This process connects once, and disconnects
-when it ends. That takes seconds, so small work is better done locally.
+Every machine needs gptpipe, and the project's folder under the same path. This process connects once, and
+disconnects when it ends. That takes seconds, so small work is better done locally.
 """
 
 import atexit
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class RayTasks(Generic[Item, Result]):
-    """Starts tasks that call `work`. `name_of` names an item in an error; `parses`: an item is a foreign file."""
+    """Starts tasks that call `work`. `name_of` names an item in errors; `parses`: items are foreign files."""
 
     def __init__(self, work: Callable[[Item], Result], name_of: Callable[[Item], str], *, parses: bool) -> None:
         self.ray = _connected_ray()
@@ -81,7 +81,7 @@ class RayTask(Generic[Item, Result]):
         return self._future.done()
 
     def result(self) -> Result:
-        """Raises the error of `work`; ResourceError or InputError, which name the item, if its worker is lost."""
+        """Raises the error of `work`; ResourceError or InputError, naming the item, if its worker is lost."""
         exceptions = self._tasks.ray.exceptions
         try:
             result = self._future.result()

@@ -1,7 +1,7 @@
 """Resume an interrupted build: reuse the files that it completed.
 
-`once` writes a record beside the files that it completes. The record contains the SHA-256 of each file, so a file that
-has changed is not reused.
+`once` writes a record beside the files that it completes. The record contains the SHA-256 of each file, so a
+file that has changed is not reused.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def key_of(stage: str, determinants: list[Any], *libraries: str) -> str:
-    """Digest of everything that determines the output of a stage: its input, its code, Python and some libraries."""
+    """Digest of all that determines the output of a stage: its input, its code, Python and some libraries."""
     versions = [platform.python_version(), *map(version, libraries)]
     return hashlib.sha256(to_json([determinants, code_digest(stage), versions])).hexdigest()[:16]
 
@@ -28,9 +28,9 @@ def key_of(stage: str, determinants: list[Any], *libraries: str) -> str:
 def once(files: list[Path], make: Callable[[], Result], key: str = "") -> Result:
     """Run `make`, which writes `files`, unless an interrupted run already produced them. Returns its result.
 
-    The files are in one folder, and may not change any more: the manifest takes their SHA-256 from the record. `key` is
-    a digest of everything that determines them and that is not part of the folder's key. A recorded result has been
-    through JSON: its tuples are lists now. `new_folder` deletes the records when it finishes.
+    The files are in one folder, and may not change any more: the manifest takes their SHA-256 from the record.
+    `key` is a digest of everything that determines them and that is not part of the folder's key. A recorded
+    result has been through JSON: its tuples are lists now. `new_folder` deletes the records when it finishes.
     """
     record = finished(files, key)
     if record:

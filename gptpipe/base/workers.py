@@ -1,6 +1,7 @@
-"""Worker processes of this machine. The parent knows which item a worker has, so it can name the item of a crash.
+"""Worker processes of this machine.
 
-A worker is forked from a server process that has already imported what the parent has, so it starts in milliseconds.
+The parent knows which item a worker has, so it can name the item of a crash. A worker is forked from a server
+process that has already imported what the parent has, so it starts in milliseconds.
 """
 
 import multiprocessing
@@ -21,8 +22,8 @@ from gptpipe.base.limits import disable_core_dumps
 from gptpipe.shell.errors import GptpipeError, InputError, ResourceError, first_line
 from gptpipe.shell.process import end_worker_with_parent
 
-# Arrow's own allocators reserve 1 GiB of addresses, more than `memory_limit` may allow. A worker is one of many, so
-# its libraries use one thread.
+# Arrow's own allocators reserve 1 GiB of addresses, more than `memory_limit` may allow. A worker is one of
+# many, so its libraries use one thread.
 _VARIABLES_OF_WORKERS = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,7 +45,7 @@ class _TracebackOfWorker(Exception):
 
 
 class Worker(Generic[Item, Result]):
-    """A process that calls `work` with one item after another. `work` must be picklable, and not of `__main__`."""
+    """Calls `work` in a process, with one item after another. It must be picklable, and not of `__main__`."""
 
     def __init__(self, work: Callable[[Item], Result]) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -61,7 +62,7 @@ class Worker(Generic[Item, Result]):
             raise ResourceError(f"cannot start a worker process: {reason}; lower GPTPIPE_WORKERS") from error
 
     def ask(self, item: Item) -> Result:
-        """The result of `work`. Raises its error, or WorkerDied. Any thread may call it, but only one at a time."""
+        """The result of `work`. Raises its error, or WorkerDied. Any thread may call it, one at a time."""
         self._is_busy = True
         try:
             self._connection.send(item)
@@ -114,9 +115,10 @@ def _cause(exit_code: int) -> str:
 
 
 def _modules_to_import(work: Callable[..., Any]) -> list[str]:
-    """What the server process imports before it forks: the module of `work`, and what this process has imported.
+    """What the server process imports before it forks.
 
-    Not what a training has imported: torch takes seconds, and its threads do not survive a fork.
+    The module of `work`, and what this process has imported. Not what a training has imported: torch takes
+    seconds, and its threads do not survive a fork.
     """
     while isinstance(work, partial):
         work = work.func
@@ -130,8 +132,8 @@ def _modules_to_import(work: Callable[..., Any]) -> list[str]:
 def environment_of_workers() -> Iterator[None]:
     """Change this process while it starts the server process and a worker, which inherit the changes.
 
-    SIGINT is blocked: Ctrl-C reaches this process, which ends its workers. The main module is replaced by an empty
-    one, because workers would run a script again that has no `if __name__ == "__main__"`.
+    SIGINT is blocked: Ctrl-C reaches this process, which ends its workers. The main module is replaced by an
+    empty one, because workers would run a script again that has no `if __name__ == "__main__"`.
     """
     main_module = sys.modules["__main__"]
     changed = {name: os.environ.get(name) for name in _VARIABLES_OF_WORKERS}

@@ -1,7 +1,7 @@
 """Members of tar and zip archives as streams.
 
-Memory is bounded for hostile archives, too: each header and directory has a limit, which is checked before memory for
-it is allocated.
+Memory is bounded for hostile archives, too: each header and directory has a limit, which is checked before
+memory for it is allocated.
 """
 
 import stat
@@ -28,8 +28,8 @@ Members = Iterator[tuple[str, Readable | Rejected]]
 def is_tar(head: bytes) -> bool:
     """Whether a file starts with the header of a tar archive.
 
-    Archives before POSIX have no magic number, but the sum of the header is right. A text that contains `ustar` in the
-    right place has neither the zeros of the magic number nor the sum.
+    Archives before POSIX have no magic number, but the sum of the header is right. A text that contains `ustar`
+    in the right place has neither the zeros of the magic number nor the sum.
     """
     if head[257:263] == b"ustar\0" or head[257:265] == b"ustar  \0":
         return True
@@ -43,7 +43,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def is_zip(head: bytes) -> bool:
-    """Whether a file starts like a zip archive: with a member, with the end of an empty archive, or with a mark."""
+    """Whether a file starts like a zip archive: with a member, the end of an empty archive, or a mark."""
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08PK\x03\x04", b"PK00PK\x03\x04"))
 
 
@@ -99,10 +99,8 @@ def tar_members(name: str, file: BinaryIO) -> Members:
             size = 0 if header.type in _WITHOUT_CONTENT else int(fields.get("size", header.size))
             if size < 0:
                 raise ValueError("a negative size")
-            is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(
-                key.startswith("GNU.sparse.") for key in fields
-            )
-            if is_sparse:
+            has_sparse_field = any(key.startswith("GNU.sparse.") for key in fields)
+            if header.type == tarfile.GNUTYPE_SPARSE or has_sparse_field:
                 raise InputError(f"{name}: {path}: a sparse file; pack the archive again without --sparse")
             fields = {}
             content = _TarContent(file, size + -size % tarfile.BLOCKSIZE)
@@ -141,7 +139,7 @@ def _decoded(name: bytes) -> str:
 
 
 class _BoundedReads:
-    """Limits the reads of zipfile.ZipFile, which reads the directory of an archive at once, whatever its size."""
+    """Limits the reads of zipfile.ZipFile, which reads the directory of an archive at once, of any size."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         self._name = name
@@ -159,7 +157,7 @@ class _BoundedReads:
 
 
 def zip_members(name: str, file: BinaryIO, start: int = 0, end: int | None = None) -> Members:
-    """Path and content of each regular file in a zip archive whose header is at an offset in `start` to `end` - 1.
+    """Path and content of each regular file in a zip archive with its header at `start` to `end` - 1.
 
     An office document, which is a zip archive, has one member, a Rejected with an empty path.
     """

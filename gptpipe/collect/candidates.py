@@ -3,8 +3,8 @@
 A part has a folder with these files:
 
 - `documents.arrow`: a row for each candidate: `id` (32 bytes), `text` and `n_bytes`.
-- `texts.arrow`: a row for each text that was read: `key` (first 8 bytes of the id), `n_bytes`, `reason` (0 for a
-  candidate, else a position in the record's `reasons`, counted from 1), and `is_piece`. 18 bytes a text.
+- `texts.arrow`: a row for each text that was read: `key` (first 8 bytes of the id), `n_bytes`, `reason` (0 for
+  a candidate, else a position in the record's `reasons`, counted from 1), and `is_piece`. 18 bytes a text.
 - `signatures.bin`, `bands.bin`: for near-duplicates, see `gptpipe.collect.near_duplicates`.
 """
 
@@ -107,9 +107,9 @@ def read_candidates(folder: Path, batch_starts: list[int], rows: npt.NDArray[np.
 
 
 def find_candidates(part: Part, *, folder: Path, params: CollectParams) -> tuple[Part, dict[str, Any]]:
-    """Write the candidates of a part below `folder`, unless an interrupted run already did; runs in a worker process.
+    """Write the candidates of a part below `folder`, unless an interrupted run already did.
 
-    Returns the part and the record for `Candidates.open`. Raises ResourceError.
+    Runs in a worker process. Returns the part and the record for `Candidates.open`. Raises ResourceError.
     """
     target = folder / part.name
     names = [_TEXTS, _DOCUMENTS, *(SignatureWriter.FILES if params.dedup == "near" else ())]
@@ -158,7 +158,10 @@ def _write_candidates(part: Part, target: Path, params: CollectParams) -> dict[s
 
 
 def _batches(lists: Iterator[Sequence[str | Rejected]], max_texts: int) -> Iterator[list[str | Rejected]]:
-    """The texts in lists of at most `max_texts`, and of fewer than 2 * _BATCH_CHARACTERS unless one text is longer."""
+    """The texts in lists of at most `max_texts`.
+
+    A list has fewer than 2 * _BATCH_CHARACTERS unless one text is longer.
+    """
     batch: list[str | Rejected] = []
     n_characters = 0
     for texts in chain.from_iterable(_divided(texts, max_texts) for texts in lists):

@@ -10,18 +10,18 @@ from gptpipe.collect.texts import Piece, Rejected
 
 _SEPARATOR = "\n\0\n"  # between texts that are cleaned together
 # Control characters that break a line (vertical tab, form feed, separators of files, groups and records; NEL in
-# UTF-8) become a line feed, and the separator of units becomes a space. If they were deleted, words would be joined.
+# UTF-8) become a line feed, and the separator of units becomes a space. If they were deleted, words would be
+# joined.
 _BREAKS = bytes.maketrans(b"\x0b\x0c\x1c\x1d\x1e\x1f", b"\n\n\n\n\n ")
 _NEXT_LINE = b"\xc2\x85"
-# Other control characters except tab, line feed and the \0 of the separator are deleted: C0 and DEL; C1 in UTF-8.
+# Other control characters except tab, line feed and the separator's \0 are deleted: C0 and DEL; C1 in UTF-8.
 _ASCII_CONTROL = bytes([*range(1, 9), *range(13, 28), 127])
 _C1_CONTROL = re.compile(b"\xc2[\x80-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_SPACE = re.compile(r"(?<!\s)(\s{1000})\s+")
 _TEN_SPACES = re.compile(r"\s{10}")
-_MARK = (
-    "[" + "".join(filter(unicodedata.combining, map(chr, range(0x300, 0x1E94B)))) + "]"
-)  # every combining mark
+# Every combining mark.
+_MARK = "[" + "".join(filter(unicodedata.combining, map(chr, range(0x300, 0x1E94B)))) + "]"
 _LONG_MARKS = re.compile(f"({_MARK}{{1000}}){_MARK}+")
 _TEN_MARKS = re.compile(f"{_MARK}{{10}}")
 
@@ -76,7 +76,7 @@ def _strip(texts: list[str], keep_trailing_spaces: bool) -> list[str]:
 
 
 def _normalize(text: str, min_bytes: int, filters: FilterParams | None, at_end: str) -> str | Rejected:
-    """The steps that need a text of its own, and the checks. `at_end`: characters that a text does not end with."""
+    """The steps that need a text of its own, and the checks. `at_end`: characters that no text ends with."""
     text = text.lstrip("\n\ufeff").rstrip("\n")
     if not text.isascii():
         text = _without_long_marks(

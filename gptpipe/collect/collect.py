@@ -1,7 +1,7 @@
 """Stage collect: reads the sources, writes clean and distinct documents, counts every rejected text.
 
-Three steps. Worker processes read the parts of the sources and write candidates to disk; this process decides which
-of them become documents; worker processes write the shards.
+Three steps. Worker processes read the parts of the sources and write candidates to disk; this process decides
+which of them become documents; worker processes write the shards.
 """
 
 import shutil
@@ -31,10 +31,10 @@ def collect(
 ) -> dict[str, int]:
     """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
-    Each text that is read is either kept, or counted under the reason of its rejection. After a kill or an error, the
-    candidates of finished parts and the finished shards are reused, except candidates from remote files, which may
-    have changed. Warnings name `stage`, because stage split collects its benchmarks with this function too. Raises
-    InputError if a source cannot be read or changes meanwhile, or if no document is left.
+    Each text that is read is either kept, or counted under the reason of its rejection. After a kill or an
+    error, the candidates of finished parts and the finished shards are reused, except candidates from remote
+    files, which may have changed. Warnings name `stage`, because stage split collects its benchmarks with this
+    function too. Raises InputError if a source cannot be read or changes meanwhile, or if no document is left.
     """
     files = find_files(params.sources)
     warn_about_files(files.paths, stage)

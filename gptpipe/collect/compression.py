@@ -69,7 +69,7 @@ def _is_lz4(head: bytes) -> bool:
 def _is_lzma(head: bytes) -> bool:
     """Whether it is a header of the format before xz, which has no magic number.
 
-    Like xz, accept only dictionaries of 2**n or 2**n + 2**(n-1) bytes, and a size that is unknown or below 256 GiB.
+    Like xz, accept only dictionaries of 2**n or 2**n + 2**(n-1) bytes, and a size unknown or below 256 GiB.
     """
     if len(head) < 14 or head[0] != 0x5D or head[13] != 0:
         return False
@@ -204,8 +204,8 @@ class _ZstdFrames:
 class _ZstdFrame:
     """Decompresses one frame.
 
-    A frame with a window above 128 MiB (`zstd --long=31`) is read with a window of 128 MiB, as long as its content is
-    not longer: then nothing before the window exists that the frame could refer to.
+    A frame with a window above 128 MiB (`zstd --long=31`) is read with a window of 128 MiB, as long as its
+    content is not longer: then nothing before the window exists that the frame could refer to.
     """
 
     def __init__(self, name: str, file: BinaryIO, magic: bytes) -> None:
@@ -231,8 +231,8 @@ class _ZstdFrame:
 def _zstd_header(magic: bytes, file: BinaryIO) -> tuple[bytes, int]:
     """The header of a frame, and the size of its window in bytes. It is shorter if the file ends.
 
-    RFC 8878, section 3.1.1.1: magic number, descriptor, window, dictionary, size of the content. If the frame is a
-    single segment, the window is left out, because it is the whole content.
+    RFC 8878, section 3.1.1.1: magic number, descriptor, window, dictionary, size of the content. If the frame
+    is a single segment, the window is left out, because it is the whole content.
     """
     start = magic + file.read(1)
     if magic != _ZSTD or len(start) < 5:
@@ -259,9 +259,10 @@ def _with_smaller_window(header: bytes) -> bytes:
 
 
 class _ZstdBytes(io.RawIOBase):
-    """The bytes of one frame: its header, its blocks and its checksum. Shorter if the file ends, which pyarrow detects.
+    """The bytes of one frame: its header, its blocks and its checksum.
 
-    The next frame is not touched, because it may need another window.
+    Shorter if the file ends, which pyarrow detects. The next frame is not touched, because it may need another
+    window.
     """
 
     def __init__(self, file: BinaryIO, header: bytes, has_checksum: bool) -> None:

@@ -45,18 +45,16 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._levels: list[
-            Keys
-        ] = []  # sorted arrays without common keys, each at least twice as long as the next
+        # Sorted arrays without common keys, each at least twice as long as the next.
+        self._levels: list[Keys] = []
         self._filter = _Filter(_MIN_FILTER_BITS)
 
     def is_new(self, keys: Keys) -> Mask:
         """For each key: whether it is neither in the set nor earlier in `keys`."""
         is_new = np.logical_not(pd.Index(keys).duplicated())
         positions = np.flatnonzero(self._filter.may_contain(keys))
-        positions = positions[
-            np.argsort(keys[positions])
-        ]  # in ascending order, keys are found many times faster
+        # In ascending order, keys are found many times faster.
+        positions = positions[np.argsort(keys[positions])]
         is_new[positions[self._contains(keys[positions])]] = False
         return is_new
 
@@ -87,7 +85,7 @@ class Seen:
 
 
 class _Filter:
-    """Which beginnings of keys occur: a bit for each. Most keys are new, and this finds out faster than a search."""
+    """Which beginnings of keys occur: a bit for each. Most keys are new; this tells faster than a search."""
 
     def __init__(self, n_bits: int) -> None:
         """`n_bits` is a power of two."""
@@ -96,7 +94,7 @@ class _Filter:
         self._bytes = np.zeros(n_bits // 8, np.uint8)
 
     def may_contain(self, keys: Keys) -> Mask:
-        """False for a key that was not added; true for up to one in eight of them, and for every key that was."""
+        """False for a key that was not added; true for up to one in eight of them, and for all that were."""
         begins = keys >> self._shift
         return np.asarray(self._bytes[begins >> np.uint64(3)] & _bit(begins) != 0)
 
@@ -120,9 +118,8 @@ class Decider:
 
     def __init__(self, params: CollectParams, names: Sequence[str]) -> None:
         self.tally = Tally(names)
-        self.bad_records: dict[str, list[str]] = {
-            name: [] for name in names
-        }  # what is wrong with them, by source
+        # What is wrong with them, by source.
+        self.bad_records: dict[str, list[str]] = {name: [] for name in names}
         self.n_bad = Counter[str]()  # bad records, by source
         self._params = params
         self._names = names
@@ -141,7 +138,7 @@ class Decider:
         return self._is_full[source]
 
     def decide(self, source: int, candidates: Candidates) -> Decision | None:
-        """Decide about the next part of a source; None if its reading stopped before the limit of the source."""
+        """Decide about the next part of a source; None if its reading stopped before the source's limit."""
         name = self._names[source]
         is_candidate = candidates.reasons == 0
         keys = candidates.keys[is_candidate]

@@ -1,4 +1,4 @@
-"""Downloads: resumed after an interruption, checked against the SHA-256 in params.yaml, kept for the next run."""
+"""Downloads: resumed when interrupted, checked against the SHA-256 in params.yaml, kept for the next run."""
 
 import http.client
 import shutil

@@ -5,9 +5,8 @@ import codecs
 from gptpipe.shell.errors import InputError
 
 _SAMPLE_BYTES = 4096  # of a file, which show its encoding
-_CONTROLS = bytes(
-    {*range(32), 127} - set(b"\t\n\x0b\x0c\r\x1b")
-)  # bytes that are in no text of an 8-bit encoding
+# Bytes that are in no text of an 8-bit encoding.
+_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\x0b\x0c\r\x1b"))
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -33,7 +32,10 @@ def not_utf8(name: str, offset: int, content: bytes = b"") -> InputError:
     sample = content[:_SAMPLE_BYTES]
     if len(sample.translate(None, _CONTROLS)) < 0.97 * len(sample):
         return InputError(f"{problem}; it looks compressed or binary: unpack, convert or remove it")
-    fix = "set encoding of the source (such as cp1252), convert the file, or set collect.encoding_errors to replace"
+    fix = (
+        "set encoding of the source (such as cp1252), convert the file, "
+        "or set collect.encoding_errors to replace"
+    )
     return InputError(f"{problem}; {fix}")
 
 
@@ -49,9 +51,8 @@ def wide_encoding(content: bytes) -> str | None:
     sample = content[:_SAMPLE_BYTES]
     if b"\0" not in sample or len(sample) < 8:
         return None
-    zeros = [
-        sample[i::4].count(0) / len(sample[i::4]) for i in range(4)
-    ]  # share of zeros at each place of four
+    # Share of zeros at each place of four.
+    zeros = [sample[i::4].count(0) / len(sample[i::4]) for i in range(4)]
     for wide, places in _PLACES_OF_ZEROS:
         if min(zeros[place] for place in places) > 0.5:
             return wide

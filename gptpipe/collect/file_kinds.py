@@ -79,9 +79,9 @@ _OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 def is_other_file(name: str, format_: Format) -> bool:
     """Whether a file found by a pattern or in an archive does not belong to a source of this format.
 
-    True for files that systems add (`__MACOSX/`, `.DS_Store`), for files about the data in a source that is not text
-    (README, LICENSE), and for names that end like another format. Names of compressed files count without the end of
-    the compression. A name without an end, or with an unknown one, is accepted.
+    True for files that systems add (`__MACOSX/`, `.DS_Store`), for files about the data in a source that is not
+    text (README, LICENSE), and for names that end like another format. Names of compressed files count without
+    the end of the compression. A name without an end, or with an unknown one, is accepted.
     """
     if is_system_file(name):
         return True
@@ -111,7 +111,7 @@ def document_kind(head: bytes) -> str | None:
 
 
 def unreadable_kind(name: str, head: bytes) -> str | None:
-    """The kind of archive or compression that cannot be read, for a file that starts with `head`; None for others."""
+    """The kind of archive or compression that cannot be read, for a file with this `head`; else None."""
     for magic, kind in _UNREADABLE:
         if head.startswith(magic):
             return kind

@@ -1,8 +1,8 @@
 """Filters of lines and documents, under their names in params.yaml.
 
 They are those of Gopher (Rae et al., 2021, arXiv:2112.11446, appendix A.1 and table A1) and of C4 (Raffel et
-al., 2020, arXiv:1910.10683, section 2.2), made for English. Ends of sentences are recognized in every script that
-marks them: Unicode's property Sentence_Terminal, and the shad of Tibetan. Words are what spaces separate.
+al., 2020, arXiv:1910.10683, section 2.2), made for English. Ends of sentences are recognized in every script
+that marks them: Unicode's property Sentence_Terminal, and the shad of Tibetan. Words are what spaces separate.
 """
 
 import re
@@ -73,9 +73,8 @@ def fault(text: str, params: FilterParams) -> tuple[str, str] | None:
         limit = getattr(params, name)
         if limit is None:
             continue
-        for value, (minimum, maximum) in zip(
-            _values(name, text, words, lines), _ranges(name, limit), strict=True
-        ):
+        values = _values(name, text, words, lines)
+        for value, (minimum, maximum) in zip(values, _ranges(name, limit), strict=True):
             if value < minimum:
                 return name, f"{value:.4g}, allowed is at least {minimum:g}"
             if value > maximum:
@@ -135,7 +134,7 @@ def _ngrams(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _in_top_ngram(words: list[str], size: int) -> float:
-    """Fraction of the words' characters in the most frequent n-gram, the longest of several; 0 if none repeats."""
+    """Fraction of the words' characters in the most frequent n-gram, the longest if tied; 0 if none repeats."""
     counted = ((n, sum(map(len, ngram))) for ngram, n in Counter(_ngrams(words, size)).items() if n > 1)
     n, length = max(counted, default=(0, 0))
     return n * length / sum(map(len, words))

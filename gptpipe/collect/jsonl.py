@@ -20,8 +20,8 @@ def jsonl_texts(
 ) -> Texts:
     """One text for each line that is not blank; about a chunk of the file in a list.
 
-    `start` is the byte of the file where `file` begins. Above 0, line numbers are unknown, and messages name bytes.
-    A whole file in which no object has the key ends with a bad record.
+    `start` is the byte of the file where `file` begins. Above 0, line numbers are unknown, and messages name
+    bytes. A whole file in which no object has the key ends with a bad record.
     """
     max_line_bytes = _LINE_BYTES + 16 * params.max_document_bytes
     texts: list[str | Rejected] = []

@@ -31,8 +31,8 @@ def warn_about_files(paths: Iterable[list[str]], stage: str) -> None:
     if outside:
         others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
         complain(
-            f"{stage}: warning: {outside[0]}{others}: outside {_WATCHED}, so `dvc repro` does not notice changes; "
-            f"move the files there, or run `dvc repro -f {stage}` after a change"
+            f"{stage}: warning: {outside[0]}{others}: outside {_WATCHED}, so `dvc repro` does not notice "
+            f"changes; move the files there, or run `dvc repro -f {stage}` after a change"
         )
 
 
@@ -64,8 +64,8 @@ def warn_about_rejections(tally: Tally) -> None:
         for reason, n in tally.rejections(name).items():
             if reason in FilterParams.model_fields and n > _MANY * tally.documents_in(name):
                 complain(
-                    f"collect: warning: the filter {reason} rejects {n:,} of {tally.documents_in(name):,} texts of "
-                    f"{name}; is it meant for this language and kind of text? See reports/collect.md"
+                    f"collect: warning: the filter {reason} rejects {n:,} of {tally.documents_in(name):,} "
+                    f"texts of {name}; is it meant for this language and kind of text? See reports/collect.md"
                 )
 
 

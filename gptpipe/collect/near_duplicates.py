@@ -1,12 +1,14 @@
-"""Finds clusters of similar documents by MinHash (Broder, 1997) over shingles of five words, operators and brackets.
+"""Finds clusters of similar documents by MinHash (Broder, 1997).
 
-Step 1 of collect writes two files for each part: `signatures.bin` (n, 128), the low byte of each MinHash value, and
-`bands.bin` (32, n), a hash of each band of four values. 256 bytes a document.
+Shingles are of five words, operators and brackets.
+
+Step 1 of collect writes two files for each part: `signatures.bin` (n, 128), the low byte of each MinHash value,
+and `bands.bin` (32, n), a hash of each band of four values. 256 bytes a document.
 
 Two documents belong to the same cluster if their signatures agree in a band, and in at least a fraction
-`near_similarity` of all values. That fraction estimates their Jaccard similarity with a standard error of at most
-0.045; bytes agree by chance once in 256 values, which adds at most 0.002 at a similarity of 0.5 and above. Clusters
-are transitive. Only the first document of a cluster is kept, so no cluster is on two sides of a split.
+`near_similarity` of all values. That fraction estimates their Jaccard similarity with a standard error of at
+most 0.045; bytes agree by chance once in 256 values, which adds at most 0.002 at a similarity of 0.5 and above.
+Clusters are transitive. Only the first document of a cluster is kept, so no cluster is on two sides of a split.
 """
 
 from functools import partial
@@ -64,7 +66,7 @@ class SignatureWriter:
 
 
 def _hash_bands(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """A 32-bit hash of each band (n, 32). Hashes may collide, since whole signatures are compared afterwards."""
+    """A 32-bit hash of each band (n, 32). Hashes may collide: whole signatures are compared afterwards."""
     hashes = np.zeros((len(values), _N_BANDS), np.uint64)
     for column in range(_BAND):
         hashes = (hashes ^ values[:, column::_BAND]) * np.uint64(0x9E3779B97F4A7C15)
@@ -165,8 +167,8 @@ class _Signatures:
 def _unite(first_of_cluster: Indices, one: Indices, other: Indices) -> None:
     """Join the clusters of each pair of documents.
 
-    `first_of_cluster` (n,) is updated: it has an earlier document of the same cluster, or the document if it is the
-    first. Only documents of the pairs are touched, because this is done for each band and range.
+    `first_of_cluster` (n,) is updated: it has an earlier document of the same cluster, or the document if it is
+    the first. Only documents of the pairs are touched, because this is done for each band and range.
     """
     one, other = _firsts(first_of_cluster, one), _firsts(first_of_cluster, other)
     nodes, positions = np.unique(np.stack([one, other]), return_inverse=True)

@@ -45,19 +45,20 @@ def open_files(
     start: int = 0,
     end: int | None = None,
 ) -> Files:
-    """Name and content of a file, or of each file in an archive, in order; a Rejected for each file that is skipped.
+    """Name and content of a file, or of each file in an archive, in order; a Rejected for each one skipped.
 
-    An archive is tar or zip; it and its files may be compressed, and it may contain archives, but these no further
-    ones. Rejections name the file: `other_file` for a member that does not match the glob `members` or, without it,
-    the format (`is_other_file`); `nested_archive` for an archive that is too deep; `binary` for PDF and office
-    documents. A path in an archive matches if the glob matches all of it; `*` also matches `/`.
+    An archive is tar or zip; it and its files may be compressed, and it may contain archives, but these no
+    further ones. Rejections name the file: `other_file` for a member that does not match the glob `members` or,
+    without it, the format (`is_other_file`); `nested_archive` for an archive that is too deep; `binary` for PDF
+    and office documents. A path in an archive matches if the glob matches all of it; `*` also matches `/`.
 
-    `start` and `end` divide a local zip archive: only members are read whose header is at an offset from `start` up
-    to, and without, `end` (None: the end of the file). Any other file belongs to the range that starts at 0.
+    `start` and `end` divide a local zip archive: only members are read whose header is at an offset from
+    `start` up to, and without, `end` (None: the end of the file). Any other file belongs to the range that
+    starts at 0.
 
     Raises InputError for damaged files, for formats that cannot be unpacked, and if the content is larger than
-    `max_expansion` times the file. A remote file is read once; the SHA-256 of what was read is stored in `digests`.
-    Call it inside `read_errors`.
+    `max_expansion` times the file. A remote file is read once; the SHA-256 of what was read is stored in
+    `digests`. Call it inside `read_errors`.
     """
     sha256 = hashlib.sha256()
     n_in = n_out = 0  # bytes of the file, and bytes of its content
@@ -70,9 +71,8 @@ def open_files(
     def count_out(data: bytes) -> None:
         nonlocal n_out
         n_out += len(data)
-        check_growth(
-            address, n_out, growth_limit(n_in or Path(address).stat().st_size, max_expansion), max_expansion
-        )
+        limit = growth_limit(n_in or Path(address).stat().st_size, max_expansion)
+        check_growth(address, n_out, limit, max_expansion)
 
     rules = _Rules(partial(_is_wanted, format_, members), count_out)
     with _open(address) as raw:
@@ -136,12 +136,10 @@ def _unpacked(
 
 def _unpacked_archive(name: str, file: io.BufferedReader, rules: _Rules, depth: int) -> Files:
     if depth == _MAX_DEPTH:
-        yield (
-            name,
-            Rejected("nested_archive", f"{name}: an archive inside {depth} archives; unpack the outer one"),
-        )
+        message = f"{name}: an archive inside {depth} archives; unpack the outer one"
+        yield name, Rejected("nested_archive", message)
     elif archives.is_tar(file.peek(_HEAD_BYTES)):
-        # Content of tar is not counted: it is not longer than the archive, which is counted or is the file itself.
+        # Content of tar is not counted: it is not longer than the archive, which is counted or is the file.
         yield from _members(name, archives.tar_members(name, file), rules, lambda _: None, depth + 1)
     else:
         yield from _members(name, archives.zip_members(name, file), rules, rules.on_read, depth + 1)
@@ -193,10 +191,7 @@ def _file_system(address: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": timeout}
     try:
         system, path = fsspec.core.url_to_fs(address, **options)
-    except (
-        ImportError,
-        ValueError,
-    ) as error:  # the package for s3 or gs is missing, or the protocol is unknown
+    except (ImportError, ValueError) as error:  # no package for s3 or gs, or an unknown protocol
         raise InputError(
             f"{address}: {first_line(error)}; for s3: pip install -e '.[s3]', for gs: '.[gs]'"
         ) from error

@@ -17,9 +17,8 @@ Paths = Annotated[tuple[Glob, ...], Field(min_length=1)]
 class AnySource(Section):
     """Keys of every kind of source."""
 
-    on_bad: Literal["stop", "skip"] = (
-        "stop"  # at a damaged record: name all such files and stop, or skip and count it
-    )
+    # At a damaged record: name all such files and stop, or skip and count it.
+    on_bad: Literal["stop", "skip"] = "stop"
     max_bad: Ratio = 0.05  # for on_bad: skip; a larger share of bad records stops the stage
     keep_trailing_spaces: bool = False  # at the ends of lines; two of them are a line break in Markdown
     max_documents: Positive | None = None  # kept; the source ends after the last of them
@@ -60,9 +59,8 @@ class Text(Files):
     kind: Literal["text"]
     format: ClassVar[Literal["text"]] = "text"
     document: Literal["file", "line", "separator"] = "file"
-    separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = (
-        None  # for document: separator
-    )
+    # For document: separator.
+    separator: Annotated[str | None, Field(min_length=1, validate_default=True)] = None
 
     @field_validator("separator")
     @classmethod

@@ -1,7 +1,7 @@
 """Divides the sources into parts, which worker processes read.
 
-A part is a byte range of a large file, a group of small files, a shard of a dataset, or all of a Python package. It
-depends on the input only, never on the number of workers.
+A part is a byte range of a large file, a group of small files, a shard of a dataset, or all of a Python
+package. It depends on the input only, never on the number of workers.
 """
 
 import hashlib
@@ -73,9 +73,8 @@ def find_files(sources: tuple[Source, ...]) -> SourceFiles:
 
     Raises one InputError for all files that cannot be read.
     """
-    matching_files(
-        pattern for source in sources for pattern in _local_patterns(source)
-    )  # reports all problems at once
+    # Reports all problems at once.
+    matching_files(pattern for source in sources for pattern in _local_patterns(source))
     divided = [_files_of(source) for source in sources]
     paths = [files for files, _ in divided]
     return SourceFiles(_digests(sources, paths), paths, others=[others for _, others in divided])
@@ -175,9 +174,8 @@ def _parts_of_files(paths: list[str], source: Source, params: CollectParams) -> 
         size = Path(path).stat().st_size
         is_large = size > PART_BYTES and can_be_divided(path, source, params, PART_BYTES)
         is_full = n_bytes + size > PART_BYTES or len(group) == _MAX_FILES
-        if group and (
-            is_large or is_full or needs_worker(source)
-        ):  # if a parser crashes, the part names its file
+        # If a parser crashes, the part names its file.
+        if group and (is_large or is_full or needs_worker(source)):
             yield Part(0, "", tuple(group), n_bytes=n_bytes)
             group, n_bytes = [], 0
         if is_large:

@@ -13,7 +13,7 @@ from gptpipe.shell.errors import InputError
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
-    """The regular files that match the globs, sorted, each once. Raises one InputError for all that is wrong."""
+    """The regular files that match the globs, sorted, each once. Raises one InputError for all problems."""
     names: set[str] = set()
     problems: list[str] = []
     for pattern in patterns:
@@ -35,7 +35,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
 
 
 def is_file_name(pattern: str) -> bool:
-    """Whether a pattern is the name of one file, which may contain the characters of a glob, as in `a[1].txt`."""
+    """Whether a pattern is the name of one file, which may contain characters of a glob, as in `a[1].txt`."""
     return not glob.has_magic(pattern) or os.path.isfile(pattern)  # noqa: PTH113  False without permission
 
 
@@ -50,9 +50,8 @@ def _match(pattern: str) -> tuple[list[str], list[str]]:
     names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207
     problems = [f"{folder}: Permission denied" for folder in _unreadable_folders(Path(pattern))]
     if not names and not problems:
-        problems.append(
-            f"{pattern}: " + ("a folder, not a file" if Path(pattern).is_dir() else "no file matches")
-        )
+        problem = "a folder, not a file" if Path(pattern).is_dir() else "no file matches"
+        problems.append(f"{pattern}: {problem}")
     project = project_root().resolve()
     start = Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve()  # the last folder before a wildcard
     for name in sorted(names):

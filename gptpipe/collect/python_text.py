@@ -101,7 +101,7 @@ def _compiled_module(name: str) -> Iterator[str]:
         members = [member for _, member in sorted(vars(value).items())] if inspect.isclass(value) else []
         for documented in (value, *members):
             text = getattr(documented, "__doc__", None)
-            # Compiled objects only: a library may have replaced one by its own function, for example sys.excepthook.
+            # Compiled objects only: a library may have replaced one by its own function, as sys.excepthook.
             kinds = (inspect.ismodule, inspect.isclass, inspect.isbuiltin, inspect.ismethoddescriptor)
             if isinstance(text, str) and text and any(is_kind(documented) for is_kind in kinds):
                 yield inspect.cleandoc(text)

@@ -63,8 +63,9 @@ def open_range(
 def _boundary(file: BinaryIO, offset: int | None, separator: bytes) -> int:
     """The byte after the first separator from `offset` on, where a range may begin or end.
 
-    0 for offset 0; the size of the file for None, and if no separator follows. Separators that overlap others do not
-    count, as in three line feeds where the separator is two: which of them counts depends on the text before.
+    0 for offset 0; the size of the file for None, and if no separator follows. Separators that overlap others
+    do not count, as in three line feeds where the separator is two: which of them counts depends on the text
+    before.
     """
     size = file.seek(0, os.SEEK_END)
     if offset is None or offset == 0:

@@ -44,9 +44,9 @@ class PartToRead(Protocol):
 def read_part(part: PartToRead, source: Source, params: CollectParams, digests: dict[str, str]) -> Texts:
     """The texts of a part. Longer texts are cut into pieces of at most `max_document_bytes`.
 
-    A file that cannot be read further ends with a bad `Rejected`. So does a file with a bad record, unless the source
-    has `on_bad: skip`. The SHA-256 of remote files is added to `digests`. Raises ResourceError if a file cannot be
-    reached.
+    A file that cannot be read further ends with a bad `Rejected`. So does a file with a bad record, unless the
+    source has `on_bad: skip`. The SHA-256 of remote files is added to `digests`. Raises ResourceError if a file
+    cannot be reached.
     """
     n_always_fit = params.max_document_bytes // 4  # characters, of at most 4 bytes each
     for texts in _texts_of_part(part, source, params, digests):
@@ -110,8 +110,8 @@ def needs_worker(source: Source) -> bool:
 def _guarded(name: str, lists: Texts, memory: int | None) -> Texts:
     """The texts of a native parser. For each list it may take _SECONDS, and `memory` bytes more than it has.
 
-    This process is a worker of `map_in_order`, because it ends if the parser crashes. The limits do not apply to
-    what is done with the texts, whose errors would not name the file.
+    This process is a worker of `map_in_order`, because it ends if the parser crashes. The limits do not apply
+    to what is done with the texts, whose errors would not name the file.
     """
     while True:
         with hidden_stderr(), memory_limit(name, memory), time_limit(_SECONDS):

@@ -48,11 +48,11 @@ def parquet_rows(
 ) -> Texts:
     """The texts of a column, or of a field of a column of structs (`a.b`).
 
-    `errors` as in bytes.decode; `limit`: bytes that the file may expand to. If `max_document_bytes` is given, a longer
-    text is cut while it is decoded.
+    `errors` as in bytes.decode; `limit`: bytes that the file may expand to. If `max_document_bytes` is given, a
+    longer text is cut while it is decoded.
 
-    `start` and `end` divide a file: only row groups are read whose first byte is at an offset from `start` up to, and
-    without, `end` (None: the end of the file). Messages count rows from the start of the file.
+    `start` and `end` divide a file: only row groups are read whose first byte is at an offset from `start` up
+    to, and without, `end` (None: the end of the file). Messages count rows from the start of the file.
     """
     try:
         with pq.ParquetFile(source, **_BOUNDED) as file:
@@ -281,8 +281,9 @@ def _longest_in_dictionary(file: Any, group: int, column: str) -> int | None:
 def _page_bytes(source: BinaryIO, offset: int) -> int:
     """The size of a page after decompression, which its header names; a large number if it is not there.
 
-    The header is a struct in Thrift's compact protocol: field 1 is the type of the page, field 2 is this size; each is
-    a byte 0x15 (next field, 32-bit integer) and a number in groups of seven bits, with its sign in the last bit.
+    The header is a struct in Thrift's compact protocol: field 1 is the type of the page, field 2 is this size;
+    each is a byte 0x15 (next field, 32-bit integer) and a number in groups of seven bits, with its sign in the
+    last bit.
     """
     source.seek(offset)
     fields = _HEADER_OF_PAGE.match(source.read(16))
@@ -318,7 +319,7 @@ def dataset_shards(source: DatasetName) -> int:
 
 
 def dataset_rows(source: DatasetName, column: str, shard: int, n_shards: int) -> Texts:
-    """The texts of a column in one shard of a dataset; `datasets` reads it from Parquet, Arrow and other files."""
+    """The texts of a column in a shard of a dataset; `datasets` reads Parquet, Arrow and other files."""
     texts: list[str | Rejected] = []
     n_characters = 0
     try:
@@ -352,7 +353,7 @@ def _dataset(source: DatasetName) -> Any:
 
 @contextmanager
 def _dataset_errors(address: str) -> Iterator[None]:
-    """Turn an error of `datasets` that is not one of the connection into an InputError, such as a wrong split."""
+    """Turn an error of `datasets` that is not of the connection into an InputError, such as a wrong split."""
     try:
         yield
     except (GptpipeError, MemoryError):
@@ -391,9 +392,8 @@ def read_errors(name: str) -> Iterator[None]:
             raise
         # fsspec raises FileNotFoundError also for an unreachable host and for a server that fails.
         cause: Any = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-        is_unreachable = isinstance(cause, OSError) and not isinstance(
-            cause, FileNotFoundError | PermissionError
-        )
+        is_refused = isinstance(cause, FileNotFoundError | PermissionError)
+        is_unreachable = isinstance(cause, OSError) and not is_refused
         has_failed = getattr(cause, "status", 0) in (408, 429, *range(500, 600))
         if is_remote(name) and (is_unreachable or has_failed or not isinstance(error, OSError)):
             raise ResourceError(

@@ -29,8 +29,8 @@ def text_documents(
 ) -> Texts:
     """Documents of a text file: the whole file, or the parts between separators; long ones in pieces.
 
-    `start` is the byte of the file where `file` begins. With `on_bad: skip`, documents that are not UTF-8 are bad
-    records. Raises InputError without it.
+    `start` is the byte of the file where `file` begins. With `on_bad: skip`, documents that are not UTF-8 are
+    bad records. Raises InputError without it.
     """
     lists = _documents(name, file, start, source, params)
     yield from (_without_invalid_bytes(name, texts) for texts in lists) if source.on_bad == "skip" else lists
@@ -96,7 +96,7 @@ def _decoded(name: str, file: BinaryIO, start: int, errors: str) -> Iterator[str
 
 
 def as_utf8(name: str, file: io.BufferedReader, encoding: str, errors: str) -> io.BufferedReader:
-    """The file itself if it is in UTF-8, or its content converted to UTF-8. A byte order mark has precedence."""
+    """The file itself if it is in UTF-8, or its content converted to it. A byte order mark has precedence."""
     encoding = marked_encoding(file.peek(4)[:4]) or codecs.lookup(encoding).name
     if encoding == "utf-8":
         return file

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Reasons that mean a damaged or unexpected record. `on_bad` of the source says whether one of them stops the stage.
+# Reasons that mean a damaged or unexpected record. `on_bad` of the source says whether one stops the stage.
 BAD_REASONS = frozenset({"not_json", "not_utf8", "no_key", "line_too_long", "unreadable"})
 
 
@@ -30,7 +30,10 @@ Texts = Iterator[Sequence[str | Rejected]]
 
 
 def contains_rejected(texts: Sequence[str | Rejected]) -> bool:
-    """Whether a text of a list is rejected. Hardly a list has one, and to ask each text takes several times as long."""
+    """Whether a text of a list is rejected.
+
+    Hardly a list has one, and to ask each text takes several times as long.
+    """
     return Rejected in set(map(type, texts))
 
 

@@ -1,20 +1,20 @@
 """What a word is, for comparing texts: in the report about overlap, and in the search for near-duplicates.
 
-Words are compared in lower case and without punctuation. A word is a run of letters, marks, digits and underscores.
-It ends where the script changes to one that puts no spaces between words. There, each letter or sign with its
-combining marks is a word, but only a fraction of one: `Words.lengths` says how much information it carries,
-compared with a word of English. The fractions come from parallel text. For one word of the Universal Declaration of
-Human Rights in English there are
+Words are compared in lower case and without punctuation. A word is a run of letters, marks, digits and
+underscores. It ends where the script changes to one that puts no spaces between words. There, each letter or
+sign with its combining marks is a word, but only a fraction of one: `Words.lengths` says how much information
+it carries, compared with a word of English. The fractions come from parallel text. For one word of the
+Universal Declaration of Human Rights in English there are
 
 - 3.4 to 4.4 letters, marks not counted, in Thai, Lao, Khmer, Burmese and Tibetan: 1/4 word each,
 - 2.2 characters in Japanese, 1.3 in Chinese: 2/3 word for each Han character, 1/3 for each kana.
 
-Thirteen words are then 52 letters of Thai, or about 27 characters of Japanese. In that text no two Thai articles
-share 36 letters, no two Japanese ones share 20 characters, and no two English ones share 11 words.
+Thirteen words are then 52 letters of Thai, or about 27 characters of Japanese. In that text no two Thai
+articles share 36 letters, no two Japanese ones share 20 characters, and no two English ones share 11 words.
 
-Scripts come from the Unicode properties of the package `regex`. Finer rules for words (Unicode Standard Annex 29, as
-in ICU) only differ inside numbers and contractions, which both texts of a comparison have alike, and dictionaries
-for Thai would disagree about the words near the ends of a shared passage.
+Scripts come from the Unicode properties of the package `regex`. Finer rules for words (Unicode Standard Annex
+29, as in ICU) only differ inside numbers and contractions, which both texts of a comparison have alike, and
+dictionaries for Thai would disagree about the words near the ends of a shared passage.
 """
 
 from functools import cache, lru_cache
@@ -76,7 +76,8 @@ class Words(NamedTuple):
 def split_words(texts: list[str], *, signs: bool = False) -> Words:
     """The words of texts that contain no \\0. With `signs`, each operator and bracket is a word, too.
 
-    Computed on whole arrays: no Python loop visits a word. It takes about 60 bytes of memory for each character.
+    Computed on whole arrays: no Python loop visits a word. It takes about 60 bytes of memory for each
+    character.
     """
     joined = "\0".join(texts)
     if signs:
@@ -105,9 +106,8 @@ def _characters(text: str, signs: bool) -> tuple[npt.NDArray[np.unsignedinteger]
     kind_of = _kinds(signs)
     if text.isascii():
         lowered = text.lower().encode()
-        return np.frombuffer(lowered, np.uint8), np.frombuffer(
-            lowered.translate(kind_of[:256].tobytes()), np.uint8
-        )
+        kinds_of_bytes = lowered.translate(kind_of[:256].tobytes())
+        return np.frombuffer(lowered, np.uint8), np.frombuffer(kinds_of_bytes, np.uint8)
     code_points = np.frombuffer(text.lower().encode("utf-32-le"), np.uint32)
     kinds = kind_of[code_points]
     is_visible = kinds != _IGNORED

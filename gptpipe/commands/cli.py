@@ -46,8 +46,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
 def _enter_project(options: argparse.Namespace) -> None:
     """Change to the project's root, so that commands also work in its subfolders. Raises ConfigError.
 
-    Paths that the user gave stay relative to the folder of the call. Outside a project, `generate` works if it is
-    given a model.
+    Paths that the user gave stay relative to the folder of the call. Outside a project, `generate` works if it
+    is given a model.
     """
     here = Path.cwd()
     root = next((folder for folder in (here, *here.parents) if is_project(folder)), None)
@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--remove-checkpoints",
         action="store_true",
-        help="remove unfinished trainings that the present parameters do not continue; without it, they are listed",
+        help="remove unfinished trainings that the present parameters do not continue; "
+        "without it, they are listed",
     )
 
     compare = add_command("compare", _compare)

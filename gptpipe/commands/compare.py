@@ -28,13 +28,13 @@ _MAX_RUNS = 50_000  # MLflow's limit
 
 
 def compare(names: Sequence[str], metric: str, curves: Path | None = None) -> str:
-    """A table with one row per group, best first: mean of `metric`, standard error, and the difference to the best.
+    """A table with one row per group, best first: mean of `metric`, standard error, difference to the best.
 
     Of runs with equal parameters and equal seed only the newest counts, because a repetition is no new
-    evidence. The standard error of a single seed is that over documents. The table says whether the difference pairs
-    seeds, documents or nothing. `names` select runs: the beginning of
-    an id, the name of a run or an experiment, or a sweep. Draws the losses of the groups into the file
-    `curves`. Raises ConfigError, InputError, StoreError.
+    evidence. The standard error of a single seed is that over documents. The table says whether the difference
+    pairs seeds, documents or nothing. `names` select runs: the beginning of an id, the name of a run or an
+    experiment, or a sweep. Draws the losses of the groups into the file `curves`. Raises ConfigError,
+    InputError, StoreError.
     """
     if curves and curves.suffix not in (".html", ".svg", ".png"):
         raise ConfigError(f"compare: cannot draw into {curves}; name a .html, .svg or .png file")

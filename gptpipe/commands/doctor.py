@@ -1,8 +1,8 @@
 """`gptpipe doctor`: checks everything that the project keeps, and prints one line per check with its fix.
 
 It changes nothing, and needs neither a network nor anything made yet. With --fix it repairs what can be
-repaired without loss. With --remove-checkpoints it removes abandoned trainings. No file or process that it looks at
-can end it with a traceback.
+repaired without loss. With --remove-checkpoints it removes abandoned trainings. No file or process that it
+looks at can end it with a traceback.
 """
 
 import platform
@@ -282,7 +282,7 @@ def _check_pipeline(dvc_lock: Finding, processes: _Processes) -> Finding:
 
 
 def _check_versions() -> Finding:
-    """Installed packages have the versions of constraints.txt, and the command `gptpipe` runs this project's code."""
+    """Installed packages have the versions of constraints.txt, and `gptpipe` runs this project's code."""
     code = project_root() / "gptpipe"
     if code.is_dir() and code.resolve() != Path(__file__).resolve().parents[1]:
         return warning(

@@ -131,9 +131,10 @@ def check_cache(*, fix: bool) -> Finding:
     if not damaged:
         return ok(f"{len(files)} files have the content that their names give")
     if not fix:
+        mismatch = f"its content does not match its name ({len(damaged)} such files)"
         return problem(
             IntegrityError,
-            f"{damaged[0]}: its content does not match its name ({len(damaged)} such files), and DVC would restore it",
+            f"{damaged[0]}: {mismatch}, and DVC would restore it",
             "`gptpipe doctor --fix` removes it from the cache, then `dvc repro` makes it again",
         )
     for path in damaged:
@@ -205,7 +206,7 @@ def check_workspaces(in_use: list[Path], *, fix: bool) -> Finding:
 
 
 def check_worktrees(*, fix: bool) -> Finding:
-    """Every git worktree has its folder; that of a `gptpipe restore` may have been moved, or removed by hand."""
+    """Every git worktree has its folder; those of `gptpipe restore` may be moved or removed by hand."""
     moved = _moved_worktrees()
     if moved and fix:  # before `prune`, which would remove their entries
         _git("worktree", "repair", *map(str, moved))

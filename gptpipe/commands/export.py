@@ -1,4 +1,4 @@
-"""`gptpipe export`: a model folder as one file for another program, compared with what that program computes."""
+"""`gptpipe export`: a model as one file for another program, compared with what that program computes."""
 
 import argparse
 import importlib.util
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _COMPARED_TOKENS = 512
 _PROMPT_TOKENS = 8
 _NEW_TOKENS = 48
-# The largest difference between our loss and llama.cpp's in nats per token, and between logits as a share of the
-# largest logit. llama.cpp multiplies float16 with float16, quantized numbers with quantized ones, and takes GELU from
-# a table in float16.
+# The largest difference between our loss and llama.cpp's in nats per token, and between logits as a share of
+# the largest logit. llama.cpp multiplies float16 with float16, quantized numbers with quantized ones, and takes
+# GELU from a table in float16.
 _TOLERANCES: dict["NumberType", float] = {"f32": 0.002, "f16": 0.01, "q8_0": 0.1}
 # What llama.cpp's own version of a pattern does differently.
 _APPROXIMATED = {
@@ -52,11 +52,8 @@ def export(options: argparse.Namespace) -> None:
 
     write_gguf(out, model, tokenizer, options.type)
     size = out.stat().st_size / 1e6
-    print(
-        printable(
-            f"{out}: {size:,.1f} MB, {model.n_parameters():,} parameters; it reads back as it was written"
-        )
-    )
+    summary = f"{out}: {size:,.1f} MB, {model.n_parameters():,} parameters; it reads back as it was written"
+    print(printable(summary))
     if is_installed():
         print(compare_with_llama_cpp(out, model, tokenizer, options.type))
     else:
@@ -65,15 +62,15 @@ def export(options: argparse.Namespace) -> None:
         )
     if tokenizer.pattern in _APPROXIMATED:
         complain(
-            f"warning: llama.cpp approximates the pattern of {tokenizer.encoding.name}: it may give other tokens for "
-            f"{_APPROXIMATED[tokenizer.pattern]}"
+            f"warning: llama.cpp approximates the pattern of {tokenizer.encoding.name}: "
+            f"it may give other tokens for {_APPROXIMATED[tokenizer.pattern]}"
         )
     print(printable(_how_to_run(out, model.params.context_length)))
 
 
 @torch.no_grad()
 def compare_with_llama_cpp(path: Path, model: GPT, tokenizer: Tokenizer, number_type: "NumberType") -> str:
-    """Run the file in llama.cpp; returns a line that says what is equal. Raises IntegrityError for a difference."""
+    """Run the file in llama.cpp; returns a line on what is equal. Raises IntegrityError for a difference."""
     texts = list(difficult_texts())
     expected = [tokenizer.encode(text) for text in texts]
     n_tokens = min(_COMPARED_TOKENS, model.params.context_length)
@@ -93,8 +90,8 @@ def compare_with_llama_cpp(path: Path, model: GPT, tokenizer: Tokenizer, number_
     their_loss = F.cross_entropy(torch.from_numpy(answer.logits)[:-1], targets).item()
     if not abs(their_loss - loss) <= _TOLERANCES[number_type]:
         raise IntegrityError(
-            f"{path}: llama.cpp computes a loss of {their_loss:.4f} nats per token where ours is {loss:.4f}; do not "
-            "use the file"
+            f"{path}: llama.cpp computes a loss of {their_loss:.4f} nats per token where ours is {loss:.4f}; "
+            "do not use the file"
         )
     greedy = _compare_greedy(path, model, tokens[:n_prompt], answer, _TOLERANCES[number_type])
     same = (
@@ -103,8 +100,8 @@ def compare_with_llama_cpp(path: Path, model: GPT, tokenizer: Tokenizer, number_
         else f"other token ids for {n_other} of {len(texts)} difficult texts"
     )
     return (
-        f"llama-cpp-python {llama_cpp_version()}: {same}, loss {their_loss:.4f} (ours {loss:.4f}) nats per token, "
-        f"{greedy}"
+        f"llama-cpp-python {llama_cpp_version()}: {same}, "
+        f"loss {their_loss:.4f} (ours {loss:.4f}) nats per token, {greedy}"
     )
 
 
@@ -139,5 +136,6 @@ def _how_to_run(path: Path, context_length: int) -> str:
         "To run it in llama.cpp:\n"
         f"  llama-completion -m {file} -no-cnv -c {context_length} -p 'Once upon a time'\n"
         "To run it in ollama:\n"
-        f"  printf {modelfile} > Modelfile && ollama create gpt -f Modelfile && ollama run gpt 'Once upon a time'"
+        f"  printf {modelfile} > Modelfile && ollama create gpt -f Modelfile && "
+        "ollama run gpt 'Once upon a time'"
     )

@@ -1,5 +1,5 @@
-"""A model as a GGUF file, the format of llama.cpp and ollama: names, shapes and number types of its tensors, its
-configuration and its vocabulary. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""A model as a GGUF file, the format of llama.cpp and ollama: names, shapes and number types of its tensors,
+its configuration and its vocabulary. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from collections.abc import Iterator, Sequence
@@ -116,12 +116,12 @@ def _write(writer: gguf.GGUFWriter, fields: dict[str, Any], tensors: Sequence[GG
 
 
 def pattern_name(tokenizer: Tokenizer) -> str:
-    """llama.cpp's name of the regular expression that cuts text into pieces. Raises InputError if it has none."""
+    """llama.cpp's name of the pattern that cuts text into pieces. Raises InputError if it has none."""
     name = _PATTERN_NAMES.get(tokenizer.pattern)
     if name is None:
         raise InputError(
-            f"the vocabulary {tokenizer.encoding.name!r} cuts text by a pattern that llama.cpp does not know; train "
-            "the model again with the vocabulary of this version, or load models/gpt with transformers"
+            f"the vocabulary {tokenizer.encoding.name!r} cuts text by a pattern that llama.cpp does not know; "
+            "train the model again with the vocabulary of this version, or load models/gpt with transformers"
         )
     return name
 
@@ -227,7 +227,7 @@ def _gguf_name(hf_name: str) -> str:
 
 
 def _as_llama_cpp(name: str, value: Tensor, params: ModelParams) -> Tensor:
-    """Rows (out, in). llama.cpp's Llama rotates the pairs (2i, 2i + 1) of a head, where we rotate (i, i + H/2)."""
+    """Rows (out, in). llama.cpp's Llama rotates pairs (2i, 2i + 1) of a head, and we rotate (i, i + H/2)."""
     if params.architecture == "gpt2" and value.dim() == 2 and name.startswith("blk."):
         return value.mT.contiguous()  # Hugging Face layout stores these matrices as (in, out)
     if params.architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):

@@ -51,8 +51,8 @@ def run_llama_cpp(request: Request) -> Answer:
         return worker.ask(request)
     except WorkerDied as death:
         raise IntegrityError(
-            f"{request.path}: llama.cpp crashed while it ran the file (exit code {death.exit_code}); use another "
-            "--type, or another version of llama-cpp-python"
+            f"{request.path}: llama.cpp crashed while it ran the file (exit code {death.exit_code}); "
+            "use another --type, or another version of llama-cpp-python"
         ) from None
     finally:
         worker.stop()

@@ -76,9 +76,11 @@ def estimate_training(params: Params, split: Path) -> Estimate:
         "text": _describe_text(inputs.train, inputs.val),
         "training": f"{n_steps:,} steps of {section.batch_size} x {params.model.context_length} tokens: "
         f"{n_tokens:,} tokens, {n_passes:.1f} passes over the text",
-        "tokens per parameter": f"{n_tokens / model.n_parameters():.1f} (compute-optimal: about {_COMPUTE_OPTIMAL})",
+        "tokens per parameter": f"{n_tokens / model.n_parameters():.1f} "
+        f"(compute-optimal: about {_COMPUTE_OPTIMAL})",
         "compute": f"{flops:.3g} FLOPs, {flops / n_steps / timing.step / 1e9:,.0f} GFLOP/s here",
-        "memory": f"about {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free, micro-batches of {micro_batch_size}",
+        "memory": f"about {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free, "
+        f"micro-batches of {micro_batch_size}",
         "time": _describe_time(params, n_steps, timing, device, is_compiled=runtime.is_compiled),
     }
     tokens_per_parameter = n_tokens / model.n_multiplied()

@@ -31,7 +31,8 @@ def restore(run_id: str, folder: Path) -> None:
         commit = client.get_run(known_id).data.tags.get("mlflow.source.git.commit")
         if commit is None or not _has_patch(client, known_id):
             raise InputError(
-                f"run {known_id}: its code is not recorded, because it started outside git or with over 1 MB of changes"
+                f"run {known_id}: its code is not recorded, "
+                "because it started outside git or with over 1 MB of changes"
             )
         saved = Path(client.download_artifacts(known_id, REPRODUCE))
     _run("git", "worktree", "add", "--detach", str(folder), commit)

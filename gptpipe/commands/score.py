@@ -1,4 +1,4 @@
-"""`gptpipe score`: the loss of a model on the held-out documents of a split, also of one that it was not trained on."""
+"""`gptpipe score`: a model's loss on the held-out documents of a split, also one that it was not trained on."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def score_split(model_folder: Path, split: Path) -> list[str]:
     model, tokenizer = load_generator(model_folder)
     if (model_folder / RANKS).read_bytes() != (split / TOKENIZER / RANKS).read_bytes():
         raise ConfigError(
-            f"{split}: its tokens are not those of {model_folder}; make it with tokenize.encoding set to a copy of the "
-            "model in data/start/"
+            f"{split}: its tokens are not those of {model_folder}; "
+            "make it with tokenize.encoding set to a copy of the model in data/start/"
         )
     model.to(best_device())
     lines = []

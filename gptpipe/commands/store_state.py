@@ -61,7 +61,7 @@ def _check_sqlite(file: Path) -> None:
 
 
 def check_locations(*, fix: bool) -> Finding:
-    """The artifacts of a SQLite store are where its database says, also after the project was moved or copied."""
+    """Artifacts of a SQLite store are where its database says, even if the project was moved or copied."""
     file = sqlite_file(tracking_uri())
     if file is None:
         return ok("the server keeps them")
@@ -71,9 +71,10 @@ def check_locations(*, fix: bool) -> Finding:
             return ok("the store's locations are up to date")
         if fix:
             return ok(f"updated {update_locations(file)} locations in {file}, which was moved or copied")
+    example = outdated[0].old
     return problem(
         IntegrityError,
-        f"{file}: {len(outdated)} locations are those before it was moved or copied, for example {outdated[0].old}",
+        f"{file}: {len(outdated)} locations are those before it was moved or copied, for example {example}",
         "`gptpipe doctor --fix` or the next run updates them",
     )
 
@@ -91,7 +92,8 @@ def check_outbox(client: MlflowClient | None, *, fix: bool) -> Finding:
     for store, paths in other_stores().items():
         return warning(
             f"{len(paths)} records of runs wait for another store, {store}, for example {paths[0]}",
-            "send them with its MLFLOW_TRACKING_URI, or move them one folder up to send them to the present store",
+            "send them with its MLFLOW_TRACKING_URI, "
+            "or move them one folder up to send them to the present store",
         )
     unsendable = [*current_files("*.damaged"), *current_files("*.refused")]
     if unsendable:

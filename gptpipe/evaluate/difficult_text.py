@@ -54,7 +54,7 @@ _CONTROLS = ("\x00\x01\x7f\x85", "\ufeffx\u200b\u200d", "a\u2028b\u2029c\x0bd\x0
 
 
 def difficult_texts() -> Iterator[str]:
-    """White space, combining marks, numbers, code, text like special tokens, and characters of all Unicode planes."""
+    """White space, combining marks, numbers, code, text like special tokens, and all Unicode planes."""
     texts = (*_SPACES, *_WORDS, *_MARKS, *_NUMBERS, *_CODE, *_SPECIAL, *_INVALID, *_CONTROLS)
     yield from texts
     yield "\n".join(texts)

@@ -1,7 +1,7 @@
-"""The nats and bytes of each held-out document: kept with a registered version, and compared between two models.
+"""Nats and bytes of each held-out document: kept with a registered version, compared between two models.
 
-Two models that were scored on the same documents are compared document by document. Most of the variation of bits per
-byte is between documents, and cancels in the difference.
+Two models that were scored on the same documents are compared document by document. Most of the variation of
+bits per byte is between documents, and cancels in the difference.
 """
 
 import math
@@ -68,7 +68,7 @@ class Difference:
 
     @property
     def is_lower(self) -> bool:
-        """Whether the first model is better by more than two standard errors. One document has no known error."""
+        """Whether the first model is better by over two standard errors. One document has no known error."""
         return self.n_documents > 1 and self.bits_per_byte < -2 * self.standard_error
 
     def __str__(self) -> str:
@@ -79,7 +79,8 @@ class Difference:
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame, side: str) -> Difference | None:
     """The difference on one side of the split; None if the documents are not the same.
 
-    The error is that of a ratio of sums over documents, as for the metrics themselves (`gptpipe.score.metrics.ratio`).
+    The error is that of a ratio of sums over documents, as for the metrics themselves
+    (`gptpipe.score.metrics.ratio`).
     """
     one, other = (
         table[table["split"] == side].sort_values("id", kind="stable", ignore_index=True)

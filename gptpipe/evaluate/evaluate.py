@@ -68,12 +68,13 @@ class Evaluation:
         return metrics
 
     def summary(self) -> list[str]:
-        """One line of headline metrics for each held-out side, and one about transformers if it was compared."""
+        """A line of headline metrics for each held-out side, and one on transformers if it was compared."""
         lines: list[str] = []
         for side in _HELD_OUT:
             if side in self.results:
                 metrics, xz = self.results[side], self.results["reference_bits_per_byte"][side]["xz"]
-                bits = f"{metrics['bits_per_byte']:.4f} ± {metrics['bits_per_byte_standard_error']:.4f} bits per byte"
+                error = metrics["bits_per_byte_standard_error"]
+                bits = f"{metrics['bits_per_byte']:.4f} ± {error:.4f} bits per byte"
                 lines.append(f"{side} {bits} (xz -9e: {xz:.4f}), perplexity {metrics['perplexity']:.2f}")
         return [*lines, self.transformers] if self.transformers else lines
 
@@ -145,7 +146,8 @@ def _scoring(folder: Path, manifest: Manifest, end_of_text: int) -> Scoring:
         return Scoring.described(manifest.counts["scoring"], end_of_text)
     except (KeyError, TypeError) as error:
         raise IntegrityError(
-            f"{folder / MANIFEST}: it does not say how the model was scored in training; run `dvc repro -f train`"
+            f"{folder / MANIFEST}: it does not say how the model was scored in training; "
+            "run `dvc repro -f train`"
         ) from error
 
 

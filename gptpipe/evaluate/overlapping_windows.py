@@ -1,9 +1,9 @@
 """Bits per byte with overlapping windows: a second metric, beside that of consecutive windows.
 
-In consecutive windows, the first tokens of each window are predicted from little context, so a model with a short
-context looks worse than it is. Here each window starts half a context after the one before, and only tokens in its
-second half are scored: each token has at least half a context before it, or all of its stream. Papers that use a
-stride report this number, and it is always lower. It takes twice the time.
+In consecutive windows, the first tokens of each window are predicted from little context, so a model with a
+short context looks worse than it is. Here each window starts half a context after the one before, and only
+tokens in its second half are scored: each token has at least half a context before it, or all of its stream.
+Papers that use a stride report this number, and it is always lower. It takes twice the time.
 """
 
 import math

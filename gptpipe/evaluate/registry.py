@@ -68,9 +68,8 @@ _SERVING_REQUIREMENTS = (
     "tiktoken",
     "torch",
 )
-_OF_TRAINING = {
-    f"val/{name}" for name in VALIDATION_METRICS
-}  # metrics that the training logged at its validations
+# Metrics that the training logged at its validations.
+_OF_TRAINING = {f"val/{name}" for name in VALIDATION_METRICS}
 _LOCK_SECONDS = 600.0  # maximal wait while another evaluation registers its model
 
 
@@ -103,8 +102,8 @@ def record_evaluation(
                 return _choose_champion(client, number, evaluation)
     except RefusedError as error:
         return (
-            f"warning: not recorded ({error}); the store refused it; check the store's version and what was deleted "
-            "in it, then repeat `dvc repro -fs evaluate`"
+            f"warning: not recorded ({error}); the store refused it; "
+            "check the store's version and what was deleted in it, then repeat `dvc repro -fs evaluate`"
         )
     except StoreError as error:
         return (
@@ -142,8 +141,8 @@ def _log_evaluation(
 def _log_new_metrics(client: MlflowClient, run_id: str, step: int, metrics: dict[str, float]) -> None:
     """Log metrics at a step, except those that an earlier evaluation logged there with the same value.
 
-    A validation metric of the training stays as it is: it is of the same tokens and the same weights, and a second
-    value, which another device rounds differently, would be a second point on its curve.
+    A validation metric of the training stays as it is: it is of the same tokens and the same weights, and a
+    second value, which another device rounds differently, would be a second point on its curve.
     """
     now = time.time_ns() // 1_000_000
     new = []
@@ -321,7 +320,10 @@ def _choose_champion(client: MlflowClient, number: str, evaluation: Evaluation) 
             of_champion = read_scores(stored_folder(location, FOLDER, folder))
     except (IntegrityError, OSError, MlflowException) as error:
         reason = first_line(error).split("; ")[0]
-        return f"{stays}: its scores cannot be read ({reason}); evaluate it again, or move the alias in `mlflow ui`"
+        return (
+            f"{stays}: its scores cannot be read ({reason}); "
+            "evaluate it again, or move the alias in `mlflow ui`"
+        )
     difference = paired_difference(evaluation.documents, of_champion, "test")
     if difference is None:
         return f"{stays}: it was tested on other documents"
@@ -330,4 +332,7 @@ def _choose_champion(client: MlflowClient, number: str, evaluation: Evaluation) 
         return f"{stays} with {best:.4f} bits per byte on test; the difference is {difference}; {needed}"
     client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
     change = f"{bits_per_byte:.4f} bits per byte on test, {best:.4f} before"
-    return f"{outcome}, the new {CHAMPION}: {change}; the difference is {difference}, more than two standard errors"
+    return (
+        f"{outcome}, the new {CHAMPION}: {change}; "
+        f"the difference is {difference}, more than two standard errors"
+    )

@@ -50,8 +50,8 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
             raise IntegrityError(f"{path}: {error.strerror}; `dvc repro` restores it") from error
         if hashlib.sha256(contents[name]).hexdigest() != digests.get(name):
             raise IntegrityError(
-                f"{path}: not as stage train wrote it; `dvc repro` restores it, or `dvc repro -f train` if DVC's cache "
-                "is damaged too"
+                f"{path}: not as stage train wrote it; `dvc repro` restores it, "
+                "or `dvc repro -f train` if DVC's cache is damaged too"
             )
     return TrainingReports(
         summary=json.loads(contents["train.json"]),

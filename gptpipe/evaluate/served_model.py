@@ -27,8 +27,8 @@ _enforce_params = getattr(
 class Generator(PythonModel):
     """Continues prompts. Each continuation stops at the end of a document.
 
-    Prompts are a text, a list of texts, a dict with the key `prompt`, or a table with the column `prompt`. The model
-    has no input schema, because none of MLflow's describes all of these.
+    Prompts are a text, a list of texts, a dict with the key `prompt`, or a table with the column `prompt`. The
+    model has no input schema, because none of MLflow's describes all of these.
     """
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -68,8 +68,8 @@ def _load(folder: Path, model: GPT) -> tuple[Any, Any, str]:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except (ImportError, OSError, ValueError, LookupError, AttributeError) as error:
         raise ResourceError(
-            f"{folder}: transformers cannot load it: {first_line(error)}; install version 4.57 or newer, or set "
-            "evaluate.check_transformers to false"
+            f"{folder}: transformers cannot load it: {first_line(error)}; install version 4.57 or newer, "
+            "or set evaluate.check_transformers to false"
         ) from error
     return theirs.float().to(device).eval(), their_tokenizer, transformers.__version__
 
@@ -100,7 +100,7 @@ def _compare_logits(theirs: Any, model: GPT, tokens: npt.NDArray[np.unsignedinte
 def _compare_greedy(
     theirs: Any, model: GPT, tokens: npt.NDArray[np.unsignedinteger], end_of_text: int, name: str
 ) -> None:
-    """Raises IntegrityError if the greedy continuation of `tokens` differs, and not by an equally probable token."""
+    """Raises IntegrityError if greedy continuations of `tokens` differ, but not by equally probable tokens."""
     n_prompt = min(_PROMPT_TOKENS, model.params.context_length - 1, len(tokens))
     n_new = min(_NEW_TOKENS, model.params.context_length - n_prompt)
     prompt = _tensor(tokens[:n_prompt], model)

@@ -50,13 +50,16 @@ def check_same_tokens(tokenizer: Tokenizer, folder: Path) -> None:
         vocabulary.get("".join(letters[byte] for byte in token)) != i for token, i in tokenizer.ranks.items()
     ):
         raise ConfigError(
-            f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to the same "
-            "model, or to the encoding of its tokens"
+            f"train.init_from {folder}: its tokens are not those of this split; set tokenize.encoding to the "
+            "same model, or to the encoding of its tokens"
         )
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Byte-level BPE in the format of `tokenizers`: a token is a string with a printable character for each byte."""
+    """Byte-level BPE in the format of `tokenizers`.
+
+    A token is a string with a printable character for each byte.
+    """
     letters = byte_letters()
 
     def spell(token: bytes) -> str:

@@ -24,9 +24,10 @@ class Fractions(NamedTuple):
 def sides_of(document_ids: Sequence[str], fractions: Fractions, seed: int) -> npt.NDArray[np.intp]:
     """The index in SIDES of each document.
 
-    Each document has a position in [0, 1], which depends on its id and the seed. Test takes the lowest positions and
-    val the highest, so a larger fraction of one takes documents from train only, never from the other. An id is a
-    digest, so its first 8 bytes are uniformly distributed; SplitMix64 permutes them with the seed.
+    Each document has a position in [0, 1], which depends on its id and the seed. Test takes the lowest
+    positions and val the highest, so a larger fraction of one takes documents from train only, never from the
+    other. An id is a digest, so its first 8 bytes are uniformly distributed; SplitMix64 permutes them with the
+    seed.
     """
     return _sides_of_digests(bytes.fromhex("".join(document_ids)), fractions, seed)
 

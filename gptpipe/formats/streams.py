@@ -86,10 +86,10 @@ def new_tokens(folder: Path, dtype: np.dtype[Any], n_tokens: int) -> Iterator[Pa
 
 @contextmanager
 def tokens_at(path: Path, dtype: np.dtype[Any], start: int, n_tokens: int) -> Iterator[BinaryIO]:
-    """Write the `n_tokens` tokens from number `start` on of a file of `new_tokens`; other processes write others.
+    """Write the `n_tokens` tokens from number `start` on of a file of `new_tokens`.
 
-    They are on disk when the block ends: the process that made the file can be on another machine. Raises
-    ValueError if another number of tokens was written.
+    Other processes write the others. The tokens are on disk when the block ends: the process that made the file
+    can be on another machine. Raises ValueError if another number of tokens was written.
     """
     first_byte = _HEADER_BYTES + start * dtype.itemsize
     with path.open("r+b") as file:

@@ -1,8 +1,8 @@
 """Tokens on disk, data/tokens: one Parquet file `tokens-00000.parquet`, ... for each file of the corpus.
 
-A row is a document: `id`, `source` and `n_bytes` as in the corpus, `n_tokens`, and `tokens`, a list of uint16 (uint32
-from 65,536 vocabulary entries up) that ends with the end-of-text token. `n_tokens` is the length of the list, which
-can be read without the list. The folder `tokenizer/` beside them made the tokens.
+A row is a document: `id`, `source` and `n_bytes` as in the corpus, `n_tokens`, and `tokens`, a list of uint16
+(uint32 from 65,536 vocabulary entries up) that ends with the end-of-text token. `n_tokens` is the length of the
+list, which can be read without the list. The folder `tokenizer/` beside them made the tokens.
 """
 
 from pathlib import Path

@@ -26,12 +26,12 @@ RANKS = "ranks.tiktoken"
 ENCODING = "encoding.json"
 END_OF_TEXT = "<|endoftext|>"
 
-# How a trained encoding cuts text into pieces: words with a leading space or sign, single digits, runs of punctuation.
-# Combining marks belong to words. This is Qwen 3.5's pattern. llama.cpp knows it as `qwen35`; a model with a pattern
-# that it does not know cannot be converted to GGUF.
+# How a trained encoding cuts text into pieces: words with a leading space or sign, single digits, runs of
+# punctuation. Combining marks belong to words. This is Qwen 3.5's pattern. llama.cpp knows it as `qwen35`; a
+# model with a pattern that it does not know cannot be converted to GGUF.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # The patterns of OpenAI's encodings, from tiktoken.
@@ -46,10 +46,13 @@ GPT4O_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # That of earlier models of this project.
-_EARLIER_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+_EARLIER_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
-# The patterns that are accepted. The pieces of any text join to the same text. Other patterns may lose text, or make
-# tiktoken panic.
+# The patterns that are accepted. The pieces of any text join to the same text. Other patterns may lose text, or
+# make tiktoken panic.
 PATTERNS = (PATTERN, _EARLIER_PATTERN, GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN)
 
 _MAX_RANKS_BYTES = 1 << 26  # about 4 million tokens; o200k_base has 200,000
@@ -75,11 +78,12 @@ class Tokenizer:
             self.end_of_text = encoding.eot_token
         except KeyError as error:
             raise ConfigError(
-                f"tokenize.encoding {encoding.name} has no {END_OF_TEXT} token to end documents with; use another one"
+                f"tokenize.encoding {encoding.name} has no {END_OF_TEXT} token to end documents with; "
+                "use another one"
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without end-of-text. Raises InputError for 100,001 whitespace characters in a row."""
+        """Ids of the text without end-of-text. Raises InputError for 100,001 whitespace characters in a row."""
         if _TOO_MUCH_SPACE.search(text):
             raise InputError("cannot encode more than 100,000 whitespace characters in a row; shorten them")
         return self.encoding.encode_ordinary(text)
@@ -123,7 +127,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens. Special tokens have none, nor have unused ids, such as some of cl100k_base."""
+        """The bytes of the tokens. Special tokens have none, nor unused ids, such as some of cl100k_base."""
         return b"".join(self._bytes_by_id.get(i, b"") for i in ids)
 
     def save(self, folder: Path) -> None:

@@ -61,9 +61,8 @@ def _free_in_cgroups(
     with suppress(OSError):
         folder = root / own.read_text().rpartition("::/")[2].strip()
         for group in (folder, *folder.parents):
-            with suppress(
-                OSError, ValueError, IndexError
-            ):  # above the root there are no such files; `max` is no limit
+            # Above the root there are no such files; `max` is no limit.
+            with suppress(OSError, ValueError, IndexError):
                 cached = int((group / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
                 used = int((group / "memory.current").read_text())
                 yield int((group / "memory.max").read_text()) - used + cached

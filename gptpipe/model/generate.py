@@ -85,7 +85,7 @@ def _new_cache(model: GPT, batch_size: int, n_tokens: int) -> KVCache:
 
 
 def penalise_repetition(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of all tokens in `context` (B, T) divided by `penalty` if positive, else multiplied.
+    """Logits (B, V), those of tokens in `context` (B, T) divided by `penalty` if positive, else multiplied.
 
     Keskar et al., 2019, arXiv:1909.05858, section 4.1.
     """

@@ -83,7 +83,7 @@ def config_of(params: ModelParams, vocab_size: int, end_of_text: int) -> dict[st
         return {**config, "activation_function": "gelu_new", "n_ctx": params.context_length}
     config |= {key: values[name] for name, key in _LLAMA_KEYS.items()}
     config |= {"attention_bias": False, "hidden_act": "silu"}
-    # transformers 5 reads rope_theta inside rope_parameters. Version 4 reads it here only, and else assumes 10,000.
+    # transformers 5 reads rope_theta in rope_parameters. Version 4 reads it only here, else assumes 10,000.
     config["rope_theta"] = params.rope_theta
     return {**config, "rope_parameters": {"rope_theta": params.rope_theta, "rope_type": "default"}}
 
@@ -100,8 +100,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
     if type(vocab_size) is not int or not 0 < vocab_size < _MAX_VOCAB_SIZE:
         raise InputError(
-            f"{path}: has no vocab_size that is a positive whole number below 2^31; name a model folder in Hugging "
-            "Face layout"
+            f"{path}: has no vocab_size that is a positive whole number below 2^31; "
+            "name a model folder in Hugging Face layout"
         )
     checked: dict[str, Any] = config
     return checked

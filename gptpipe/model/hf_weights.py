@@ -99,10 +99,8 @@ def initialise_from(model: GPT, folder: Path) -> None:
 
 def _differences(ours: ModelParams, theirs: ModelParams) -> list[str]:
     """Parameters that must be equal to start a training from a folder, and are not."""
-    ignored = {
-        "dropout",
-        "head_dim",
-    }  # dropout has no weights; of head_dim the resolved value is compared below
+    # Dropout has no weights; of head_dim the resolved value is compared below.
+    ignored = {"dropout", "head_dim"}
     if ours.architecture != "gpt2" or ours.context_length < theirs.context_length:
         ignored.add("context_length")  # learned positions can be cut off, but not added
     pairs = {
@@ -215,7 +213,8 @@ def _check_sizes(params: ModelParams, vocab_size: int, stored: dict[str, StoredT
             )
     if params.n_layer * params.n_embd * (attention_width + params.n_inner) > _n_stored(stored):
         raise IntegrityError(
-            f"{folder}: its weights do not fit its {CONFIG}: too few for {params.n_layer} layers; fetch it again"
+            f"{folder}: its weights do not fit its {CONFIG}: too few for {params.n_layer} layers; "
+            "fetch it again"
         )
 
 
@@ -226,8 +225,8 @@ def _check_memory(params: ModelParams, stored: dict[str, StoredTensor], folder: 
     available = available_memory(torch.device("cpu"))
     if needed > available:
         raise ResourceError(
-            f"{folder}: the model takes about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are "
-            "available; choose a smaller model"
+            f"{folder}: the model takes about {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are available; choose a smaller model"
         )
 
 

@@ -91,7 +91,7 @@ def describe_run(params: Section, split: Manifest, environment: dict[str, Any]) 
 
 
 def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The parameters, shortened to what MLflow takes, and the whole values of the shortened ones, by artifact."""
+    """Parameters, shortened to what MLflow takes, and the whole values of the shortened ones, by artifact."""
     fitting: dict[str, str] = {}
     artifacts: dict[str, str] = {}
     for key, value in values.items():
@@ -105,8 +105,8 @@ def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]
             )
             fitting[key] = value[: MAX_PARAM_CHARACTERS - len(note)] + note
             complain(
-                f"warning: {key} has {len(value):,} characters, MLflow takes {MAX_PARAM_CHARACTERS:,}; the whole value "
-                f"is in the run's artifact {path}"
+                f"warning: {key} has {len(value):,} characters, MLflow takes {MAX_PARAM_CHARACTERS:,}; "
+                f"the whole value is in the run's artifact {path}"
             )
     return fitting, artifacts
 
@@ -115,7 +115,8 @@ def _tags(params: Section, environment: dict[str, Any]) -> dict[str, str]:
     origin = provenance()
     if "mlflow.source.git.commit" not in origin and (project_root() / ".git").exists():
         complain(
-            "warning: git does not answer, so the run is recorded without its code; `git status` gives the reason"
+            "warning: git does not answer, so the run is recorded without its code; "
+            "`git status` gives the reason"
         )
     changed = _changed_params()
     tags = {

@@ -1,11 +1,11 @@
-"""The outbox: operations that the tracking store has not taken yet, in `.gptpipe/outbox/STORE/`, a file per run.
+"""Operations that the tracking store has not taken yet, in `.gptpipe/outbox/STORE/`, a file per run.
 
-STORE is the digest of the store's name, which `store.txt` contains. The next command that logs to this store sends
-the operations. Files directly in `.gptpipe/outbox/` belong to no store and are sent to the next one.
+STORE is the digest of the store's name, which `store.txt` contains. The next command that logs to this store
+sends the operations. Files directly in `.gptpipe/outbox/` belong to no store and are sent to the next one.
 
 What can never be sent does not block the rest. It is moved to a file beside it, which a warning names:
-`RUN.jsonl.damaged` contains lines that are not operations, `RUN.jsonl.refused` contains operations that the store
-always refuses. Each line begins with a checksum, so that a flipped bit is noticed.
+`RUN.jsonl.damaged` contains lines that are not operations, `RUN.jsonl.refused` contains operations that the
+store always refuses. Each line begins with a checksum, so that a flipped bit is noticed.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ def keep(path: Path, operations: list[Operation]) -> bool:
 
 
 def send_outbox() -> None:
-    """Send what earlier runs could not send to this store. If the store fails, the rest waits for the next command."""
+    """Send what earlier runs could not send to this store. If it fails, the rest waits for the next command."""
     outbox = _outbox()
     try:
         with FileLock(outbox.with_suffix(".lock"), timeout=0):

@@ -102,9 +102,8 @@ class RunRecord:
             send_outbox()
             while True:
                 self._has_new.clear()
-                is_last_round = (
-                    self._is_closing.is_set()
-                )  # read before sending: all operations are in the queue
+                # Read before sending: all operations are in the queue.
+                is_last_round = self._is_closing.is_set()
                 is_sent = self._send()
                 self._has_tried.set()
                 if is_last_round:
@@ -116,8 +115,8 @@ class RunRecord:
         except Exception as error:  # the training must continue, whatever it is; `close` keeps what is not sent
             reason = without_credentials(first_line(error))[:200]
             complain(
-                f"warning: tracking stopped ({type(error).__name__}: {reason}); the training continues, and the "
-                "record is kept"
+                f"warning: tracking stopped ({type(error).__name__}: {reason}); "
+                "the training continues, and the record is kept"
             )
         finally:
             self._has_tried.set()  # the training waits for this
@@ -131,8 +130,8 @@ class RunRecord:
             self._store_answers = False
             if not self._has_complained:
                 complain(
-                    f"warning: the tracking store does not answer ({error}); the training continues, and the record "
-                    "is kept"
+                    f"warning: the tracking store does not answer ({error}); "
+                    "the training continues, and the record is kept"
                 )
                 self._has_complained = True
             return False

@@ -1,7 +1,7 @@
 """A tracking store that is a SQLite database: its file, and the folder of artifacts beside it.
 
-MLflow writes absolute locations of artifacts into the database. If a project is moved or copied, they still name
-the old folder. This module updates them.
+MLflow writes absolute locations of artifacts into the database. If a project is moved or copied, they still
+name the old folder. This module updates them.
 """
 
 import sqlite3
@@ -94,7 +94,7 @@ def create_store(file: Path) -> None:
 
 
 def check_unlocked(file: Path) -> None:
-    """Raises sqlite3.Error within seconds if another program has locked the database; MLflow would wait for minutes."""
+    """Raises sqlite3.Error within seconds if the database is locked; MLflow would wait for minutes."""
     with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS)) as database:
         database.execute("BEGIN IMMEDIATE")
 
@@ -116,7 +116,7 @@ def outdated_locations(file: Path, tables: tuple[str, ...] = ()) -> list[Outdate
 
 
 def update_locations(file: Path) -> int:
-    """Update the locations of artifacts in the database; returns how many were outdated. Raises sqlite3.Error."""
+    """Update artifact locations in the database; returns how many were outdated. Raises sqlite3.Error."""
     with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
         outdated = _find_outdated(database, file)
@@ -143,17 +143,16 @@ def _find_outdated(database: sqlite3.Connection, file: Path, tables: tuple[str, 
 
 
 def _local_path(location: str) -> Path | None:
-    """The path of a `file:` address or of a plain path; None for any other location, such as one in a bucket."""
+    """The path of a `file:` address or of a plain path; None for other locations, such as in a bucket."""
     if location.startswith("/"):
         return Path(location)
     parts = urlsplit(location)
-    return (
-        Path(url2pathname(parts.path)) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
-    )
+    is_local = parts.scheme == "file" and parts.netloc in ("", "localhost")
+    return Path(url2pathname(parts.path)) if is_local else None
 
 
 def _beside(folder: Path, old: Path) -> Path | None:
-    """Where artifacts of `old` are after a move of the database to `folder`; None if they were not beside it."""
+    """Where artifacts of `old` are after the database moved to `folder`; None if they were not beside it."""
     names = [i for i, part in enumerate(old.parts) if part in _FOLDERS]
     return folder.joinpath(*old.parts[names[-1] :]) if names else None
 
@@ -161,8 +160,9 @@ def _beside(folder: Path, old: Path) -> Path | None:
 def _has_moved(table: str, old: Path, new: Path, *, ours: bool) -> bool:
     """Whether artifacts are, or will be written, at `new`.
 
-    A location that the user chose for an experiment changes only if the files are at the new place. An experiment of
-    this project always writes beside its database; what earlier runs wrote may still be only at the old place.
+    A location that the user chose for an experiment changes only if the files are at the new place. An
+    experiment of this project always writes beside its database; what earlier runs wrote may still be only at
+    the old place.
     """
     if not ours:
         return new.exists()

@@ -1,7 +1,8 @@
-"""The model that a parameter names to start from: a folder that DVC watches, or a version in the model registry.
+"""The model that a parameter names to start from: a folder that DVC watches, or a version in the registry.
 
-The registry's alias is resolved when the stage runs. `dvc repro` does not repeat a stage because an alias has moved:
-a training that starts from the champion may make the next champion, and would otherwise start again without end.
+The registry's alias is resolved when the stage runs. `dvc repro` does not repeat a stage because an alias has
+moved: a training that starts from the champion may make the next champion, and would otherwise start again
+without end.
 """
 
 import re
@@ -36,10 +37,10 @@ def names_a_model(value: str) -> bool:
 
 @contextmanager
 def starting_model(parameter: str, value: str | None, output: Path) -> Iterator[StartingModel | None]:
-    """The model that `parameter` names by `value`; None for None. `output` is the folder that the pipeline writes.
+    """The model that `parameter` names by `value`; None for None. The pipeline writes the folder `output`.
 
-    Raises ConfigError for a name that cannot be used, InputError for a folder that does not exist, IntegrityError for a
-    damaged one, and ResourceError if the store fails.
+    Raises ConfigError for a name that cannot be used, InputError for a folder that does not exist,
+    IntegrityError for a damaged one, and ResourceError if the store fails.
     """
     if value is None:
         yield None
@@ -54,13 +55,14 @@ def _watched_folder(parameter: str, value: str, output: Path) -> StartingModel:
     folder, watched = Path(value).resolve(), WATCHED.resolve()
     if folder == output.resolve():
         raise ConfigError(
-            f"{parameter}: {value} is the output of stage train: DVC removes it before the stage starts, and a "
-            f"pipeline cannot depend on its own output; copy it into {WATCHED}/, or name a registered model, such as "
-            "models:/gpt@champion"
+            f"{parameter}: {value} is the output of stage train: DVC removes it before the stage starts, "
+            f"and a pipeline cannot depend on its own output; copy it into {WATCHED}/, "
+            "or name a registered model, such as models:/gpt@champion"
         )
     if folder == watched or not folder.is_relative_to(watched):
         raise ConfigError(
-            f"{parameter}: {value} is not in {WATCHED}/, where DVC notices changes; copy the model into that folder"
+            f"{parameter}: {value} is not in {WATCHED}/, where DVC notices changes; "
+            "copy the model into that folder"
         )
     if not folder.is_dir():
         raise InputError(f"{parameter}: there is no folder {value}; copy the model there")
@@ -97,7 +99,7 @@ def _registered_model(parameter: str, value: str, temporary: Path) -> StartingMo
 
 
 def stored_folder(location: str, name: str, folder: Path) -> Path:
-    """A part of a stored model at its artifact location: in place if it is on this machine, else a copy in `folder`."""
+    """A part of a stored model at its artifact location: in place if it is here, else a copy in `folder`."""
     parts = urlsplit(location)
     if parts.scheme in ("", "file"):
         return Path(url2pathname(parts.path), "artifacts", name)

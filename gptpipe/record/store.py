@@ -37,9 +37,7 @@ from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 
 RUN_ID = re.compile("[0-9a-f]{32}")  # of MLflow; a provisional run id has the same form
 REPRODUCE = "reproduce"  # folder of the artifacts that `gptpipe restore` needs besides the commit
-TRAINING = (
-    "training_run_id"  # tag: the provisional id of a training's run, used until the store has assigned an id
-)
+TRAINING = "training_run_id"  # tag: the provisional id of a training's run, until the store has assigned one
 MAX_TAG_CHARACTERS = 5000  # MLflow's limits
 MAX_PARAM_CHARACTERS = 6000
 
@@ -102,9 +100,9 @@ def without_credentials(text: str) -> str:
 def connect(*, to_write: bool = False) -> MlflowClient:
     """A client of the store. Creates the store and the experiment if they do not exist. Raises StoreError.
 
-    Several processes may connect to a fresh store at once; a lock lets one of them create it. If a SQLite store was
-    moved, its locations of artifacts are updated. With `to_write`, fails within seconds if another program has locked
-    a SQLite store; MLflow would wait for minutes.
+    Several processes may connect to a fresh store at once; a lock lets one of them create it. If a SQLite store
+    was moved, its locations of artifacts are updated. With `to_write`, fails within seconds if another program
+    has locked a SQLite store; MLflow would wait for minutes.
     """
     uri = tracking_uri()
     with store_errors():
@@ -259,9 +257,8 @@ def create_run(client: MlflowClient, description: dict[str, Any], name: str, run
     """
     if run_id is None:
         tags = {**description["tags"], TRAINING: name}
-        run_id = str(
-            client.create_run(_experiment_id(client), tags=tags, run_name=description["name"]).info.run_id
-        )
+        run = client.create_run(_experiment_id(client), tags=tags, run_name=description["name"])
+        run_id = str(run.info.run_id)
     if client.get_run(run_id).data.params:
         return run_id
     inputs = [
@@ -291,6 +288,7 @@ def update_description(client: MlflowClient, run_id: str) -> None:
         f"**{data.tags.get('changed') or 'parameters as committed'}**\n\n"
         f"| metric | value |\n|---|---|\n{rows}\n"
         f"Red flags: {'; '.join(flags) or 'none'}.\n\n"
-        f"To restore its code, parameters and data into a folder beside this one:\n\n    gptpipe restore {run_id}\n"
+        "To restore its code, parameters and data into a folder beside this one:\n\n"
+        f"    gptpipe restore {run_id}\n"
     )
     client.set_tag(run_id, "mlflow.note.content", description[:MAX_TAG_CHARACTERS])

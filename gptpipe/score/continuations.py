@@ -28,8 +28,8 @@ def load_generator(folder: Path) -> tuple[GPT, Tokenizer]:
     model = load_model(folder)
     if model.vocab_size != tokenizer.vocab_size:
         raise IntegrityError(
-            f"{folder}: the network has {model.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}; create "
-            "the folder again with `dvc repro -f`"
+            f"{folder}: the network has {model.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}; "
+            "create the folder again with `dvc repro -f`"
         )
     return model, tokenizer
 
@@ -58,8 +58,8 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt in pieces of whole characters.
 
-    It ends at the end of the document, before the first of the strings in `stop`, or after `max_new_tokens`. Of a
-    prompt longer than the context, the model sees only the end: see `announce_cut`.
+    It ends at the end of the document, before the first of the strings in `stop`, or after `max_new_tokens`. Of
+    a prompt longer than the context, the model sees only the end: see `announce_cut`.
     """
     yield from until_stop(_characters(model, tokenizer, prompt, max_new_tokens, sampling), stop)
 

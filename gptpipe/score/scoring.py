@@ -1,7 +1,8 @@
 """Score every token of a stream but the first, each once, in consecutive windows of the context length.
 
-The last window may be shorter. Nothing is sampled, and the batch size affects only rounding. A model is scored as it
-was trained: in the same precision, and if its attention stayed inside documents in training, it does so here.
+The last window may be shorter. Nothing is sampled, and the batch size affects only rounding. A model is scored
+as it was trained: in the same precision, and if its attention stayed inside documents in training, it does so
+here.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,8 @@ class Scoring:
     """How a model is scored. Stage train writes it down with the model, and stage evaluate does the same."""
 
     precision: torch.dtype = torch.float32  # of matrix products
-    end_of_text: int | None = (
-        None  # if given, a token attends only to tokens of its own document, which ends with this
-    )
+    # If given, a token attends only to tokens of its own document, which ends with this.
+    end_of_text: int | None = None
 
     def describe(self) -> dict[str, str | bool]:
         """The form in which manifests and reports contain it."""
@@ -62,9 +62,7 @@ class Scores:
 
     by_document: Array  # (3, documents)
     by_position: Array  # (3, context_length), position in the window
-    by_confidence: (
-        Array  # (3, CONFIDENCE_BINS); the first row sums the probability of the most probable token instead
-    )
+    by_confidence: Array  # (3, CONFIDENCE_BINS); row 0 sums the probability of the most probable token instead
 
 
 def score(
@@ -85,9 +83,8 @@ def score(
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
     scores = Scores(*(np.zeros((3, n)) for n in (len(ends), context, CONFIDENCE_BINS)))
     n_targets = max(0, len(stream.tokens) - 1)
-    width = (
-        model.vocab_size if scoring.end_of_text is None else max(model.vocab_size, context)
-    )  # of logits or mask
+    # Of the logits, or of the mask if it is wider.
+    width = model.vocab_size if scoring.end_of_text is None else max(model.vocab_size, context)
     batches = _batches(n_targets, context, width)
     i_part, n_parts = part
     was_training = model.training

@@ -61,11 +61,11 @@ def uses_ray() -> bool:
 
 
 def limit_busy_waiting() -> None:
-    """Let idle threads of OpenMP sleep soon, so that a training beside another busy process is not slowed many times.
+    """Let idle threads of OpenMP sleep soon, so that another busy process does not slow a training many times.
 
-    Call it before torch is imported. By default, threads wait for the next parallel section in a loop, which keeps
-    a core busy, for 200 ms in the runtimes of Intel and LLVM. A thread that another process has displaced then holds
-    up all others. Results do not depend on it. Values of the user stay.
+    Call it before torch is imported. By default, threads wait for the next parallel section in a loop, which
+    keeps a core busy, for 200 ms in the runtimes of Intel and LLVM. A thread that another process has displaced
+    then holds up all others. Results do not depend on it. Values of the user stay.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # iterations, some 10 microseconds; GNU's runtime

@@ -43,7 +43,7 @@ def run(main: Callable[[], None], advice: str = "") -> None:
 
 
 def _escape_unencodable() -> None:
-    """Print characters that the terminal's encoding does not have as escapes like `\\xe9`; they would be errors."""
+    """Print characters that the terminal's encoding lacks as escapes like `\\xe9`; they would be errors."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -90,9 +90,8 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
 def _run_alone(name: str, main: Callable[[], None], description: str | None) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)  # not earlier: `run` catches what it raises
-    argparse.ArgumentParser(
-        description=description, epilog="Values: params.yaml. Run by `dvc repro`."
-    ).parse_args()
+    parser = argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.")
+    parser.parse_args()
     from gptpipe.shell.environment import rank_info
     from gptpipe.shell.locks import one_writer
 

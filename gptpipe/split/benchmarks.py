@@ -1,7 +1,7 @@
 """Benchmarks: texts that train must not contain. They are read and cleaned like training text.
 
-That is NFC, plain line ends, no control characters. No filter applies, no duplicate is removed. In particular, lines
-that a filter drops from train are kept: train may contain their words in another line.
+That is NFC, plain line ends, no control characters. No filter applies, no duplicate is removed. In particular,
+lines that a filter drops from train are kept: train may contain their words in another line.
 """
 
 import shutil
@@ -35,7 +35,7 @@ class Benchmark(NamedTuple):
 
 @contextmanager
 def collected(benchmarks: tuple[Source, ...], params: CollectParams, raw: Path) -> Iterator[list[Benchmark]]:
-    """The benchmarks, read and cleaned by the code of stage collect, in a temporary folder beside the corpus."""
+    """The benchmarks, read and cleaned by the code of stage collect, in a temporary folder by the corpus."""
     params = params.model_copy(update={"min_document_bytes": 1, "filters": _NO_FILTERS, "dedup": "none"})
     scratch = raw.with_name(".benchmarks.partial")
     shutil.rmtree(scratch, ignore_errors=True)  # of a killed run

@@ -1,9 +1,9 @@
 """The runs of words by which texts are compared, as hashes: all n-grams, and short texts as a whole.
 
 An n-gram is a run of n words. In a script without spaces, where a word is a single letter and counts as less
-(gptpipe/collect/words.py), it is the shortest run that counts at least n words. A text that counts less than n words
-has no n-gram. It is compared as a whole if it counts at least `MIN_WORDS`; shorter texts, such as the answer `yes`,
-would occur in any corpus.
+(gptpipe/collect/words.py), it is the shortest run that counts at least n words. A text that counts less than n
+words has no n-gram. It is compared as a whole if it counts at least `MIN_WORDS`; shorter texts, such as the
+answer `yes`, would occur in any corpus.
 """
 
 import numpy as np
@@ -24,10 +24,9 @@ class Lookup:
     def __init__(self, hashes: Hashes) -> None:
         self.size = len(hashes)
         self._index = pd.Index(hashes)
-        self._index.get_indexer(
-            self._index[:1]
-        )  # builds its table before threads share it: they could see half of it
-        # Whether a member begins with these bits. Most hashes are not in the set, and this finds out ten times faster.
+        # Builds its table before threads share it: they could see half of it.
+        self._index.get_indexer(self._index[:1])
+        # Whether a member begins with these bits. Most hashes are not in the set; this tells ten times faster.
         self._n_bits = min(_MAX_FILTER_BITS, len(hashes).bit_length() + 3)
         self._has_bits = np.zeros(1 << self._n_bits, np.bool_)
         self._has_bits[self._first_bits(hashes)] = True
@@ -45,9 +44,9 @@ class Lookup:
 class Runs:
     """The n-grams and the short texts of a list of texts.
 
-    `hashes` are those of the n-grams, then of the short texts; `texts` are the indices of the texts that contain
-    them; `prefixes` are hashes of the first words of short texts, 0 for n-grams. `examined` are the indices of the
-    texts that are not too short.
+    `hashes` are those of the n-grams, then of the short texts; `texts` are the indices of the texts that
+    contain them; `prefixes` are hashes of the first words of short texts, 0 for n-grams. `examined` are the
+    indices of the texts that are not too short.
     """
 
     def __init__(self, texts: list[str], n: int) -> None:
@@ -98,7 +97,8 @@ class Runs:
     def find_short(self, hashes: Lookup, prefixes: Lookup) -> tuple[Indices, Indices]:
         """Where short texts occur: the indices of their hashes in `hashes`, and of the texts that contain them.
 
-        Only runs that begin like a short text are compared with the short texts, of each length that is possible.
+        Only runs that begin like a short text are compared with the short texts, of each length that is
+        possible.
         """
         starts, hashes_of_prefixes = self._runs_of_length(self._n_prefix)
         is_prefix, _ = prefixes.find(hashes_of_prefixes)

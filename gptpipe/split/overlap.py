@@ -1,24 +1,24 @@
 """Contamination: documents that share a run of `split.ngram` words between train and the held-out texts.
 
-The held-out texts are val, test and the benchmarks of `split.benchmarks`. The measure is that of GPT-3 (Brown et al.,
-2020, arXiv:2005.14165, appendix C), in words, so it does not depend on the tokenizer:
+The held-out texts are val, test and the benchmarks of `split.benchmarks`. The measure is that of GPT-3 (Brown
+et al., 2020, arXiv:2005.14165, appendix C), in words, so it does not depend on the tokenizer:
 
-- A held-out document is contaminated if one of its n-grams occurs in a train document. One of fewer than n words is
-  contaminated if all of it occurs in a train document, as a run of words.
+- A held-out document is contaminated if one of its n-grams occurs in a train document. One of fewer than n
+  words is contaminated if all of it occurs in a train document, as a run of words.
 - A train document is contaminated if it contains such an n-gram or short document.
 - A document of fewer than `MIN_WORDS` words is counted, but not examined.
 
-The corpus is read three times, the benchmarks (gptpipe/split/benchmarks.py) twice. Only 64-bit hashes of n-grams and
-of short documents, together called runs, are kept in memory:
+The corpus is read three times, the benchmarks (gptpipe/split/benchmarks.py) twice. Only 64-bit hashes of
+n-grams and of short documents, together called runs, are kept in memory:
 
 1. `_held_out_runs` collects the distinct runs of the held-out documents.
 2. `_search` in train finds which of them occur there, and the train documents that contain one.
 3. `_search` in the held-out documents finds those that have a run that occurs in train.
 
 Step 1 keeps at most `_MAX_RUNS`. If there are more, it keeps those of one in 2, 4, 8, ... held-out documents,
-and step 3 examines the same documents. The shares of the held-out groups are then estimates; the share of train is a
-lower bound. Whole documents are sampled, because a contaminated document may share a single n-gram, which a sample of
-n-grams would miss.
+and step 3 examines the same documents. The shares of the held-out groups are then estimates; the share of train
+is a lower bound. Whole documents are sampled, because a contaminated document may share a single n-gram, which
+a sample of n-grams would miss.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,8 +86,8 @@ class _Matches:
 def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
     """Write to `path` how many documents of each group are contaminated; `raw` is the corpus.
 
-    Raises InputError if a held-out group has a larger share than `split.max_contamination` or, with this limit, an
-    unknown share; and if a benchmark has no text.
+    Raises InputError if a held-out group has a larger share than `split.max_contamination` or, with this limit,
+    an unknown share; and if a benchmark has no text.
     """
     is_small = verify_corpus(raw).counts["bytes"] < _SMALL_BYTES
     shards = shard_paths(raw)
@@ -147,15 +147,16 @@ def _check_shares(report: dict[str, Any], params: SplitParams) -> None:
         if share is None:
             raise InputError(
                 f"split: none of the {report[f'{group}_documents']} documents of {name} has "
-                f"{min(MIN_WORDS, params.ngram)} words or more, so their overlap with train is unknown; make them "
-                "longer, for example a question with its answer, or set split.max_contamination to null"
+                f"{min(MIN_WORDS, params.ngram)} words or more, so their overlap with train is unknown; make "
+                "them longer, for example a question with its answer, or set split.max_contamination to null"
             )
         ids, n_unlisted = report["ids"][group], report["unlisted"][group]
         counts = f"{report[f'{group}_contaminated']} of {report[f'{group}_examined']} examined documents"
         more = f", and {n_unlisted} more" if n_unlisted else ""
         raise InputError(
-            f"split: {counts} of {name} ({share:.2%}) share {params.ngram} words in a row with train, or occur there "
-            f"as a whole, above split.max_contamination; remove them, or raise the limit: {', '.join(ids)}{more}"
+            f"split: {counts} of {name} ({share:.2%}) share {params.ngram} words in a row with train, or occur "
+            f"there as a whole, above split.max_contamination; remove them, or raise the limit: "
+            f"{', '.join(ids)}{more}"
         )
 
 

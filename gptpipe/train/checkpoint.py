@@ -1,10 +1,10 @@
 """Resumable training state on disk, in `.gptpipe/checkpoints/KEY/`, outside DVC.
 
-    run.json                 the provisional id of the training's run, chosen before the first step; the value of
-                             on_spike; the id of the run that this run continues
+    run.json                 the provisional id of the training's run, chosen before the first step; the value
+                             of on_spike; the id of the run that this run continues
     best-00000400/           weights of the best model so far, by validation loss
-    step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged metric,
-                             with its step and time) and state.json (everything else, with the settings)
+    step-00000500/           state.safetensors (weights, optimizer, generators), journal.jsonl (every logged
+                             metric, with its step and time) and state.json (everything else, with the settings)
     kept-00000400/           the state that a longer training can continue, like that of a step
     finished.json            the training is finished; see gptpipe/base/finished_training.py
 
@@ -96,7 +96,7 @@ class Checkpoints:
         return self._run_id
 
     def choose_run(self, on_spike: str, *, is_finished: bool) -> str | None:
-        """Choose the run for this value of `on_spike`; returns the id of the run that it continues, if it is new.
+        """Choose the run for this value of `on_spike`; returns the id of the run that a new one continues.
 
         With `stop`, points are recorded before they are saved. Roll-backs would give some of them other values,
         but a record never changes a point. So a training that changes to `rollback` gets a new run.
@@ -126,7 +126,7 @@ class Checkpoints:
             self._drop_old()
 
     def keep(self, state: TrainState) -> None:
-        """Make the state durable until the folder is removed, in place of one kept before. All ranks must call."""
+        """Make the state durable until the folder is removed, replacing an earlier one. All ranks must call."""
         target = self.folder / f"kept-{state.step:08d}"
         self._write(state, target)
         for old in kept_in(self.folder) if is_writer() else ():
@@ -257,9 +257,8 @@ class Checkpoints:
     def save_best(self, model: GPT, step: int) -> None:
         """Keep the current weights as the best ones, validated at `step`."""
         with new_folder(self.best_folder(step), {}) as new:
-            weights = {
-                name: parameter.detach() for name, parameter in model.named_parameters()
-            }  # tied ones once
+            # Tied ones once.
+            weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
             write_bytes(new.path / WEIGHTS, save(weights))
         verify(self.best_folder(step))
 
@@ -302,8 +301,8 @@ class Checkpoints:
         different = environment_changes(content.environment, self.environment)
         if different and not allow_inexact:
             raise ResourceError(
-                f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. Set GPTPIPE_ALLOW_INEXACT=1 "
-                "to resume anyway, or remove the folder to train from the start"
+                f"{self.folder}: cannot resume bit for bit here: {'; '.join(different)}. "
+                "Set GPTPIPE_ALLOW_INEXACT=1 to resume anyway, or remove the folder to train from the start"
             )
         self.inexact = [*content.inexact]
         if different:
@@ -418,9 +417,8 @@ def _check_tensors(tensors: dict[str, Tensor], state: TrainState) -> None:
         for parameter in group["params"]
     }
     wanted: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    has_optimizer_state = any(
-        name.startswith("optimizer.") for name in tensors
-    )  # nothing before the first step
+    # Nothing before the first step.
+    has_optimizer_state = any(name.startswith("optimizer.") for name in tensors)
     for name, parameter in state.model.named_parameters():
         wanted[f"model.{name}"] = (parameter.shape, parameter.dtype)
         if has_optimizer_state:

@@ -52,16 +52,14 @@ def _leave(store: Any, rank: int, error: Exception) -> NoReturn:
     """End this rank after an error. Exactly one rank raises it; the others raise SystemExit."""
     lost = ResourceError(f"train: rank {rank} lost another rank; rerun to continue from the last checkpoint")
     fault = error if isinstance(error, GptpipeError) else lost
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # torchrun sends it when the first rank ends, and this one is ending
+    # torchrun sends it when the first rank ends, and this one is ending.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     n_reports = 1
     with suppress(RuntimeError):  # torchrun, which keeps the store, may be gone
         if rank == 0:
             store.set("rank 0 left", "")
-        elif isinstance(
-            fault, Interrupted | NumericError
-        ):  # all ranks raise these, and rank 0 still has to save
+        elif isinstance(fault, Interrupted | NumericError):
+            # All ranks raise these, and rank 0 still has to save.
             store.wait(["rank 0 left"], timedelta(seconds=60))
         n_reports = store.add("errors reported", 1)
     if n_reports > 1:
@@ -104,8 +102,8 @@ def batch_slice(params: TrainParams) -> slice:
     size = params.micro_batch_size or 1
     if params.batch_size % (n_ranks * size):
         raise ConfigError(
-            f"train.batch_size {params.batch_size} must be a multiple of {n_ranks} processes (train.launcher) x "
-            f"{size} sequences (train.micro_batch_size)"
+            f"train.batch_size {params.batch_size} must be a multiple of "
+            f"{n_ranks} processes (train.launcher) x {size} sequences (train.micro_batch_size)"
         )
     n = params.batch_size // n_ranks
     return slice(rank * n, (rank + 1) * n)
@@ -161,9 +159,8 @@ def fitting_on_all_ranks(
         with loss.no_sync():
             is_short = not _fits(model, loss, precision, micro_batch_size, n_spare)
         model.zero_grad(set_to_none=True)
-        if not all_reduce(
-            torch.tensor(int(is_short)), dist.ReduceOp.MAX
-        ):  # not on the device, which may be full
+        # Not on the device, which may be full.
+        if not all_reduce(torch.tensor(int(is_short)), dist.ReduceOp.MAX):
             break
         micro_batch_size = halved(micro_batch_size, n_own)
     return micro_batch_size

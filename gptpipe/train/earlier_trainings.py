@@ -1,6 +1,7 @@
 """Checkpoints of other trainings: which of them this training continues, and which are abandoned.
 
-The settings of a training name its checkpoint folder. If they change before the training is finished, the folder stays.
+The settings of a training name its checkpoint folder. If they change before the training is finished,
+the folder stays.
 """
 
 import re
@@ -47,10 +48,10 @@ class EarlierState:
 
 
 def take_over(present: Present) -> EarlierState | None:
-    """Move the checkpoints of an unfinished training here, if the present settings would have given the same steps.
+    """Move the checkpoints of an unfinished training here, if the present settings would give the same steps.
 
-    Of several trainings, chooses the one with most steps. Returns its newest state, or None. The caller holds the lock
-    on the present folder. Raises ResourceError.
+    Of several trainings, chooses the one with most steps. Returns its newest state, or None. The caller holds
+    the lock on the present folder. Raises ResourceError.
     """
     if present.folder.exists():  # this training has begun
         return None
@@ -81,7 +82,7 @@ def kept_state(present: Present, exported: Path) -> EarlierState | None:
 
 
 def advice(present: Present) -> str | None:
-    """Which unfinished training could be continued although its settings differ, and how; None if there is none.
+    """Which unfinished training could be continued despite other settings, and how; None if there is none.
 
     Of several trainings, the one with fewest differences.
     """
@@ -90,8 +91,9 @@ def advice(present: Present) -> str | None:
         return None
     nearest = min(possible, key=lambda state: (len(state.harmful), -state.saved.step))
     return (
-        f"an unfinished training is kept, at {nearest}; {'; '.join(nearest.harmful)}; to continue it from this step "
-        f"with the present values, set train.continue_from to {nearest.training.name}"
+        f"an unfinished training is kept, at {nearest}; {'; '.join(nearest.harmful)}; "
+        "to continue it from this step with the present values, "
+        f"set train.continue_from to {nearest.training.name}"
     )
 
 
@@ -99,8 +101,8 @@ def declared_state(present: Present, name: str) -> EarlierState:
     """The newest state of the training that `train.continue_from` names. Raises ConfigError, ResourceError."""
     if not _TRAINING_NAME.fullmatch(name):
         raise ConfigError(
-            f"train.continue_from: {name!r:.100} is not the name of a training in .gptpipe/checkpoints, which has 16 "
-            "characters; a training that could be continued prints it"
+            f"train.continue_from: {name!r:.100} is not the name of a training in .gptpipe/checkpoints, "
+            "which has 16 characters; a training that could be continued prints it"
         )
     training = present.folder.with_name(name)
     if is_locked(training):
@@ -115,8 +117,8 @@ def declared_state(present: Present, name: str) -> EarlierState:
     newest = states[-1]
     if newest.preventing:
         raise ConfigError(
-            f"train.continue_from: cannot continue {newest}: {'; '.join(newest.preventing)}; set these back, or "
-            "set train.continue_from to null"
+            f"train.continue_from: cannot continue {newest}: {'; '.join(newest.preventing)}; "
+            "set these back, or set train.continue_from to null"
         )
     if newest.saved.step >= present.settings.n_steps:
         raise ConfigError(
@@ -167,9 +169,9 @@ class AbandonedTraining:
 def abandoned_trainings(root: Path, params: RunParams) -> list[AbandonedTraining]:
     """The abandoned ones among the trainings in `root`.
 
-    Only the parameters of the training itself count. The data may be about to change, so other data does not make a
-    training abandoned. Nor is a training abandoned that a process works on, that `train.continue_from` names, or whose
-    settings are unknown.
+    Only the parameters of the training itself count. The data may be about to change, so other data does not
+    make a training abandoned. Nor is a training abandoned that a process works on, that `train.continue_from`
+    names, or whose settings are unknown.
     """
     abandoned = []
     for folder in sorted(root.glob("[!.]*/")):

@@ -46,8 +46,8 @@ def fitting_micro_batch_size(params: TrainParams, model: GPT, n_free: int, *, ho
         if needed < _USABLE * n_free:
             return candidate
     raise ResourceError(
-        f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, {n_free / 2**30:.1f} are "
-        f"free; {SMALLER_BATCHES}"
+        f"train: micro-batches of {candidates[-1]} need about {needed / 2**30:.1f} GiB, "
+        f"{n_free / 2**30:.1f} are free; {SMALLER_BATCHES}"
     )
 
 
@@ -58,8 +58,8 @@ def halved(micro_batch_size: int, n_sequences: int) -> int:
     """
     if micro_batch_size == 1:
         raise ResourceError(
-            "train: out of memory with single sequences; lower the model's size or model.context_length, or set "
-            "train.activation_checkpointing to true"
+            "train: out of memory with single sequences; lower the model's size or model.context_length, "
+            "or set train.activation_checkpointing to true"
         )
     size = next(n for n in range(micro_batch_size // 2, 0, -1) if n_sequences % n == 0)
     complain(f"warning: out of memory; continuing with micro-batches of {size}")

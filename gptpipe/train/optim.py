@@ -102,9 +102,8 @@ def _updates(nesterov: list[Tensor], heights: list[int]) -> Sequence[Tensor]:
     if len(heights) == 1:
         directions = _scaled(torch.cat(nesterov).view(-1, heights[0], nesterov[0].shape[1]))
         return torch.split(directions.flatten(0, 1), [len(x) for x in nesterov])
-    return torch.cat(
-        [_scaled(part) for part in torch.split(torch.stack(nesterov), heights, dim=1)], dim=1
-    ).unbind()
+    parts = [_scaled(part) for part in torch.split(torch.stack(nesterov), heights, dim=1)]
+    return torch.cat(parts, dim=1).unbind()
 
 
 def _scaled(matrices: Tensor) -> Tensor:

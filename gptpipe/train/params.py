@@ -62,7 +62,8 @@ class TrainParams(Section):
         context_length = model.get("context_length") if isinstance(model, dict) else None
         if isinstance(context_length, int) and stride > context_length:
             raise ValueError(
-                f"above model.context_length {context_length}: tokens between two windows would never be trained on"
+                f"above model.context_length {context_length}: "
+                "tokens between two windows would never be trained on"
             )
         return stride
 

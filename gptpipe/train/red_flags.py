@@ -26,34 +26,35 @@ def red_flags(history: Sequence[Validation], n_steps: int) -> dict[str, str]:
         )
     elif _is_overfitting(best, trained):
         flags["overfitting"] = (
-            f"overfitting: validation loss rose from {best.val_loss:.3f} (step {best.step}) to {last.val_loss:.3f} "
-            "while training loss fell; add text or dropout, shrink the model, or set train.patience"
+            f"overfitting: validation loss rose from {best.val_loss:.3f} (step {best.step}) "
+            f"to {last.val_loss:.3f} while training loss fell; "
+            "add text or dropout, shrink the model, or set train.patience"
         )
         return flags
     enough = last.step >= 0.2 * n_steps and len(trained) >= 2
     if enough and best.val_loss > 0.98 * start.val_loss:
         flags["not_decreasing"] = (
-            f"not decreasing: validation loss is {last.val_loss:.3f} after {last.step} steps, {start.val_loss:.3f} at "
-            "the start; check train.lr and the data"
+            f"not decreasing: validation loss is {last.val_loss:.3f} after {last.step} steps, "
+            f"{start.val_loss:.3f} at the start; check train.lr and the data"
         )
     if "exploding" in flags or ("not_decreasing" in flags and (last.clipped or 0.0) > 0.9):
         flags["lr_too_high"] = "learning rate too high by these signs: try a third of train.lr"
     elif enough and _falls_too_slowly(history):
         flags["lr_too_low"] = (
-            "learning rate too low by the shape of the curve: validation loss falls as slowly as at the start and has "
-            "not begun to level off; try three times train.lr"
+            "learning rate too low by the shape of the curve: validation loss falls as slowly as at the start "
+            "and has not begun to level off; try three times train.lr"
         )
     return flags
 
 
 def final_red_flags(history: Sequence[Validation], n_steps: int) -> dict[str, str]:
-    """The red flags of a finished training. The model that it writes is the one with the lowest validation loss."""
+    """The red flags of a finished training. It writes the model with the lowest validation loss."""
     flags = red_flags(history, n_steps)
     best = _best(history)
     if best.step == 0:
         flags["untrained"] = (
-            "untrained: the model has the weights from before the first step, because no later validation loss was "
-            f"below {best.val_loss:.3f}; check train.lr and the data"
+            "untrained: the model has the weights from before the first step, "
+            f"because no later validation loss was below {best.val_loss:.3f}; check train.lr and the data"
         )
     return flags
 
@@ -74,7 +75,7 @@ def _rise(start: Validation, trained: Sequence[Validation]) -> str | None:
 
 
 def _is_overfitting(best: Validation, trained: Sequence[Validation]) -> bool:
-    """Whether validation loss has been above its best at least twice, lately by over 1%, and training loss fell."""
+    """Whether validation loss was above its best at least twice, lately by over 1%, and training loss fell."""
     after_best = [v for v in trained if v.step > best.step]
     if len(after_best) < 2 or trained[-1].val_loss <= 1.01 * best.val_loss:
         return False

@@ -49,7 +49,7 @@ def write_model(
 
 
 def write_state(target: Path, params: RunParams, split: Manifest, checkpoints: Checkpoints) -> None:
-    """The kept state in the layout of a checkpoint folder, with the best model of its time; empty if none is kept.
+    """The kept state in a checkpoint folder's layout, with the best model of its time; empty if none is kept.
 
     `target` is an output of DVC that a rerun does not remove, so that a longer training can continue from it.
     """

@@ -160,9 +160,10 @@ def _describe(params: RunParams, inputs: Inputs, model: GPT) -> str:
     section, runtime = params.train, inputs.runtime
     n_epochs = inputs.n_steps * section.batch_size / inputs.batches.n_windows
     return (
-        f"train: {model.n_parameters():,} parameters, {len(inputs.train.tokens):,} tokens, {inputs.n_steps:,} steps of "
-        f"{section.batch_size} x {params.model.context_length} tokens ({n_epochs:.1f} epochs), on {runtime.device}"
-        f"{', compiled' if runtime.is_compiled else ''}, processes: {runtime.ranks}"
+        f"train: {model.n_parameters():,} parameters, {len(inputs.train.tokens):,} tokens, "
+        f"{inputs.n_steps:,} steps of {section.batch_size} x {params.model.context_length} tokens "
+        f"({n_epochs:.1f} epochs), on {runtime.device}{', compiled' if runtime.is_compiled else ''}, "
+        f"processes: {runtime.ranks}"
     )
 
 
@@ -193,8 +194,8 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
     folder = checkpoints.folder
     if distributed.from_first((folder.name, state.step)) != (folder.name, state.step):
         raise ResourceError(
-            f"{folder}: rank {rank_info().rank} sees other content than rank 0; put it on a file system that all "
-            "machines share"
+            f"{folder}: rank {rank_info().rank} sees other content than rank 0; "
+            "put it on a file system that all machines share"
         )
     if finished_in(folder):
         say(f"train: already finished, after step {state.step:,}; writing its results again")
@@ -204,7 +205,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> bool:
 
 
 def _continue_other(checkpoints: Checkpoints, state: TrainState, present: Present, exported: Path) -> bool:
-    """Continue the training that `train.continue_from` names, or extend a shorter one; returns whether there is one.
+    """Continue the training that `train.continue_from` names, or extend a shorter one; returns whether it did.
 
     Otherwise, print which unfinished training could be named. Raises ConfigError and what
     `Checkpoints.continue_from` raises.
@@ -349,10 +350,8 @@ class _Training:
             speed = f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
             losses = [loss for loss, _ in self.state.steps[-_PLOTTED_STEPS:]]
             self._progress.advance(note=f"loss {metrics['train/loss']:.3f}  {speed}", course=losses)
-        say(
-            f"train: step {step:,}: {', '.join(f'{key} {value:.6g}' for key, value in metrics.items())}",
-            "verbose",
-        )
+        values = ", ".join(f"{key} {value:.6g}" for key, value in metrics.items())
+        say(f"train: step {step:,}: {values}", "verbose")
 
     def validate(self) -> float:
         model = distributed.unsharded(self.state.model)
@@ -390,7 +389,7 @@ class _Training:
         say(f"train: step {validation.step:,}: {train_loss}val loss {validation.val_loss:.4f}{mark}")
 
     def _report_red_flags(self, flags: dict[str, str]) -> None:
-        """Print the flags that are new. Make them the flags of the record, without those that no longer hold."""
+        """Print the new flags. Make them the flags of the record, without those that no longer hold."""
         for name in sorted(flags.keys() - self._printed_flags):
             complain(f"red flag: {flags[name]}")
         # Also those that this training reported before it was resumed.

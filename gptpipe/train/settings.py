@@ -70,8 +70,8 @@ class Settings(BaseModel):
     def key(self) -> str:
         """Name of the checkpoint folder: a digest of the settings, but not of how processes are started.
 
-        Nor of `on_spike`, so that a training that a spike has stopped before its first checkpoint keeps its folder,
-        which names its run. The environment is compared on restore.
+        Nor of `on_spike`, so that a training that a spike has stopped before its first checkpoint keeps its
+        folder, which names its run. The environment is compared on restore.
         """
         train = {name: value for name, value in self.train.items() if name not in _NOT_IN_KEY}
         return hashlib.sha256(to_json({**self.model_dump(), "train": train})).hexdigest()[:16]

@@ -71,9 +71,8 @@ def optimizer_step(state: TrainState, batches: Batches, plan: Plan) -> Metrics:
         model.zero_grad(set_to_none=True)
         raise
     if params.grad_clip is not None and norm > params.grad_clip:
-        scale = torch.tensor(
-            params.grad_clip / norm, device=device
-        )  # a Python number would be converted for each
+        # A Python number would be converted for each.
+        scale = torch.tensor(params.grad_clip / norm, device=device)
         torch._foreach_mul_(gradients, scale)
     for optimizer in state.optimizers:
         optimizer.step()
@@ -103,8 +102,8 @@ def _backward(state: TrainState, plan: Plan, tokens: Tensor, targets: Tensor, fi
             # The other ranks wait for this rank's gradients, so it cannot repeat the pass alone.
             if rank_info().n_ranks > 1:
                 raise ResourceError(
-                    f"train: step {state.step + 1}: out of memory with micro-batches of {state.micro_batch_size}; "
-                    f"{SMALLER_BATCHES}"
+                    f"train: step {state.step + 1}: out of memory "
+                    f"with micro-batches of {state.micro_batch_size}; {SMALLER_BATCHES}"
                 ) from error
         # After the handler: the traceback of the error keeps the activations alive.
         state.model.zero_grad(set_to_none=True)
@@ -163,8 +162,8 @@ def _check_spike(
     ):
         if n_sigmas > sigmas:
             raise SpikeError(
-                f"train: step {step}: {name} {value:.4g} spikes, {n_sigmas:.1f} standard deviations above the last "
-                f"{len(recent)} steps; stopped before the update: {advice}"
+                f"train: step {step}: {name} {value:.4g} spikes, {n_sigmas:.1f} standard deviations "
+                f"above the last {len(recent)} steps; stopped before the update: {advice}"
             )
 
 

@@ -17,14 +17,13 @@ class Abort(Exception):
 
 def test_a_file_has_the_written_content_and_leaves_no_other_file(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "a.json", {"b": [1, "ü"], "a": None})
-    assert (
-        tmp_path / "new" / "a.json"
-    ).read_bytes() == '{\n  "a": null,\n  "b": [\n    1,\n    "ü"\n  ]\n}\n'.encode()
+    written = (tmp_path / "new" / "a.json").read_bytes()
+    assert written == '{\n  "a": null,\n  "b": [\n    1,\n    "ü"\n  ]\n}\n'.encode()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
 def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut can lose what is not synced, so the content is synced before the renaming, and the name after it."""
+    """A power cut loses what is not synced, so content is synced before the renaming, and the name after it."""
     steps: list[tuple[str, str]] = []
     really_sync, really_replace = os.fsync, os.replace
 

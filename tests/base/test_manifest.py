@@ -1,4 +1,4 @@
-"""Folders with a manifest: complete whatever the disk does and whenever the process ends; every damage is detected."""
+"""Folders with a manifest: complete whatever the disk does, whenever the process ends; damage is detected."""
 
 import errno
 import io
@@ -178,10 +178,8 @@ def test_swapped_files_are_detected(tmp_path: Path) -> None:
         (b"[]", "damaged"),
         (b"\xff", "damaged"),
         (b"[" * 100_000, "damaged"),
-        (
-            b'{"schema_version": 2, "made_from": {}, "counts": {}, "files": {}}',
-            "damaged",
-        ),  # without its SHA-256
+        # Without its SHA-256.
+        (b'{"schema_version": 2, "made_from": {}, "counts": {}, "files": {}}', "damaged"),
         (seal({"schema_version": "2", "made_from": {}, "counts": {}, "files": {}}), "damaged"),
         (
             b'{"schema_version": 1, "made_from": {}, "counts": {}, "files": {}}',
@@ -291,7 +289,7 @@ def test_a_folder_is_complete_after_a_kill_at_any_time(tmp_path: Path, monkeypat
 
 
 def test_a_partly_removed_old_folder_is_never_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The build is killed while it removes the old folder, and DVC removes the new one: nothing may be restored."""
+    """A build is killed as it removes the old folder, and DVC removes the new one: nothing may be restored."""
     target = tmp_path / "raw"
     build(target, b"old")
 

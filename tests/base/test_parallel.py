@@ -1,4 +1,4 @@
-"""map_in_order: the same results with any number of workers, in processes and on Ray; workers end with their parent."""
+"""map_in_order: the same results with any number of workers, also on Ray; workers end with their parent."""
 
 import importlib
 import os

@@ -94,8 +94,8 @@ def test_params_are_frozen(params: Params) -> None:
         ({"stride": "0"}, "train.stride: Input should be greater than or equal to 1, got 0"),
         (
             {"stride": "257"},
-            "train.stride: above model.context_length 256: tokens between two windows would never be trained on, "
-            "got 257",
+            "train.stride: above model.context_length 256: "
+            "tokens between two windows would never be trained on, got 257",
         ),
         ({"n_head": "3"}, "model.head_dim: n_head 3 must divide n_embd 128 if head_dim is null"),
         ({"n_kv_head": "3"}, "model.n_kv_head: must divide n_head 2, got 3"),
@@ -167,8 +167,8 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         ),
         (
             "{kind: huggingface, dataset: a/b}",
-            "collect.sources.0.huggingface.revision: is required for a dataset of the hub: the 40 hex digits of a "
-            "commit",
+            "collect.sources.0.huggingface.revision: is required for a dataset of the hub: "
+            "the 40 hex digits of a commit",
         ),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),
         ("{kind: text, path: [a]}", "collect.sources.0.text.path: unknown key; did you mean `paths`?"),
@@ -182,12 +182,13 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         ),
         (
             "{kind: text, paths: [a], document: separator}",
-            "collect.sources.0.text.separator: is required with `document: separator`, and not allowed without it",
+            "collect.sources.0.text.separator: is required with `document: separator`, "
+            "and not allowed without it",
         ),
         (
             "{kind: text, paths: [a], separator: x}",
-            "collect.sources.0.text.separator: is required with `document: separator`, and not allowed without it, "
-            "got 'x'",
+            "collect.sources.0.text.separator: is required with `document: separator`, "
+            "and not allowed without it, got 'x'",
         ),
         (
             "{kind: jsonl, paths: [a], text_column: t}",
@@ -202,7 +203,8 @@ def test_an_invalid_source_is_reported_with_its_key(tmp_path: Path, source: str,
 def test_an_invalid_item_is_reported_and_its_list_is_not(tmp_path: Path) -> None:
     text = SHIPPED.replace("- kind: python-docs ", "- {kind: huggingface, dataset: a/b} ")
     assert faults(tmp_path, text) == [
-        "collect.sources.0.huggingface.revision: is required for a dataset of the hub: the 40 hex digits of a commit"
+        "collect.sources.0.huggingface.revision: is required for a dataset of the hub: "
+        "the 40 hex digits of a commit"
     ]
 
 
@@ -302,7 +304,7 @@ def test_the_error_for_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
 
 
 def test_nested_aliases_take_little_memory_and_time(tmp_path: Path) -> None:
-    """Nine levels of aliases in 400 bytes once took 46 s and 3.9 GB. CPU time does not depend on other processes."""
+    """Nine levels of aliases in 400 bytes once took 46 s and 3.9 GB. Other processes do not affect CPU time."""
     before = time.process_time()
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""The fault campaign: the pipeline runs on a tiny project and is disturbed by kills, power cuts, errors and damage.
+"""The fault campaign: the pipeline runs on a tiny project, disturbed by kills, power cuts, errors and damage.
 
 project.py    the tiny project, its states between the stages, and how a stage is run in a forked process
 faults.py     faults at a file operation: a signal, an error, a power cut

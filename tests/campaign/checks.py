@@ -8,8 +8,8 @@ I4  No process, no held lock and no partial file is left behind.
 I5  The exit code and one line of text describe the failure. There is no traceback.
 I7  After the rerun there are one FINISHED run and one registered version, and no step was trained twice.
 
-I3 (documents are counted, and none is on two sides) follows from I2, because the manifest contains the counts. I6 (no
-code in data is executed) and I8 (bounded memory) have separate tests.
+I3 (documents are counted, and none is on two sides) follows from I2, because the manifest contains the counts.
+I6 (no code in data is executed) and I8 (bounded memory) have separate tests.
 """
 
 import hashlib
@@ -45,10 +45,11 @@ def artefacts(project: Path) -> dict[str, str]:
 def broken_promises_of_files(
     project: Path, expected: dict[str, str], left: frozenset[str] = frozenset()
 ) -> list[str]:
-    """I2, I1 and I4 for files: differences from an undisturbed run, and files that only it may leave (`left`)."""
+    """I2, I1, I4 for files: differences from an undisturbed run, and files that only it may leave (`left`)."""
     found = artefacts(project)
     different = [
-        f"I2: {name}: {'missing' if name not in found else 'unexpected' if name not in expected else 'other bytes'}"
+        f"I2: {name}: "
+        f"{'missing' if name not in found else 'unexpected' if name not in expected else 'other bytes'}"
         for name in sorted(found.keys() | expected.keys())
         if found.get(name) != expected.get(name)
     ]
@@ -62,9 +63,8 @@ def broken_promises_of_files(
 def unsound(project: Path) -> list[str]:
     """I1: visible folders that differ from their manifest."""
     broken = []
-    for manifest in sorted(project.glob("data/*/manifest.json")) + sorted(
-        project.glob("models/*/manifest.json")
-    ):
+    of_data, of_models = project.glob("data/*/manifest.json"), project.glob("models/*/manifest.json")
+    for manifest in sorted(of_data) + sorted(of_models):
         folder = manifest.parent
         if folder.name.startswith("."):
             continue

@@ -1,9 +1,9 @@
 """`python -m tests.campaign`: run a campaign, append each result to a log, and print a summary.
 
-    python -m tests.campaign                                    the long campaign: 1,000 kills, 1,000 damaged files, ...
-    python -m tests.campaign --kills 40 --only train kill       only one kind of fault in one stage
-    python -m tests.campaign --trial '{"kind": ...}'            repeat one trial, copied from its result
-    python -m tests.campaign --summary                          a table of the results so far
+    python -m tests.campaign                               the long one: 1,000 kills, 1,000 damaged files, ...
+    python -m tests.campaign --kills 40 --only train kill  only one kind of fault in one stage
+    python -m tests.campaign --trial '{"kind": ...}'       repeat one trial, copied from its result
+    python -m tests.campaign --summary                     a table of the results so far
 
 Exit code 1 if anything differed. To continue a stopped campaign, repeat the command with the same arguments.
 """
@@ -76,7 +76,7 @@ class Worker:
 
 @contextmanager
 def started_worker(last_stage: str = STAGES[-1]) -> Iterator[Worker]:
-    """A worker for all stages up to `last_stage`. Uses shared memory if there is enough: fsync costs nothing there."""
+    """A worker for all stages up to `last_stage`; in shared memory if there is enough: fsync is free there."""
     is_roomy = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _ENOUGH
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=_SHARED_MEMORY if is_roomy else None) as folder:
         worker = Worker(Path(folder), last_stage)

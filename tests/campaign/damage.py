@@ -12,9 +12,10 @@ WAYS = ("flip", "cut", "empty", "zeros", "swap", "stale", "gone", "extra", "edit
 def damage(path: Path, way: str, chance: random.Random, older: Path | None = None) -> bool:
     """Damage the file in one of `WAYS`; returns whether its folder has changed.
 
-    flip: one bit. cut: truncated. empty: no content. zeros: a block that was never written. swap: exchanged with
-    another file of its folder. stale: the file `older`, which has the same name in another run. gone: removed. extra: a
-    copy beside it under another name. edit: one digit of a text is changed, and the text stays well-formed.
+    flip: one bit. cut: truncated. empty: no content. zeros: a block that was never written. swap: exchanged
+    with another file of its folder. stale: the file `older`, which has the same name in another run. gone:
+    removed. extra: a copy beside it under another name. edit: one digit of a text is changed, and the text
+    stays well-formed.
     """
     content = path.read_bytes()
     changed = content

@@ -1,8 +1,9 @@
 """Faults at a file operation of a stage.
 
-A stage's operations are counted from 1: each open for writing, write, fsync, rename, removal and new folder below the
-project, and each commit to a SQL database. An audit hook, which CPython calls before it acts, sees most of them.
-Writes, fsync and commits have no audit event, so `install` replaces `open` and `os.fsync`, and listens to SQLAlchemy.
+A stage's operations are counted from 1: each open for writing, write, fsync, rename, removal and new folder
+below the project, and each commit to a SQL database. An audit hook, which CPython calls before it acts, sees
+most of them. Writes, fsync and commits have no audit event, so `install` replaces `open` and `os.fsync`, and
+listens to SQLAlchemy.
 
 `install` cannot be undone: call it in a forked process only.
 """
@@ -32,9 +33,8 @@ class Fault:
 
     do: str = "count"  # count | signal | fail | short | cut
     at: int = 0
-    signals: tuple[
-        str, ...
-    ] = ()  # signal: the first one at operation `at`, each further one at the next operation
+    # signal: the first one at operation `at`, each further one at the next operation.
+    signals: tuple[str, ...] = ()
     error: str = "ENOSPC"  # fail, short: the name of the error
     for_ever: bool = False  # fail: all later operations fail too
     only: str = ""  # fail: the kind of operations that fail; empty: all kinds
@@ -120,7 +120,7 @@ class _Watcher:
 
 
 def read_trace(path: Path) -> list[tuple[str, str, str, bytes | None]]:
-    """The operations before a power cut: kind, path, new path of a rename, content that an fsync made durable."""
+    """Operations before a power cut: kind, path, new path of a rename, content that an fsync made durable."""
     records = []
     with path.open("rb") as file:
         while file.peek(1):

@@ -15,7 +15,8 @@ _SIGNALS = (["SIGKILL"], ["SIGTERM"], ["SIGINT"], ["SIGTERM", "SIGTERM"], ["SIGI
 def plan(hello: dict[str, Any], counts: dict[str, int], only: set[str], seed: int) -> list[Trial]:
     """`counts[kind]` trials of each kind, for the stages and kinds in `only` (all if it is empty).
 
-    `hello` is the first answer of a worker: the number of operations of each stage, and the files that it reads.
+    `hello` is the first answer of a worker: the number of operations of each stage, and the files that it
+    reads.
     """
     chance = random.Random(seed)
     makers = {
@@ -38,7 +39,7 @@ def plan(hello: dict[str, Any], counts: dict[str, int], only: set[str], seed: in
 
 
 def _kills(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
-    """Of five: three SIGKILL at an operation, one other signal at an operation, one at a random time or twice."""
+    """Of five: three SIGKILL and one other signal at an operation, one signal at a random time or twice."""
     at_operations = _everywhere(hello, chance)
     others = _everywhere(hello, chance)
     stages = [*hello["operations"]]

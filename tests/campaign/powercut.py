@@ -3,11 +3,12 @@
 In the model, a folder is a table of names and a file is content. Each becomes durable separately:
 
 - Content is durable after an fsync of the file. Later writes may be lost completely or in part.
-- A name is durable after an fsync of its folder. Until then, a new name, a rename or a removal may be undone, each
-  independently of the others, because disks reorder operations.
+- A name is durable after an fsync of its folder. Until then, a new name, a rename or a removal may be undone,
+  each independently of the others, because disks reorder operations.
 
-So a file renamed without an fsync may exist and be empty, and a file that was written and synced may have no name.
-SQLite's own files and MLflow's artifacts are left unchanged, because this project does not promise their durability.
+So a file renamed without an fsync may exist and be empty, and a file that was written and synced may have no
+name. SQLite's own files and MLflow's artifacts are left unchanged, because this project does not promise their
+durability.
 """
 
 import os
@@ -17,11 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Record = tuple[str, str, str, bytes | None]
-MODES = (
-    "lost",
-    "empty",
-    "mixed",
-)  # unsynced changes: all lost | names kept, contents lost | chosen at random for each
+# Unsynced changes: all lost | names kept, contents lost | chosen at random for each.
+MODES = ("lost", "empty", "mixed")
 
 
 @dataclass(eq=False)
@@ -133,7 +131,7 @@ class _Disk:
         self.changes.append(_Change(list(names)))
 
     def read_live_contents(self, project: Path) -> None:
-        """Read what files contain at the moment of the cut. A file without a name has only its durable content."""
+        """Read what files contain at the moment of the cut. A nameless file has only its durable content."""
 
         def visit(folder: _Folder, path: Path) -> None:
             for name, node in folder.live.items():

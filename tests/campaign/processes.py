@@ -1,6 +1,7 @@
 """Trials with real processes: `dvc repro`, `dvc exp run`, and a stage whose parent is killed.
 
-Each takes seconds to a minute, so a campaign has few of them. Each starts in a project in which nothing has run.
+Each takes seconds to a minute, so a campaign has few of them. Each starts in a project in which nothing has
+run.
 """
 
 import os
@@ -142,9 +143,8 @@ def _until_it_runs(project: Path, command: list[str]) -> list[str]:
         if ended.returncode == 0:
             return []
         words = (ended.stderr.strip().splitlines() or [""])[-1]
-        if (
-            ended.returncode not in (5, 255) or time.monotonic() > deadline
-        ):  # 255: the exit code of `dvc` in this case
+        # 255: the exit code of `dvc` in this case.
+        if ended.returncode not in (5, 255) or time.monotonic() > deadline:
             return [f"I5: exit code {ended.returncode}: {words}"]
         if ended.returncode == 5 and seconds > _SECOND_WRITER:
             return [f"I4: the second writer waited {seconds:.0f} s: {words}"]
@@ -226,9 +226,8 @@ def side_by_side(projects: RealProjects, _: Trial) -> list[str]:
             [] if record.runs == ["FINISHED"] * 3 else [f"I7: runs in MLflow: {record.runs}, not 3 FINISHED"]
         )
         run(project, "dvc", "exp", "apply", "known")
-        return differences + broken_promises_of_files(
-            project, projects.experiment.files, projects.experiment.left
-        )
+        known = projects.experiment
+        return differences + broken_promises_of_files(project, known.files, known.left)
 
 
 REAL_KINDS: dict[str, Callable[[RealProjects, Trial], list[str]]] = {
@@ -242,7 +241,7 @@ REAL_KINDS: dict[str, Callable[[RealProjects, Trial], list[str]]] = {
 
 
 def real_trials(n: int, only: set[str], seed: int) -> list[Trial]:
-    """`n` trials. Of ten: four orphans, three kills of `dvc repro`, two of experiments, one of the other kinds."""
+    """`n` trials. Of ten: four orphans, three kills of `dvc repro`, two of experiments, one of another kind."""
     chance = random.Random(seed)
     rest = [
         {"kind": "two", "at": 0.3},

@@ -133,8 +133,8 @@ class Ended:
 class TinyProject:
     """A project of a dozen documents in `folder/project`. Its states are saved in `folder/states`.
 
-    Its path never changes, because MLflow's store contains absolute paths. All processes that it starts are children of
-    this one, even if they lose their parent.
+    Its path never changes, because MLflow's store contains absolute paths. All processes that it starts are
+    children of this one, even if they lose their parent.
     """
 
     def __init__(self, folder: Path, text: str | None = None, **params: object) -> None:
@@ -219,10 +219,8 @@ class TinyProject:
             return Running(pid, said, counters, started)
         code = 70
         try:
-            for signum in (
-                signal.SIGINT,
-                signal.SIGTERM,
-            ):  # until the stage begins, signals end the process at once
+            # Until the stage begins, signals end the process at once.
+            for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, signal.SIG_DFL)
             os.setsid()
             self._become_a_process_of_the_project(said, environment or {})
@@ -289,7 +287,7 @@ class Running:
         return Ended(code, said, self.counters.operations, self.counters.optimizer_steps, seconds, orphans)
 
     def signal_after(self, seconds: float, *signals: str) -> None:
-        """Send signals, the first after some time and each further one 50 ms later, if the process still runs."""
+        """Send signals, the first after some time and each other one 50 ms later, if the process still runs."""
         time.sleep(seconds)
         for name in signals:
             with suppress(ProcessLookupError):

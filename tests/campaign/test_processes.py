@@ -1,4 +1,4 @@
-"""A stage whose parent is killed, with real processes. `python -m tests.campaign` has more trials of this kind."""
+"""A stage whose parent is killed, with real processes. `python -m tests.campaign` has more such trials."""
 
 from pathlib import Path
 

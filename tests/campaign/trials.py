@@ -82,7 +82,7 @@ class Laboratory:
         self._build()
 
     def _build(self) -> None:
-        """Run each stage undisturbed. Run train and evaluate twice, the first time to learn what they import."""
+        """Run each stage undisturbed; train and evaluate twice, the first time to learn what they import."""
         project, learned = self.project, self.project.folder / "learned"
         self.optimizer_steps = 0
         for stage in self.stages:
@@ -111,7 +111,7 @@ class Laboratory:
             self._build_rarer_states(training)
 
     def _build_rarer_states(self, training: list[Record]) -> None:
-        """Save two more states: a training killed after its third checkpoint, and one whose record is in the outbox."""
+        """Save two more states: a training killed after its third checkpoint, and a record in the outbox."""
         project, third = self.project, f"step-{3 * SAVE_EVERY:08d}"
         named = next(i for i, (_, _, new_name, _) in enumerate(training, 1) if new_name.endswith(third))
         project.restore("train")
@@ -168,9 +168,8 @@ class Laboratory:
     def compare(self, stage: str, left: frozenset[str] = frozenset()) -> list[str]:
         """The differences from the undisturbed run; files in `left` may be left behind."""
         expected = self.expected[stage]
-        if (
-            stage == "train"
-        ):  # the steps that are kept depend on where it was stopped; stage evaluate removes them
+        # The steps that are kept depend on where it was stopped; stage evaluate removes them.
+        if stage == "train":
             left |= {name for name in leftovers(self.project.path) if re.search(r"/(step|best)-\d+$", name)}
         broken = broken_promises_of_files(self.project.path, expected.files, expected.left | left)
         return broken + broken_promises_of_the_record(self.project.path, expected.record)
@@ -232,7 +231,7 @@ def fail(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
     if stage == "train":  # the next command that logs sends what waits
         sent = lab.project.call("gptpipe.record.run", "send_outbox")
         differences += broken_promises_of_an_end(sent, {0})
-    # A disk that refuses to remove a temporary folder or a free lock: the next evaluation, or the doctor, removes it.
+    # A disk that refuses to remove a temporary folder or a free lock: the next evaluation, or the doctor, does.
     refused = {
         name for name in leftovers(lab.project.path) if name.endswith((".registration.partial", ".lock"))
     }
@@ -303,10 +302,8 @@ def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
     ended = lab.project.run("evaluate")
     differences = broken_promises_of_an_end(ended, {0, 4})
     is_named = path.name in ended.said or path.stem in ended.said
-    if not is_named and trial["way"] not in (
-        "gone",
-        "edit",
-    ):  # an edit may change a number that nothing protects
+    # An edit may change a number that nothing protects.
+    if not is_named and trial["way"] not in ("gone", "edit"):
         differences.append(f"I5: nothing names the damaged record: {ended.said.strip()[-200:]}")
     return differences + unsound(lab.project.path)
 
@@ -314,7 +311,8 @@ def outbox(lab: Laboratory, trial: Trial, chance: random.Random) -> list[str]:
 def race(lab: Laboratory, trial: Trial, _: random.Random) -> list[str]:
     """Stop a stage at one operation, start the same stage a second time, then let the first one continue.
 
-    The second one does the work, or names the first one within 5 s. In both cases the result is that of one run.
+    The second one does the work, or names the first one within 5 s. In both cases the result is that of one
+    run.
     """
     stage = trial["stage"]
     lab.begin(trial)

@@ -2,8 +2,8 @@
 
     python -m campaign.worker FOLDER LAST_STAGE
 
-It has one thread and forks for each run of a stage. Orphans of its children become its own children, so that it can
-find and kill them.
+It has one thread and forks for each run of a stage. Orphans of its children become its own children, so that it
+can find and kill them.
 """
 
 import ctypes

@@ -54,7 +54,10 @@ def test_on_bad_skip_counts_bad_records_up_to_max_bad(
     assert (counts["documents_in"], counts["documents"], counts[f"rejected_{reason}"]) == (3, 2, 1)
     assert texts_of(tmp_path / "raw") == ["one", "two"]
     assert reason.replace("_", " ") in (tmp_path / "report.md").read_text()
-    words = rf"{kind}: 1 of 3 records \(33\.3%\) are bad, above max_bad 0\.33; fix the files, or raise max_bad; the fir"
+    words = (
+        rf"{kind}: 1 of 3 records \(33\.3%\) are bad, above max_bad 0\.33; "
+        r"fix the files, or raise max_bad; the fir"
+    )
     with pytest.raises(InputError, match=words):
         collect(collect_params(skipping | {"max_bad": 0.33}), tmp_path / "raw")
 

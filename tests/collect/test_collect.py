@@ -222,7 +222,7 @@ def test_limits_and_weights(
     assert 3000 <= sum(row["n_bytes"] for row in rows(tmp_path / "raw") if row["source"] == "text") < 3015
     texts = [row["text"] for row in rows(tmp_path / "raw")]
     assert len(texts) == len(set(texts)) == counts["documents"]
-    # 417 texts up to the 400th document of the first source, then lines up to the limit, and all of the third source.
+    # 417 texts up to the 400th document of the first source, then lines up to the limit, and all of the third.
     last_line = [row["text"] for row in rows(tmp_path / "raw") if row["source"] == "text"][-1]
     assert counts["documents_in"] == 417 + (int(last_line.split()[1]) + 1) + 1501
 
@@ -438,9 +438,11 @@ from gptpipe.params import load_params
 from gptpipe.collect import shards
 from gptpipe.formats.corpus import shard_paths
 from gptpipe.collect.collect import collect
-source = {"kind": sys.argv[3], "paths": (sys.argv[1],)} | ({"document": "line"} if sys.argv[3] == "text" else {})
-params = CollectParams.model_validate({**dict(load_params().collect), "sources": (source,), "min_document_bytes": 1,
-                                       "max_document_bytes": 100_000, "max_expansion": 9, "dedup": "none"})
+source = {"kind": sys.argv[3], "paths": (sys.argv[1],)}
+if sys.argv[3] == "text":
+    source["document"] = "line"
+changed = {"sources": (source,), "min_document_bytes": 1, "max_document_bytes": 100_000, "max_expansion": 9}
+params = CollectParams.model_validate({**dict(load_params().collect), **changed, "dedup": "none"})
 parquet._GROUP_BYTES, shards.SHARD_BYTES = 1 << 18, 1 << 20  # a small corpus fills several
 collect(params, Path(sys.argv[2]))
 print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru_maxrss starts at the parent's

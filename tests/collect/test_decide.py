@@ -142,9 +142,6 @@ def test_near_duplicates_leave_the_counts(decide) -> None:
     decider, (decision,) = decide(("one\ntwo\nthree\n", {}))
     decision = decider.without_near_duplicates(decision, np.array([False, True, False]))
     assert kept(decision) == [True, False, True]
-    assert (decider.tally["documents"], decider.tally["bytes"], decider.tally["rejected_near_duplicate"]) == (
-        2,
-        8,
-        1,
-    )
-    assert decider.tally.examples[-1] == {"source": "s0", "reason": "near_duplicate", "why": "", "text": "two"}
+    tally = decider.tally
+    assert (tally["documents"], tally["bytes"], tally["rejected_near_duplicate"]) == (2, 8, 1)
+    assert tally.examples[-1] == {"source": "s0", "reason": "near_duplicate", "why": "", "text": "two"}

@@ -118,7 +118,8 @@ def test_boilerplate_lines_are_removed() -> None:
         ),
         (
             {"drop_lines_unfinished": True},
-            'A line of five words.\nFour words are few.\n\nWithout JavaScript this is all.\n\nHe said "and so on"',
+            "A line of five words.\nFour words are few.\n\nWithout JavaScript this is all.\n\n"
+            'He said "and so on"',
         ),
         ({"drop_lines_with": ("javascript", "home", "line", "few")}, 'He said "and so on"\nno'),
     ):

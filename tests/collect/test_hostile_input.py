@@ -138,9 +138,8 @@ def test_a_hostile_line_of_json(
     outcome: dict[str, int] | str,
     alone: bool,
 ) -> None:
-    monkeypatch.setattr(
-        jsonl, "_LINE_BYTES", (1 << 20) - 16 * 1_000_000
-    )  # 16 times `max_document_bytes` is added
+    # 16 times `max_document_bytes` is added.
+    monkeypatch.setattr(jsonl, "_LINE_BYTES", (1 << 20) - 16 * 1_000_000)
     (tmp_path / "hostile").write_bytes(line)
     check(lambda: collected(alone, "jsonl"), outcome, alone, tmp_path / "raw")
 
@@ -235,7 +234,7 @@ def test_a_parquet_file_with_a_column_name_that_is_not_utf8(collected, tmp_path:
 def test_a_parquet_file_whose_rows_share_one_long_text_is_read_in_small_batches(
     tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2 KB of file contain 200 MB of text. With max_expansion raised it is one document, under a memory limit."""
+    """2 KB of file contain 200 MB of text; with max_expansion raised, one document, under a memory limit."""
     in_workers(monkeypatch, {"readers._MEMORY": 160 << 20})
     pq.write_table(pa.table({"text": ["a" * 200_000] * 1000}), tmp_path / "hostile")
     counts = collected(True, "parquet", max_expansion=1_000_000)

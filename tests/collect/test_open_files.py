@@ -1,4 +1,4 @@
-"""Compressed files, archives and remote addresses: the same texts as in the plain file, and bounded resources."""
+"""Compressed files, archives and remote addresses: the same texts as in the plain file; bounded resources."""
 
 import bz2
 import functools
@@ -241,7 +241,7 @@ HOSTILE_ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE_ARCHIVES)
 def test_a_hostile_archive_is_a_short_error_and_takes_little_memory(tmp_path: Path, texts, name: str) -> None:
-    """A pax header of 700 MB in a file of 7 MB once took 2.9 GB; tarfile stops silently at a damaged second header."""
+    """A pax header of 700 MB in 7 MB once took 2.9 GB; tarfile stops silently at a damaged second header."""
     make, words = HOSTILE_ARCHIVES[name]
     (tmp_path / "file").write_bytes(make())
     tracemalloc.start()
@@ -296,8 +296,9 @@ from collections import Counter
 from gptpipe.collect.params import CollectParams
 from gptpipe.params import load_params
 from reading import read_source
-params = CollectParams.model_validate({**dict(load_params().collect), "max_document_bytes": 1000, "max_expansion": 1000,
-                                       "sources": ({"kind": "text", "paths": (sys.argv[1],)},)})
+sources = ({"kind": "text", "paths": (sys.argv[1],)},)
+changed = {"max_document_bytes": 1000, "max_expansion": 1000, "sources": sources}
+params = CollectParams.model_validate({**dict(load_params().collect), **changed})
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), -1))
 print(sum(len(text) for texts in read_source(params) for text in texts))

@@ -38,7 +38,7 @@ TEXTS = [
 
 @pytest.fixture
 def read_at(tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Read the file for each size of parts; yields the number of parts and the texts, without their line numbers."""
+    """Read the file for each size of parts; yields the number of parts and the texts, without line numbers."""
 
     def read(
         name: str, content: bytes, *, sizes: tuple[int, ...] = SIZES, **keys: Any
@@ -102,7 +102,7 @@ def test_parts_between_blank_lines_contain_each_document_once(read_at, line_end:
 
 
 def test_a_document_that_is_a_file_is_cut_in_the_same_way(read_at) -> None:
-    """A file is divided only where it is cut anyway; no text is lost, and each part but the first continues it."""
+    """A file is divided only where it is cut anyway; no text is lost; each part but the first continues it."""
     content = "\n".join(f"line {i}" for i in range(200)).encode()
     for n_parts, texts in read_at("a.txt", content, max_document_bytes=64):
         assert "".join(text.removeprefix("+") for text in texts) == content.decode(), n_parts
@@ -155,9 +155,8 @@ def test_small_files_are_read_in_groups_and_the_same_file_has_one_name(
     source = {"kind": "text", "paths": ("./*.txt", "0.txt", "././1.txt")}
     params = collect_params(source, source)
     planned = plan_parts(params, find_files(params.sources))
-    assert [
-        [len(part.addresses) for part in some] for _, some in groupby(planned, key=lambda part: part.source)
-    ] == [[2] * 5] * 2
+    by_source = groupby(planned, key=lambda part: part.source)
+    assert [[len(part.addresses) for part in some] for _, some in by_source] == [[2] * 5] * 2
     assert [address for part in planned[:5] for address in part.addresses] == [f"{i}.txt" for i in range(10)]
     assert len({part.name for part in planned}) == len(planned)
     assert collect(params, tmp_path / "raw")["documents_in"] == 20

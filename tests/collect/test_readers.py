@@ -226,9 +226,8 @@ def test_a_long_text_is_cut_among_others(texts) -> None:
 
 def test_parquet_columns_are_read_and_checked(texts) -> None:
     assert texts("parquet", parquet_bytes(["one", None, "ü"])) == ["one", "-no_text", "ü"]
-    assert texts("parquet", parquet_bytes(pa.array(["one"], pa.large_string()), "b"), text_column="b") == [
-        "one"
-    ]
+    large = parquet_bytes(pa.array(["one"], pa.large_string()), "b")
+    assert texts("parquet", large, text_column="b") == ["one"]
     with pytest.raises(InputError, match="no column `text` among body; set text_column"):
         texts("parquet", parquet_bytes(["one"], "body"))
     with pytest.raises(InputError, match="column `text` contains int64, not text"):
@@ -374,9 +373,8 @@ def test_a_file_name_that_is_not_utf8_has_a_printable_fingerprint(
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/*",)})
-    assert [name.encode() for name in find_files(params.sources).digests] == [
-        f"{tmp_path}/caf\\xe9.txt".encode()
-    ]
+    names = [name.encode() for name in find_files(params.sources).digests]
+    assert names == [f"{tmp_path}/caf\\xe9.txt".encode()]
 
 
 def test_docstrings_and_code_of_an_installed_package(

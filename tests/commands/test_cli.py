@@ -165,7 +165,8 @@ def test_generate_says_if_it_cuts_the_prompt(model: str, capsys: pytest.CaptureF
     output = capsys.readouterr()
     assert output.out.startswith(prompt)
     assert output.err == (
-        f"warning: the prompt has {n_tokens} tokens, the context of the model has 16; only the last 16 are used\n"
+        f"warning: the prompt has {n_tokens} tokens, the context of the model has 16; "
+        "only the last 16 are used\n"
     )
 
 

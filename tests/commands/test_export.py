@@ -76,16 +76,10 @@ def test_names_shapes_and_numbers_of_a_file(tmp_path: Path, tokenizer: Tokenizer
         return field.contents()
 
     assert value("general.architecture") == "qwen3"
-    assert [value(f"qwen3.{key}") for key in ("context_length", "embedding_length", "block_count")] == [
-        64,
-        32,
-        2,
-    ]
-    assert [value(f"qwen3.attention.{key}") for key in ("head_count", "head_count_kv", "key_length")] == [
-        4,
-        2,
-        8,
-    ]
+    sizes = [value(f"qwen3.{key}") for key in ("context_length", "embedding_length", "block_count")]
+    assert sizes == [64, 32, 2]
+    heads = [value(f"qwen3.attention.{key}") for key in ("head_count", "head_count_kv", "key_length")]
+    assert heads == [4, 2, 8]
     assert value("qwen3.rope.freq_base") == 5000.0
     assert value("tokenizer.ggml.pre") == "qwen35"
     assert value("tokenizer.ggml.tokens")[699] == "<|endoftext|>"

@@ -51,9 +51,8 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     assert set(results["by_source"]["test"]) == {"text-0", "text-1"}
     parts = results["by_source"]["test"].values()
     assert sum(part["n_tokens"] for part in parts) == results["test"]["n_tokens"]
-    assert sum(part["loss"] * part["n_tokens"] for part in parts) / results["test"][
-        "n_tokens"
-    ] == pytest.approx(results["test"]["loss"])
+    nats = sum(part["loss"] * part["n_tokens"] for part in parts)
+    assert nats / results["test"]["n_tokens"] == pytest.approx(results["test"]["loss"])
     assert results["test_digest"] == documents_digest(open_stream(project.split, "test"))
     positions = pd.read_csv(tmp_path / "eval.positions.csv")
     assert positions.groupby("split")["position"].apply(list).to_dict() == {

@@ -1,4 +1,4 @@
-"""A registration that is killed or stopped at any write and then repeated: one run, one logged model, one version."""
+"""A registration that is killed or stopped at any write, then repeated: one run, one model, one version."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def registration(project: Path, params: Params, is_known: bool) -> Iterator[Regi
     shutil.rmtree(project.with_name("kept"))
 
 
-# A few of the cases and writes; GPTPIPE_TEST_STRIDE=5 takes all cases and every fifth write, which takes minutes.
+# A few of the cases and writes; GPTPIPE_TEST_STRIDE=5 takes all cases and every fifth write, in minutes.
 STRIDE = int(os.environ.get("GPTPIPE_TEST_STRIDE", "0"))
 CASES = list(product((True, False), ("kill", "stop"))) if STRIDE else [(True, "stop"), (False, "kill")]
 

@@ -36,9 +36,8 @@ def test_each_token_is_scored_once_with_at_least_half_a_context(
     document = [i for i, n in enumerate(lengths) for _ in range(n)]
     nats = np.zeros(len(lengths))
     for target in range(1, len(stream.tokens)):
-        start = (
-            max(0, math.ceil((target - context) / stride)) * stride
-        )  # of the first window that contains the token
+        # The start of the first window that contains the token.
+        start = max(0, math.ceil((target - context) / stride)) * stride
         assert start == 0 or target - start > context - stride
         with torch.no_grad():
             logits = model(torch.from_numpy(stream.tokens[None, start:target].astype(np.int64)))[0, -1]

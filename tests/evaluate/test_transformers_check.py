@@ -1,4 +1,4 @@
-"""Model folders in `transformers`: versions 4 and 5 compute what we compute, and the check notices where not."""
+"""Model folders in `transformers`: versions 4 and 5 compute what we do, and the check notices where not."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def tokenizer() -> Tokenizer:
 
 
 def save(folder: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
-    """A model folder with sharp predictions: the logits of a network of random weights of this size are large."""
+    """A model folder with sharp predictions: the logits of a network of such large random weights are large."""
     folder.mkdir()
     model = tiny.network(tokenizer.vocab_size, context_length=32, **changes)
     save_model(folder, model.params, model.vocab_size, tokenizer.end_of_text, dict(model.named_parameters()))
@@ -150,9 +150,8 @@ def test_other_greedy_text_is_an_integrity_error_unless_two_tokens_are_equally_p
         check_with_transformers(folder, ours, tokenizer, np.arange(32, dtype=np.uint16))
     with torch.no_grad():
         ours.head.weight[:] = 0
-    check_with_transformers(
-        folder, ours, tokenizer, np.arange(32, dtype=np.uint16)
-    )  # all tokens are equally probable
+    # All tokens are equally probable.
+    check_with_transformers(folder, ours, tokenizer, np.arange(32, dtype=np.uint16))
 
 
 def test_a_folder_that_transformers_cannot_load_is_a_resource_error(

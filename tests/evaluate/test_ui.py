@@ -83,7 +83,8 @@ def test_charts_are_logged_to_the_run(recorded: tuple[Path, str], monkeypatch: p
 def ui(recorded: tuple[Path, str]) -> Iterator[str]:
     """The address of `mlflow ui`, started in the root.
 
-    Only the port, so that tests do not collide, and one worker instead of four, each of which imports MLflow anew.
+    Only the port, so that tests do not collide, and one worker instead of four, each of which imports MLflow
+    anew.
     """
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -127,8 +128,10 @@ def shows(browser: Any, *words: str) -> None:  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.browser
 def test_the_pages_of_a_run_and_of_its_model_in_a_browser(
-    browser: Any, ui: str, recorded: tuple[Path, str]
-) -> None:  # noqa: F811
+    browser: Any,  # noqa: F811
+    ui: str,
+    recorded: tuple[Path, str],
+) -> None:
     run_id = recorded[1]
     browser.set_window_size(1700, 1000)  # the table has only the columns that fit
     browser.get(f"{ui}/#/experiments/1/runs")

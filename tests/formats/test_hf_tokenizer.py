@@ -69,7 +69,7 @@ def test_the_same_ids_on_awkward_text(
 
 
 def test_pieces_are_the_same_for_characters_of_all_planes() -> None:
-    """Many pairs of bytes are tokens, so ids show where a piece ends. Among the characters are marks and digits."""
+    """Many pairs of bytes are tokens, so ids show where a piece ends. There are marks and digits."""
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {bytes([i, j]): 256 + 64 * i + j // 4 for i in range(256) for j in range(0, 256, 4)}
     special = {"<|endoftext|>": len(ranks)}

@@ -147,9 +147,8 @@ def test_tiktoken_reads_the_rank_file(tmp_path: Path, gpt2: Tokenizer) -> None:
     gpt2.save(tmp_path)
     ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / "ranks.tiktoken"))
     assert ranks == gpt2.ranks
-    assert "\n".join(
-        line.split()[1] for line in (tmp_path / "ranks.tiktoken").read_text().splitlines()
-    ) == "\n".join(map(str, range(50256)))
+    lines = (tmp_path / "ranks.tiktoken").read_text().splitlines()
+    assert "\n".join(line.split()[1] for line in lines) == "\n".join(map(str, range(50256)))
 
 
 @pytest.mark.parametrize(
@@ -306,12 +305,14 @@ def test_combining_marks_belong_to_words() -> None:
 
 
 def test_a_model_with_the_earlier_pattern_loads(tmp_path: Path) -> None:
-    earlier = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    earlier = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
     ranks = {bytes([i]): i for i in range(256)} | {b"12": 256}
     special = {"<|endoftext|>": 257}
-    Tokenizer(tiktoken.Encoding("x", pat_str=earlier, mergeable_ranks=ranks, special_tokens=special)).save(
-        tmp_path
-    )
+    encoding = tiktoken.Encoding("x", pat_str=earlier, mergeable_ranks=ranks, special_tokens=special)
+    Tokenizer(encoding).save(tmp_path)
     assert Tokenizer.load(tmp_path).encode("123") == [256, ord("3")]
 
 

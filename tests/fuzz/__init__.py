@@ -1,7 +1,7 @@
 """Fuzzing of everything that parses a file: `python -m tests.fuzz --executions 1000000 --jobs 2 --seed 0`.
 
-A target is a function of bytes that may raise only the errors that it documents. Any other exception, a native crash,
-more than five seconds of processor time, and more memory than the target's limit are findings.
+A target is a function of bytes that may raise only the errors that it documents. Any other exception, a native
+crash, more than five seconds of processor time, and more memory than the target's limit are findings.
 
     mutations.py   changes bytes; knows JSON, YAML, safetensors, npy, tar and compression
     targets.py     one target for each parser, with its seeds

@@ -42,7 +42,7 @@ def main() -> int:
             seconds=options.seconds,
             seed=options.seed,
         )
-    # Imported here once: an import takes seconds in each forked worker that builds an optimizer or reads an outbox.
+    # Imported here once: it takes seconds in each forked worker that builds an optimizer or reads an outbox.
     import torch._dynamo  # noqa: F401
 
     import gptpipe.record.run  # noqa: F401

@@ -1,7 +1,8 @@
-"""The same targets, guided by coverage: atheris instruments gptpipe's bytecode and libFuzzer chooses the inputs.
+"""The same targets, guided by coverage: atheris instruments gptpipe's bytecode, libFuzzer chooses inputs.
 
-libFuzzer ends the process at the first finding, so this is for one target at a time: `--coverage --target jsonl`. What
-it finds and cannot explain by an exception of the target's list, it saves and prints.
+libFuzzer ends the process at the first finding, so this is for one target at a time:
+`--coverage --target jsonl`. What it finds and cannot explain by an exception of the target's list, it saves and
+prints.
 """
 
 import os

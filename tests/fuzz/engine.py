@@ -1,7 +1,8 @@
 """Runs targets on mutated inputs, in forked workers: a crash, a hang or too much memory ends the worker alone.
 
-A chunk of executions is a pure function of (seed, target, number of its first execution): any number of jobs tries the
-same inputs. Within a chunk, an input that is rejected at a place that no other reached before joins the seeds.
+A chunk of executions is a pure function of (seed, target, number of its first execution): any number of jobs
+tries the same inputs. Within a chunk, an input that is rejected at a place that no other reached before joins
+the seeds.
 """
 
 import contextlib
@@ -38,8 +39,8 @@ _SHRINK_SECONDS = 5  # for one finding
 
 @dataclass(frozen=True)
 class Target:
-    """One parser. `make` writes the files around the input into a folder and returns seeds; `execute` parses an input
-    and runs in a copy of that folder.
+    """One parser. `make` writes the files around the input into a folder and returns seeds; `execute` parses an
+    input and runs in a copy of that folder.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Target:
     errors: tuple[type[GptpipeError], ...]  # the errors that it documents
     mutations: tuple[Mutation, ...] = ()
     memory: int = 256 << 20  # limit in bytes, above the memory of the worker at its start
-    # Parses the same input the way the pipeline does, in a separate process; a crash of `execute` is not one of it.
+    # Parses the same input as the pipeline does, in a separate process; a crash of `execute` is not one of it.
     guarded: Callable[[bytes], object] | None = None
 
 
@@ -132,7 +133,7 @@ class _Shared:
 
 
 def _limits(target: Target) -> None:
-    """Disable core dumps, and limit the address space to the memory limit plus what libraries reserve unused."""
+    """Disable core dumps; limit the address space to the memory limit plus what libraries reserve unused."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + target.memory + (2 << 30)
@@ -140,7 +141,7 @@ def _limits(target: Target) -> None:
 
 
 def _allow_seconds() -> None:
-    """Let SIGXCPU end this process after HANG_SECONDS more of processor time; the system counts whole seconds."""
+    """Let SIGXCPU end this process after HANG_SECONDS more of processor time, counted in whole seconds."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime) + HANG_SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
@@ -301,7 +302,7 @@ class Fuzzer:
         return seeds
 
     def run(self, executions: int, seconds: float | None = None) -> None:
-        """Run this number of executions, divided among the targets by their shares; fewer if the time is over."""
+        """Run so many executions, divided among the targets by their shares; fewer if the time is over."""
         ends, total = time.monotonic() + (seconds or 1e9), sum(target.share for target in self.targets)
         waiting = self._chunks({t.name: max(1, executions * t.share // total) for t in self.targets})
         workers: list[_Worker] = []
@@ -430,8 +431,8 @@ class Fuzzer:
             t = self.tallies[target.name]
             memory = f"{t.peak >> 20} ({target.memory >> 20})"
             rows.append(
-                f"| {target.name} | {t.executions:,} | {t.rejected:,} | {len(t.findings)} | {t.contained} | {memory} "
-                f"| {t.slowest:.2f} | {t.executions / max(t.seconds, 1e-9):,.0f} |"
+                f"| {target.name} | {t.executions:,} | {t.rejected:,} | {len(t.findings)} | {t.contained} "
+                f"| {memory} | {t.slowest:.2f} | {t.executions / max(t.seconds, 1e-9):,.0f} |"
             )
         tallies = self.tallies.values()
         n, found = sum(t.executions for t in tallies), sum(len(t.findings) for t in tallies)

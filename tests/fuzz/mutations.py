@@ -273,10 +273,8 @@ def sealed(content: bytes, random: Random) -> bytes:
 
 
 def _around(lines: list[bytes], at: int) -> tuple[bytes, bytes]:
-    before, after = (
-        b"".join(line + b"\n" for line in lines[:at]),
-        b"".join(b"\n" + line for line in lines[at + 1 :]),
-    )
+    before = b"".join(line + b"\n" for line in lines[:at])
+    after = b"".join(b"\n" + line for line in lines[at + 1 :])
     return before, after
 
 
@@ -423,7 +421,6 @@ def footer(content: bytes, random: Random) -> bytes:
         return content
     length = min(len(content) - 8, int.from_bytes(content[-8:-4], "little"))
     start = len(content) - 8 - length
-    metadata = random.choice((_flip_bit, _set_byte, _set_integer, _delete, _insert, _move))(
-        content[start:-8], random
-    )
+    mutate_metadata = random.choice((_flip_bit, _set_byte, _set_integer, _delete, _insert, _move))
+    metadata = mutate_metadata(content[start:-8], random)
     return content[:start] + metadata + len(metadata).to_bytes(4, "little") + b"PAR1"

@@ -1,4 +1,4 @@
-"""What a worker process does for the target `parquet-process`: alone in a module, so that it starts without torch."""
+"""What a worker process does for the target `parquet-process`: a module of its own, to start without torch."""
 
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.parts import Part

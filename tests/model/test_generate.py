@@ -39,7 +39,7 @@ def drawn(sampling: Sampling, n: int = 20_000) -> list[float]:
     ],
 )
 def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling, shares: list[float]) -> None:
-    """The standard deviation of a share of 20,000 draws is at most 0.0035; a probability of 0 gives exactly 0."""
+    """The standard deviation of a share of 20,000 draws is at most 0.0035; probability 0 gives exactly 0."""
     drawn_shares = drawn(sampling)
     assert drawn_shares == pytest.approx(shares, abs=0.014)
     assert [share == 0 for share in drawn_shares] == [share == 0 for share in shares]
@@ -118,7 +118,7 @@ def test_generation_does_not_disturb_training(was_training: bool, n_taken: int) 
 
 
 def test_a_cache_that_does_not_fit_in_memory_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size is that of keys and values of 2 layers, 2 heads and 8 numbers, for the context or fewer tokens."""
+    """The size is that of keys and values of 2 layers, 2 heads, 8 numbers, for the context or fewer tokens."""
     model, prompt = tiny.network(), tiny.token_ids(1, 3)
     monkeypatch.setattr("gptpipe.model.generate.available_memory", lambda _: 2 * 2 * 2 * 8 * 4 * 15)
     assert len(list(generate(model, prompt, 12, Sampling()))) == 12

@@ -88,10 +88,8 @@ def test_loss_and_its_gradients_equal_those_of_cross_entropy(switches: dict[str,
         loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    loss, expected = (
-        model.loss(tokens, targets),
-        F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()),
-    )
+    loss = model.loss(tokens, targets)
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(loss), gradients(expected), atol=1e-5, rtol=1e-4)
     with torch.no_grad():

@@ -32,7 +32,10 @@ every_architecture = pytest.mark.parametrize(
     "switches", tiny.SWITCHES, ids=lambda s: "-".join(map(str, s.values()))
 )
 
-TEXT = "the cat sees the dog in the café, it's 1234 o'clock… 猫\n\nnaïve   spaces\tand\r\ncarriage <|endoftext|> returns "
+TEXT = (
+    "the cat sees the dog in the café, it's 1234 o'clock… 猫\n\n"
+    "naïve   spaces\tand\r\ncarriage <|endoftext|> returns "
+)
 
 
 def saved(folder: Path, model: GPT, end_of_text: int = 0) -> Path:
@@ -96,7 +99,7 @@ def test_we_read_what_we_save(tmp_path: Path, switches: dict[str, Any]) -> None:
 
 
 def test_rope_theta_is_where_each_version_of_transformers_reads_it(tmp_path: Path) -> None:
-    """Version 4 reads the key itself and assumes 10,000 without it; version 5 reads it inside rope_parameters."""
+    """Version 4 reads the key itself, and without it assumes 10,000; version 5 reads it in rope_parameters."""
     config = json.loads((saved(tmp_path, tiny.network(rope_theta=500.0)) / "config.json").read_bytes())
     assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (500.0, 500.0)
 

@@ -1,6 +1,7 @@
-"""Hostile model folders, each with a valid manifest: each gives one line and its exit code, in little time and memory.
+"""Hostile model folders, each with a valid manifest: each gives one line and its exit code.
 
-A child process with a limited address space runs `gptpipe generate --model` on each, and starts a training from it.
+Each takes little time and memory. A child process with a limited address space runs `gptpipe generate --model`
+on it, and starts a training from it.
 """
 
 import base64

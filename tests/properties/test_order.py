@@ -1,4 +1,4 @@
-"""Windows cover the tokens, and the order of windows is a permutation for any seed, epoch and number of ranks."""
+"""Windows cover the tokens, and their order is a permutation for any seed, epoch and number of ranks."""
 
 import numpy as np
 import pytest

@@ -58,9 +58,8 @@ PIECES = (
 )
 pieces = st.sampled_from(PIECES)
 repeated = st.tuples(pieces, st.sampled_from([9, 999, 1000, 1001, 1100])).map(lambda pair: pair[0] * pair[1])
-texts = st.lists(st.one_of(st.text(st.characters(), max_size=20), pieces, pieces, repeated), max_size=12).map(
-    "".join
-)
+parts = st.one_of(st.text(st.characters(), max_size=20), pieces, pieces, repeated)
+texts = st.lists(parts, max_size=12).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +75,8 @@ def has_surrogate(text: str) -> bool:
 def visible(text: str) -> str:
     """The part of a text that cleaning must keep: decomposed, without white space and control characters.
 
-    Byte order marks and combining marks are left out too: cleaning removes byte order marks at the start, and combining
-    marks after 1,000 in a row.
+    Byte order marks and combining marks are left out too: cleaning removes byte order marks at the start, and
+    combining marks after 1,000 in a row.
     """
     return "".join(
         c

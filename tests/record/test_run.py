@@ -49,11 +49,8 @@ def test_a_run_has_parameters_data_metrics_and_texts(project: Path, params: Para
     assert {(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs} == {
         (f"split/{side}", "c" * 36) for side in ("train", "val", "test")
     }
-    assert {f.path for f in client.list_artifacts(record.run_id)} == {
-        "environment.txt",
-        "lineage.json",
-        "samples",
-    }
+    artifacts = {f.path for f in client.list_artifacts(record.run_id)}
+    assert artifacts == {"environment.txt", "lineage.json", "samples"}
     assert (project / "mlartifacts").is_dir()
 
 
@@ -139,10 +136,8 @@ def test_a_long_parameter_is_complete_in_an_artifact_and_the_run_says_so(
     assert values[0].endswith("the whole value is in the artifact parameters/train.sample_prompts.txt]")
     assert {len(value) for value in values} == {6000}
     assert values[0] != values[1]  # `gptpipe compare` groups runs by their values
-    assert (
-        capsys.readouterr().err.count("warning: train.sample_prompts has 9,007 characters, MLflow takes 6,000")
-        == 2
-    )
+    warning = "warning: train.sample_prompts has 9,007 characters, MLflow takes 6,000"
+    assert capsys.readouterr().err.count(warning) == 2
 
 
 def test_the_load_of_the_machine_is_logged(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +150,7 @@ def test_the_load_of_the_machine_is_logged(params: Params, monkeypatch: pytest.M
 
 
 def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> None:
-    """A killed training has logged step 3 after its checkpoint at step 2; the resumed one logs its whole journal."""
+    """A killed training has logged step 3 after its checkpoint at 2; the resumed one logs its whole journal."""
     with training_run(params, None, LINEAGE, {}) as first:
         first.metrics([(step, step, {"train/loss": float(step)}) for step in (1, 2, 3)])
     with training_run(params, first.run_id, LINEAGE, {}) as second:
@@ -316,7 +311,7 @@ def test_a_changed_character_in_the_outbox_is_noticed(
 def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     project: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """MLflow refuses the first file because its run was deleted, and the first tag because its name is too long."""
+    """MLflow refuses the first file as its run was deleted, and the first tag as its name is too long."""
     content = with_checksum(json.dumps(GOOD).encode()) + b"\n"
     write_bytes(project / f".gptpipe/outbox/{RUN}.jsonl", content)
     with training_run(params, None, LINEAGE, {}) as record:
@@ -326,9 +321,8 @@ def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     assert (run.info.status, run.data.tags["best_step"]) == ("FINISHED", "1")
     aside = {path.name: path.read_text() for path in (project / ".gptpipe/outbox").rglob("*.refused")}
     assert aside.pop(f"{RUN}.jsonl.refused").encode() == content
-    assert [json.loads(line.partition(" ")[2]) for line in aside.values()] == [
-        ["tags", {"x" * 1000: "refused"}]
-    ]
+    refused = [json.loads(line.partition(" ")[2]) for line in aside.values()]
+    assert refused == [["tags", {"x" * 1000: "refused"}]]
     assert f"it has no run {RUN}" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The record against a real `mlflow server`: late, killed, slow, silent, with wrong answers, with four writers."""
+"""The record and a real `mlflow server`: late, killed, slow, silent, with wrong answers, with four writers."""
 
 import functools
 import os
@@ -68,10 +68,8 @@ class Server:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *where],
-                env={
-                    **os.environ,
-                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                },  # it would start a dozen processes
+                # Job execution would start a dozen processes.
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -190,9 +188,9 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def test_a_server_that_starts_late_and_is_killed_gets_each_step_once(
     server: Server, project: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Steps 1 and 2 wait for the server's start; it is killed after step 3; steps 4 and 5 wait for a resumed training.
+    """Steps 1 and 2 wait for the server's start. It is killed after step 3; steps 4 and 5 wait.
 
-    The resumed training sends all steps from its journal, to the server that was started again.
+    A resumed training sends all steps from its journal, to the server that was started again.
     """
     with training_run(params, None, LINEAGE, {}) as first:
         first.metrics(entries(1, 2))
@@ -258,7 +256,7 @@ def logged(key: str = "train/loss") -> dict[str, list[int]]:
 def test_a_faulty_server_does_not_change_a_training_and_nothing_is_lost(
     middleman: Middleman, mood: str, project: Path, toy_split: Path, undisturbed: dict[str, str]
 ) -> None:
-    """The weights are the same. What the store did not get waits, and is sent once when the server works again."""
+    """The weights are the same. What the store did not get waits, and is sent once the server works again."""
     params, middleman.mood = tiny.params(), mood
     open_record = functools.partial(training_run, params)
     train_model(params, toy_split, project / "models/gpt", project / "reports", open_record)
@@ -298,9 +296,8 @@ def test_a_training_resumed_before_its_store_answered_is_one_run(middleman: Midd
     ((run_id, steps),) = logged().items()
     assert steps == [1, 2, 3]
     assert connect().get_run(run_id).data.tags["rolled_back.00000002"] == "words"
-    with training_run(
-        params, first.run_id, LINEAGE, {}
-    ) as third:  # by the name that it had before the store answered
+    # By the name that it had before the store answered.
+    with training_run(params, first.run_id, LINEAGE, {}) as third:
         third.metrics(entries(3, 4))
     send_outbox()  # what was not sent because the waits are short
     assert logged() == {run_id: [1, 2, 3, 4]}
@@ -316,10 +313,8 @@ def sqlite_store(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def postgresql_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An `mlflow server` on its own PostgreSQL cluster, on loopback. PostgreSQL does not run as root."""
     pytest.importorskip("psycopg2", reason="needs psycopg2")
-    folders = [
-        os.environ["PATH"],
-        *map(str, Path("/usr/lib/postgresql").glob("*/bin")),
-    ]  # Debian's are not in PATH
+    # Debian's are not in PATH.
+    folders = [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
     initdb, postgres = (shutil.which(name, path=os.pathsep.join(folders)) for name in ("initdb", "postgres"))
     if not (initdb and postgres):
         pytest.skip("needs PostgreSQL: install Debian's package postgresql")

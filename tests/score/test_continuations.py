@@ -146,7 +146,6 @@ def test_rouge_l_calculated_by_hand() -> None:
     pair = [Continuation("p", "the big dog", "the dog was here"), Continuation("p", "yes it is", "yes it is")]
     scores = overlap_scores(pair)
     assert scores["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)
-    assert scores["rouge_l_standard_error"] == pytest.approx(
-        (1 - 4 / 7) / 2
-    )  # sqrt(2) * half the gap / sqrt(2)
+    # The error is sqrt(2) * half the gap / sqrt(2).
+    assert scores["rouge_l_standard_error"] == pytest.approx((1 - 4 / 7) / 2)
     assert scores["n_documents"] == 2

@@ -102,7 +102,7 @@ def test_against_a_loop(
 def test_a_model_trained_with_document_masking_is_scored_within_documents(
     monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], windows_at_once: int
 ) -> None:
-    """The windows and the scored tokens stay the same. Rotary positions are relative, so the loop needs no mask."""
+    """Windows and scored tokens stay the same. Rotary positions are relative, so the loop needs no mask."""
     model, stream = tiny.network(), ended(stream_of(*lengths))
     monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
     scores, expected = score(model, stream, Scoring(end_of_text=END)), by_hand(model, stream, masked=True)

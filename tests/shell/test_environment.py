@@ -84,7 +84,10 @@ def test_idle_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise(
 
 def test_a_program_limits_busy_waiting_before_it_does_anything() -> None:
     """Torch reads the variables when it is imported."""
-    code = "import os, sys; from gptpipe.shell.process import run; run(lambda: print(os.environ['GOMP_SPINCOUNT']))"
+    code = (
+        "import os, sys; from gptpipe.shell.process import run; "
+        "run(lambda: print(os.environ['GOMP_SPINCOUNT']))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment

@@ -58,7 +58,7 @@ def test_ordinary_text_is_printed_unchanged() -> None:
 
 
 def test_a_message_has_one_line_per_argument() -> None:
-    """A newline in a file name once split the message into two lines. Pickle sends errors to another process."""
+    """A newline in a file name once split the message in two lines. Pickle sends errors to another process."""
     error = errors.ConfigError("a\nb\tc: unknown key", "d: missing")
     for copy in (error, pickle.loads(pickle.dumps(error))):
         assert str(copy) == "a\\nb\\tc: unknown key\nd: missing"

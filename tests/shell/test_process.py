@@ -232,7 +232,10 @@ def test_a_rank_ends_when_dvc_ends_and_torchrun_does_not(stage: Path) -> None:
 
 @pytest.mark.parametrize("name", ["collect", "tokenize", "split", "train", "evaluate"])
 def test_a_stage_makes_no_slow_import_before_it_arranges_to_end_with_its_parent(name: str) -> None:
-    code = f"import sys; before = set(sys.modules); import stages.{name}; print(*sorted(set(sys.modules) - before))"
+    code = (
+        f"import sys; before = set(sys.modules); import stages.{name}; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     ours = {module for module in done.stdout.split() if module.startswith(("gptpipe", "stages"))}
     assert ours == {"gptpipe", "gptpipe.shell", "gptpipe.shell.process", "stages", f"stages.{name}"}

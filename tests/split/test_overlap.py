@@ -79,7 +79,7 @@ def plain_runs(text: str, n: int) -> tuple[set[str], set[str]]:
 def test_counts_equal_those_of_plain_sets_of_words(
     report_on: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts with punctuation and letters of several scripts, some empty; several shards and blocks, two workers."""
+    """Texts with punctuation and several scripts, some empty; several shards and blocks, two workers."""
     n = 7
     random_ = random.Random(0)
     words = ["The", "cat", "it's", "naïve", "Straße", "漢字", "x_1", "42", "“dog”", "dog", "กี", "กู", "...", "-"]
@@ -154,24 +154,17 @@ def test_benchmarks_are_examined_and_a_share_above_the_limit_is_an_error(
     )
     texts = [on_side("train", ["a", *RUN]), on_side("val", [f"v{i}" for i in range(20)])]
     report = report_on(texts, benchmarks=(benchmark,), max_contamination=0.5)
-    assert (
-        report["benchmark-0_documents"],
-        report["benchmark-0_examined"],
-        report["benchmark-0_rejected"],
-    ) == (
-        3,
-        2,
-        1,
-    )
+    n_documents, n_examined = report["benchmark-0_documents"], report["benchmark-0_examined"]
+    assert (n_documents, n_examined, report["benchmark-0_rejected"]) == (3, 2, 1)
     assert report["share"] == {"benchmark-0": 0.5, "train": 1.0, "val": 0.0}
     assert report["ids"] == {"benchmark-0": ["item 1"]}
     assert report["benchmarks"] == {"benchmark-0": f"jsonl {tmp_path}/questions.jsonl"}
     with pytest.raises(InputError) as caught:
         report_on(texts, benchmarks=(benchmark,), max_contamination=0.49)
     assert str(caught.value) == (
-        f"split: 1 of 2 examined documents of benchmark-0 (jsonl {tmp_path}/questions.jsonl) (50.00%) share 13 words "
-        "in a row with train, or occur there as a whole, above split.max_contamination; remove them, or raise the "
-        "limit: item 1"
+        f"split: 1 of 2 examined documents of benchmark-0 (jsonl {tmp_path}/questions.jsonl) (50.00%) "
+        "share 13 words in a row with train, or occur there as a whole, above split.max_contamination; "
+        "remove them, or raise the limit: item 1"
     )
     assert json.loads((tmp_path / "split.json").read_text()) == report
 
@@ -185,7 +178,7 @@ def test_an_error_says_how_many_contaminated_items_it_does_not_list(
 
 
 def test_short_texts_are_compared_as_a_whole(tmp_path: Path, report_on: Callable[..., dict[str, Any]]) -> None:
-    """From five words on; `the cat` and `yes` would occur in any corpus. Scripts without spaces count by letters."""
+    """From five words on; `the cat` and `yes` occur in any corpus. Scripts without spaces count by letters."""
     items = [
         "What is the capital of France?",
         "what is the",  # too short

@@ -58,15 +58,14 @@ def test_every_document_is_encoded_and_ends_with_end_of_text(
     manifest = verify(tmp_path / "tokens")
     assert manifest.counts == counts
     assert manifest.made_from["raw"] == verify(raw).digest
-    assert pq.read_schema(tmp_path / "tokens" / "tokens-00000.parquet").field("tokens").type == pa.list_(
-        pa.uint16()
-    )
+    schema = pq.read_schema(tmp_path / "tokens" / "tokens-00000.parquet")
+    assert schema.field("tokens").type == pa.list_(pa.uint16())
 
 
 def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     tmp_path: Path, corpus: Corpus, sentences: list[str], trained: TokenizeParams, fifths: SplitParams
 ) -> None:
-    """Every held-out document repeats a word that no train document has; no token may have two of its letters."""
+    """Held-out documents repeat a word that no train document has; no token may have two of its letters."""
     texts = [text if side(text, fifths) == "train" else text + " QZQZQZQZ" * 50 for text in sentences]
     texts = [text for text in texts if ("QZ" in text) == (side(text, fifths) != "train")]
     assert 50 < sum("QZ" in text for text in texts) < 200
@@ -74,9 +73,8 @@ def test_words_of_val_and_test_alone_do_not_shape_the_vocabulary(
     ranks = Tokenizer.load(tmp_path / "tokens" / "tokenizer").ranks
     assert [token for token in ranks if len(token) > 1 and (b"Q" in token or b"Z" in token)] == []
 
-    everything = split_params(
-        val_fraction=0.0, test_fraction=0.0
-    )  # the same text on the train side does shape it
+    # The same text on the train side does shape it.
+    everything = split_params(val_fraction=0.0, test_fraction=0.0)
     tokenize(tmp_path / "raw", tmp_path / "all", trained, everything.fractions, SEED)
     assert b" QZQZQZQZ" in Tokenizer.load(tmp_path / "all" / "tokenizer").ranks
 
@@ -290,9 +288,8 @@ def test_the_tokens_of_a_model_are_used_and_belong_to_the_key(
     params = tokenize_params(encoding="data/start/base")
     counts = tokenize(raw, tmp_path / "tokens", params, fifths.fractions, SEED, models[0])
     assert counts["vocab_size"] == 300
-    assert (tmp_path / "tokens/tokenizer/ranks.tiktoken").read_bytes() == (
-        models[0] / "ranks.tiktoken"
-    ).read_bytes()
+    ranks = (tmp_path / "tokens/tokenizer/ranks.tiktoken").read_bytes()
+    assert ranks == (models[0] / "ranks.tiktoken").read_bytes()
     keys = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -9,7 +9,7 @@ import torch
 from gptpipe.shell.errors import InputError
 from gptpipe.train.batches import Batches, Permutation
 
-# 13 tokens after the first window's start: windows at 0, 3, 6 and 8, the last moved back to end with the stream.
+# 13 tokens after the first window's start: windows at 0, 3, 6 and 8, the last moved back to the stream's end.
 STREAM = np.arange(100, 113, dtype=np.uint16)
 KNOWN_ORDER = [5, 1, 9, 3, 6, 0, 8, 7, 2, 4]
 

@@ -73,9 +73,8 @@ def test_a_restored_training_continues_bit_for_bit(tmp_path: Path, optimizer: st
     changes = {"model__dropout": 0.2, "train__optimizer": optimizer}
     undisturbed = saved_run(tmp_path / "undisturbed", {0: 4.0, 6: 3.0}, 12, **changes)
     (tmp_path / "halves").mkdir()
-    shutil.copy(
-        tmp_path / "undisturbed" / "run.json", tmp_path / "halves"
-    )  # it has the run id, which is random
+    # run.json has the run id, which is random.
+    shutil.copy(tmp_path / "undisturbed" / "run.json", tmp_path / "halves")
     saved_run(tmp_path / "halves", {0: 4.0, 6: 3.0}, 6, **changes)
     state, is_restored = restored(tmp_path / "halves", **changes)
     assert is_restored
@@ -500,9 +499,9 @@ def interrupted_in_a_fork(
 ) -> int:
     """Run `work` in a forked process that is killed before its change of the disk number `at`.
 
-    With `error`, that change fails with this errno instead, and with `lasts` all later ones too. Returns the exit code:
-    9 after the kill, 5 for a ResourceError, 1 for any other error, 7 if `work` ended well despite the failure, and 0 if
-    it made fewer changes.
+    With `error`, that change fails with this errno instead, and with `lasts` all later ones too. Returns the
+    exit code: 9 after the kill, 5 for a ResourceError, 1 for any other error, 7 if `work` ended well despite
+    the failure, and 0 if it made fewer changes.
     """
     pid = os.fork()
     if pid == 0:
@@ -554,8 +553,8 @@ def interrupted_at_every_change(
 ) -> Iterator[tuple[int, int | None]]:
     """Interrupt a piece of work at each of its changes of the disk, each time in a fresh copy of the run.
 
-    Yields the exit code of the work, and the step that a restore returns to; None without a checkpoint. Checks that the
-    restore warns of nothing, finds the best weights, and leaves no partial folder.
+    Yields the exit code of the work, and the step that a restore returns to; None without a checkpoint. Checks
+    that the restore warns of nothing, finds the best weights, and leaves no partial folder.
     """
     sound, state = run_before_save
     code, at = None, 0

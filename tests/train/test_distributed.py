@@ -110,15 +110,14 @@ def test_two_ranks_roll_back_like_one(
     assert rolled_back
     alone = Project(tmp_path_factory.mktemp("alone"), project.split)
     alone.train(params)
-    assert len([name for name in alone.records[-1].tagged if name.startswith("rolled_back")]) == len(
-        rolled_back
-    )
+    tagged = [name for name in alone.records[-1].tagged if name.startswith("rolled_back")]
+    assert len(tagged) == len(rolled_back)
     assert_alike(project, alone)
 
 
 def test_a_roll_back_keeps_the_micro_batch_size_of_these_ranks(project: Project) -> None:
-    """One process saves step 20 with micro-batches of 4 sequences. Two ranks resume with 2 sequences each, then go
-    back to step 20, because step 21 is the first with enough steps before it to count as a spike.
+    """One process saves step 20 with micro-batches of 4 sequences. Two ranks resume with 2 sequences each, then
+    go back to step 20, because step 21 is the first with enough steps before it to count as a spike.
     """
     changes = {"on_spike": "rollback", "spike_sigmas": 0.5, "max_steps": 26, "save_every": 10, "eval_every": 26}
     steady = {"lr": 3e-4, "schedule": "constant"}  # the loss falls so slowly that step 21 stands out

@@ -137,9 +137,8 @@ def test_after_a_harmful_change_a_training_starts_again_and_says_what_it_could_c
     with pytest.raises(Interrupted):
         project.train(tiny.params(**change), stop_at=1)
     message = capsys.readouterr().err
-    assert f"starts at step 0; an unfinished training is kept, at step 6 of {folder}" in message.replace(
-        "\n", ""
-    )
+    is_kept = f"starts at step 0; an unfinished training is kept, at step 6 of {folder}"
+    assert is_kept in message.replace("\n", "")
     assert next(iter(change)).replace("__", ".") in message
     assert f"set train.continue_from to {folder.name}" in message
     assert first_step(project) == 1

@@ -231,9 +231,8 @@ def test_a_roll_back_skips_the_batches_since_the_checkpoint() -> None:
     at = batches.at
     batches.at = lambda step, part: (seen.append(step), at(step, part))[1]  # type: ignore[method-assign]
     events.run(batches, spiked(plan, state.model, [5, 9], math.nan))
-    assert seen == list(
-        range(11)
-    )  # 8 that count, 2 that failed, and 1 before the first of them that was rolled back
+    # 8 that count, 2 that failed, and 1 before the first of them that was rolled back.
+    assert seen == list(range(11))
     faults = [call for call in events.calls if call.startswith(("back", "save"))]
     assert faults == [
         "save 0",

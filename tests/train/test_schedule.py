@@ -55,7 +55,7 @@ def test_the_learning_rate_is_positive_at_most_lr_and_never_rises_after_the_warm
 @pytest.mark.parametrize("warmup", [0, 1, 10, 54, 55, 56, 60, 100, 109])
 @pytest.mark.parametrize("decay_fraction", [0.1, 0.5, 1.0])
 def test_the_learning_rate_has_no_jumps(schedule: str, warmup: int, decay_fraction: float) -> None:
-    """No step changes it more than the longest of a straight warm-up, a straight decay, and the steepest cosine."""
+    """No step changes it more than the largest of a straight warm-up, a straight decay, the steepest cosine."""
     params = section(schedule, warmup_steps=warmup, decay_fraction=decay_fraction)
     rates = [learning_rate(step, N_STEPS, params) for step in range(N_STEPS + 1)]  # the last one would be next
     n_decaying = N_STEPS - warmup
@@ -74,7 +74,7 @@ def test_a_decay_that_would_begin_in_the_warmup_begins_after_it() -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "n_steps"),
-    # linear and cosine: the first step after the warm-up is at the peak; wsd: the last 55 steps decay, from the peak
+    # linear and cosine: the first step after the warm-up is at the peak; wsd: the last 55 steps decay from it
     [("constant", 110), ("wsd", 56), ("linear", 11), ("cosine", 11)],
 )
 def test_steps_whose_learning_rate_does_not_depend_on_the_length(schedule: str, n_steps: int) -> None:

@@ -273,8 +273,8 @@ def test_a_resumed_training_keeps_its_micro_batches(project: Project, monkeypatc
 def test_a_step_is_saved_once_even_if_the_training_stops_directly_after_it(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 3, 6 and 9 are saved because of `save_every`. A stop before the next step adds no save, nor does a rerun
-    that is stopped before its first step, nor one that only writes the results again.
+    """Steps 3, 6 and 9 are saved because of `save_every`. A stop before the next step adds no save, nor does a
+    rerun that is stopped before its first step, nor one that only writes the results again.
     """
     save, train = Checkpoints.save, session.train
     saved_steps: list[int] = []
@@ -307,13 +307,9 @@ def test_a_red_flag_that_no_longer_holds_leaves_the_record(
     """Also if the training was interrupted in between. Otherwise the record would contain opposite advice."""
 
     def flags(history: list[Validation], n_steps: int) -> dict[str, str]:
-        return (
-            {"lr_too_low": "too low"}
-            if len(history) == 2
-            else {"exploding": "too high"}
-            if len(history) > 2
-            else {}
-        )
+        if len(history) == 2:
+            return {"lr_too_low": "too low"}
+        return {"exploding": "too high"} if len(history) > 2 else {}
 
     monkeypatch.setattr(session, "red_flags", flags)
     with pytest.raises(Interrupted):
@@ -472,7 +468,7 @@ def test_the_record_of_a_training_that_fails_has_its_last_points(
     on_spike: str,
     n_recorded: int,
 ) -> None:
-    """The batch of step 8 fails; the last save was at 6. After a roll-back, other values would follow that save."""
+    """The batch of step 8 fails; the last save was at 6. After a roll-back, other values would follow it."""
     fail_at_batch(monkeypatch, project, 7, error)
     if error is None and on_spike == "rollback":
         monkeypatch.setattr(session, "_MAX_ROLL_BACKS", 0)
@@ -502,7 +498,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_recorded(
 def test_a_training_that_a_spike_has_stopped_can_continue_with_roll_backs(
     project: Project, monkeypatch: pytest.MonkeyPatch, save_every: int
 ) -> None:
-    """It ends like a training with roll-backs from the start. The record of the stopped training is left alone."""
+    """It ends like a training with roll-backs from the start. The record of the stopped one is left alone."""
     changes = {"train__save_every": save_every, "train__eval_every": 5}
     rollback = tiny.params(train__on_spike="rollback", **changes)
     fail_at_batch(monkeypatch, project, 7)
