@@ -68,7 +68,7 @@ def take_over(present: Present) -> EarlierState | None:
 def kept_state(present: Present, exported: Path) -> EarlierState | None:
     """The longest kept state of a shorter training, if the present settings would have given the same steps.
 
-    `exported` is the folder with the kept state of the last finished training in this workspace.
+    `exported` is the folder with the kept state of the last finished training in this project.
     """
     folders = [path for path in sorted(present.folder.parent.glob("[!.]*/")) if path != present.folder]
     compared = [_compared(kept, present) for folder in (*folders, exported) for kept in kept_in(folder)]

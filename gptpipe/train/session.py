@@ -43,7 +43,7 @@ from gptpipe.train.signals import deferred_signals
 from gptpipe.train.state import Entry, TrainState
 from gptpipe.train.step import Plan
 
-STATE = "state"  # name of the folder, beside that of the model, with the state that a longer training continues
+STATE = "state"  # name of the folders with the state that a longer training continues
 _MAX_ROLL_BACKS = 3  # to the same checkpoint; a fourth attempt would probably fail too
 _PLOTTED_STEPS = 40  # number of recent losses in the terminal's sparkline
 
@@ -103,8 +103,8 @@ def train_model(
             take_over(present)
         distributed.barrier()  # the other ranks look at the folder only now
         checkpoints = Checkpoints(folder, present.environment, settings)
-        state_folder = model_folder.with_name(STATE)
-        is_resumed = _resume(checkpoints, state) or _continue_other(checkpoints, state, present, state_folder)
+        kept = project_root() / ".gptpipe" / STATE  # DVC has removed the output of the last training by now
+        is_resumed = _resume(checkpoints, state) or _continue_other(checkpoints, state, present, kept)
         keeps_micro_batches = is_resumed and not _has_new_micro_batches(params, checkpoints)
         plan = _plan(params, inputs, state, keeps_micro_batches=keeps_micro_batches)
         previous_run = _choose_run(checkpoints, params)
@@ -122,7 +122,9 @@ def train_model(
             if is_writer():
                 digests = write_reports(reports, state, summary)
                 write_model(model_folder, params, inputs, checkpoints, summary, digests)
-                write_state(state_folder, params, inputs.split, checkpoints)
+                write_state(model_folder.with_name(STATE), params, inputs.split, checkpoints)
+                if _can_be_extended(params.train):
+                    write_state(kept, params, inputs.split, checkpoints)
                 write_json(reports / "mlflow_run.json", {"run_id": run_id})
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():

@@ -268,11 +268,15 @@ EQUAL = (MODEL, "reports/train.steps.csv", "reports/train.validations.csv", "rep
 
 
 def finished_and_evaluated(project: Project, **changes: Any) -> str:
-    """Train to the end, and remove the checkpoints, as stage evaluate does. Returns the run id."""
+    """Train to the end, remove the checkpoints, as stage evaluate does, and the output, as DVC does before a
+    stage runs. Returns the run id.
+    """
     project.train(tiny.params(**changes))
     for folder in trainings(project):
         discard(folder)
-    return str(json.loads((project.root / "models/state/manifest.json").read_bytes())["counts"].get("run_id"))
+    run_id = read_manifest(project.root / "models/state").counts["run_id"]
+    shutil.rmtree(project.root / "models/state")
+    return str(run_id)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +298,7 @@ def test_a_finished_training_is_extended_bit_for_bit(
 
 def test_an_extended_training_is_a_new_run_that_names_the_old_one(project: Project) -> None:
     run_id = finished_and_evaluated(project, train__schedule="constant", train__max_steps=10)
-    state = json.loads((project.root / "models/state/kept-00000010/manifest.json").read_bytes())
+    state = json.loads((project.root / ".gptpipe/state/kept-00000010/manifest.json").read_bytes())
     project.train(tiny.params(train__schedule="constant", train__max_steps=15))
     first, second = project.records
     assert second.run_id != first.run_id
@@ -318,7 +322,7 @@ def test_an_extension_that_is_killed_ends_like_an_undisturbed_one(project: Proje
     finished_and_evaluated(project, **changes, train__max_steps=10)
     with pytest.raises(Interrupted):
         project.train(tiny.params(**changes, train__max_steps=20), stop_at=16)
-    verify(project.root / "models/state")
+    verify(project.root / ".gptpipe/state")
     project.train(tiny.params(**changes, train__max_steps=20))
     direct = Project(project.root / "direct", toy_split)
     direct.train(tiny.params(**changes, train__max_steps=20))
@@ -349,7 +353,7 @@ def test_no_state_is_kept_if_it_is_not_wanted_or_of_no_use(project: Project, cha
 
 def test_a_damaged_state_is_not_extended(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     finished_and_evaluated(project, train__schedule="constant", train__max_steps=10)
-    path = project.root / "models/state/kept-00000010/state.safetensors"
+    path = project.root / ".gptpipe/state/kept-00000010/state.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     project.train(tiny.params(train__schedule="constant", train__max_steps=15))
     assert first_step(project) == 1
