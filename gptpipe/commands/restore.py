@@ -39,8 +39,8 @@ def restore(run_id: str, folder: Path) -> None:
     _run("git", "-C", str(folder), "apply", "--allow-empty", str(saved / _PATCH))
     for file in sorted(path for path in saved.rglob("*") if path.is_file() and path.name != _PATCH):
         write_bytes(folder / file.relative_to(saved), file.read_bytes())
-    # DVC takes a relative path from the file of the setting. It stays valid if both folders are moved together.
-    cache = os.path.relpath((project_root() / ".dvc/cache").resolve(), (folder / ".dvc").resolve())
+    # DVC keeps a relative path relative, so it stays valid if both folders are moved together.
+    cache = os.path.relpath((project_root() / ".dvc/cache").resolve(), folder.resolve())
     _run(*_DVC, "config", "--local", "cache.dir", cache, cwd=folder)
     if (saved / "dvc.lock").exists():
         _run(*_DVC, "checkout", *_STAGES, cwd=folder)
