@@ -161,4 +161,4 @@ def test_the_pages_of_a_run_and_of_its_model_in_a_browser(
         shows(browser, *words)
 
     browser.get(f"{ui}/#/models/gpt/versions/1")
-    shows(browser, "champion", "dapper-owl", "Inputs (1)", "bits per byte", "Made from")
+    shows(browser, "champion", "dapper-owl", "bits per byte", "Made from")
