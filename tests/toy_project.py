@@ -1,5 +1,6 @@
 """Stage train in a project's root of its own, in this process or in one that can be killed."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,14 @@ from torch.distributed import TCPStore
 
 from gptpipe.base.files import sha256_of
 from gptpipe.base.manifest import Manifest
+from gptpipe.formats.streams import open_stream
 from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
 from gptpipe.score.metrics import Metrics
 from gptpipe.shell.console import console
 from gptpipe.shell.environment import rank_info
 from gptpipe.shell.process import run
+from gptpipe.train.batches import Batches
 from gptpipe.train.session import train_model
 from gptpipe.train.state import Entry
 
@@ -182,3 +185,21 @@ def wait_for_the_lock(project: Project, process: multiprocessing.process.BasePro
             return True
         time.sleep(0.005)
     return False
+
+
+def fail_at_batch(
+    monkeypatch: pytest.MonkeyPatch, project: Project, i: int, error: BaseException | None = None
+) -> None:
+    """Let the loss of one batch of the training be infinite, or raise an error."""
+    real = GPT.loss
+    stream = open_stream(project.split, "train")
+    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(i)
+
+    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
+        if not torch.equal(tokens, poison):
+            return real(self, tokens, targets, **options)
+        if error:
+            raise error
+        return real(self, tokens, targets, **options) * math.inf
+
+    monkeypatch.setattr(GPT, "loss", loss)

@@ -115,8 +115,7 @@ def _outputs_in_cache() -> list[Path]:
         return []
     stages = YAML(typ="safe", pure=True).load(file.read_bytes())["stages"].values()
     outputs = [output for stage in stages for output in stage.get("outs", ())]
-    # An output with options is a mapping with its path as the only key.
-    return [Path(output if isinstance(output, str) else next(iter(output))) for output in outputs]
+    return [Path(output) for output in outputs if isinstance(output, str)]  # options would make it a mapping
 
 
 def check_cache(*, fix: bool) -> Finding:

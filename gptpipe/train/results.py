@@ -51,7 +51,8 @@ def write_model(
 def write_state(target: Path, params: RunParams, split: Manifest, checkpoints: Checkpoints) -> None:
     """The kept state in a checkpoint folder's layout, with the best model of its time; empty if none is kept.
 
-    `target` is an output of DVC that a rerun does not remove, so that a longer training can continue from it.
+    There are two copies: an output of DVC, which DVC removes before the stage runs again, and one outside DVC,
+    from which a longer training continues.
     """
     with new_folder(target, {**split.lineage("split"), **checkpoints.ancestors}) as folder:
         for kept in kept_in(checkpoints.folder)[-1:] if params.train.keep_state else ():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import tiny
-import torch
-from toy_project import Project
+from toy_project import Project, fail_at_batch
 
 from gptpipe.base.files import seal
 from gptpipe.base.finished_training import discard
 from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.base.pages import as_text
-from gptpipe.formats.streams import open_stream
-from gptpipe.model.gpt import GPT
 from gptpipe.shell.errors import ConfigError, Interrupted, NumericError, ResourceError
 from gptpipe.shell.locks import one_writer
-from gptpipe.train.batches import Batches
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.earlier_trainings import abandoned_trainings
 from gptpipe.train.runtime import Runtime
@@ -379,15 +374,7 @@ def test_a_training_that_stopped_at_a_spike_continues_with_a_roll_back(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One batch makes the loss infinite at any step."""
-    stream = open_stream(project.split, "train")
-    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(4)
-    real = GPT.loss
-
-    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
-        value = real(self, tokens, targets, **options)
-        return value * math.inf if torch.equal(tokens, poison) else value
-
-    monkeypatch.setattr(GPT, "loss", loss)
+    fail_at_batch(monkeypatch, project, 4)
     with pytest.raises(NumericError, match="step 5"):
         project.train(tiny.params())
     project.train(tiny.params(train__on_spike="rollback"))

@@ -16,13 +16,12 @@ import pytest
 import tiny
 import torch
 from sections import split_params
-from toy_project import ListRecord, Project, start, wait_for_the_lock
+from toy_project import ListRecord, Project, fail_at_batch, start, wait_for_the_lock
 
 from gptpipe.base.files import sha256_of
 from gptpipe.base.manifest import verify
 from gptpipe.base.pages import as_text
 from gptpipe.formats.hf_tokenizer import check_same_tokens
-from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import load_model
@@ -39,7 +38,6 @@ from gptpipe.shell.errors import (
 from gptpipe.split.split import split
 from gptpipe.tokenize.tokenizers import train_tokenizer
 from gptpipe.train import session
-from gptpipe.train.batches import Batches
 from gptpipe.train.checkpoint import Checkpoints
 from gptpipe.train.runtime import Runtime
 from gptpipe.train.state import TrainState, Validation
@@ -410,15 +408,7 @@ def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One batch makes the loss infinite at any step. It is skipped."""
-    real = GPT.loss
-    stream = open_stream(project.split, "train")
-    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(4)
-
-    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
-        value = real(self, tokens, targets, **options)
-        return value * math.inf if torch.equal(tokens, poison) else value
-
-    monkeypatch.setattr(GPT, "loss", loss)
+    fail_at_batch(monkeypatch, project, 4)
     with pytest.raises(NumericError, match="step 5"):
         project.train(tiny.params())
     shutil.rmtree(project.root / ".gptpipe")
@@ -433,24 +423,6 @@ def test_a_spike_is_rolled_back_and_recorded_and_a_resumed_run_ends_the_same(
         project.train(params, stop_at=7)
     project.train(params)
     assert project.digests() == undisturbed_digests
-
-
-def fail_at_batch(
-    monkeypatch: pytest.MonkeyPatch, project: Project, i: int, error: BaseException | None = None
-) -> None:
-    """Let the loss of one batch of the training be infinite, or raise an error."""
-    real = GPT.loss
-    stream = open_stream(project.split, "train")
-    poison, _ = Batches(stream.tokens, context_length=16, stride=8, batch_size=4, seed=7).at(i)
-
-    def loss(self: GPT, tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
-        if not torch.equal(tokens, poison):
-            return real(self, tokens, targets, **options)
-        if error:
-            raise error
-        return real(self, tokens, targets, **options) * math.inf
-
-    monkeypatch.setattr(GPT, "loss", loss)
 
 
 def recorded_steps(record: ListRecord) -> list[int]:
