@@ -53,9 +53,9 @@ def jsonl_texts(
 
 
 def _plain_text(line: bytes, key: str) -> str | None:
-    """The text of a line as nearly all are: an object in UTF-8 with a text at the key; None for any other line.
+    """The text of a usual line: an object in UTF-8 with a text at the key. None for any other line.
 
-    It alone takes most of the time of reading: a document of 100 characters is read in 2 microseconds.
+    Nearly all lines are usual, so this function decides how fast a file is read.
     """
     try:
         content = line.decode()

@@ -32,7 +32,7 @@ Texts = Iterator[Sequence[str | Rejected]]
 def contains_rejected(texts: Sequence[str | Rejected]) -> bool:
     """Whether a text of a list is rejected.
 
-    Hardly a list has one, and to ask each text takes several times as long.
+    Few lists have one, and looking at the texts one by one takes several times as long.
     """
     return Rejected in set(map(type, texts))
 

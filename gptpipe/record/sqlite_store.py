@@ -158,7 +158,7 @@ def _beside(folder: Path, old: Path) -> Path | None:
 
 
 def _has_moved(table: str, old: Path, new: Path, *, ours: bool) -> bool:
-    """Whether artifacts are, or will be written, at `new`.
+    """Whether `new` is the place where artifacts are, or where they will be written.
 
     A location that the user chose for an experiment changes only if the files are at the new place. An
     experiment of this project always writes beside its database; what earlier runs wrote may still be only at
