@@ -9,7 +9,7 @@ from gptpipe.formats.tokenizer import RANKS, TOKENIZER
 from gptpipe.model.device import best_device
 from gptpipe.score.continuations import load_generator
 from gptpipe.score.metrics import compute_metrics
-from gptpipe.score.scoring import score
+from gptpipe.score.scoring import score, scoring_of
 from gptpipe.shell.errors import ConfigError
 
 _HELD_OUT: tuple[Side, ...] = ("val", "test")
@@ -18,9 +18,10 @@ _HELD_OUT: tuple[Side, ...] = ("val", "test")
 def score_split(model_folder: Path, split: Path) -> list[str]:
     """One line for each held-out side that has documents.
 
-    Raises ConfigError if the split has other tokens than the model, InputError, IntegrityError, ResourceError.
+    The model is scored as it was trained. Raises ConfigError if the split has other tokens than the model,
+    InputError, IntegrityError, ResourceError.
     """
-    verify(model_folder)
+    manifest = verify(model_folder)
     verify_split(split)
     model, tokenizer = load_generator(model_folder)
     if (model_folder / RANKS).read_bytes() != (split / TOKENIZER / RANKS).read_bytes():
@@ -29,11 +30,12 @@ def score_split(model_folder: Path, split: Path) -> list[str]:
             "make it with tokenize.encoding set to a copy of the model in data/start/"
         )
     model.to(best_device())
+    scoring = scoring_of(model_folder, manifest, tokenizer.end_of_text)
     lines = []
     for side in _HELD_OUT:
         stream = open_stream(split, side, tokenizer.vocab_size)
         if len(stream.tokens) > 1:
-            metrics = compute_metrics(score(model, stream).by_document, stream.documents)
+            metrics = compute_metrics(score(model, stream, scoring).by_document, stream.documents)
             lines.append(
                 f"{model_folder} on {split}, {side}: {metrics['loss']:.4f} nats per token, "
                 f"{metrics['bits_per_byte']:.4f} bits per byte"

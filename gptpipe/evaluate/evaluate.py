@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gptpipe.base.files import write_bytes, write_json
-from gptpipe.base.manifest import MANIFEST, Manifest, verify
+from gptpipe.base.manifest import Manifest, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.charts import length_histogram
 from gptpipe.evaluate.document_scores import score_table
@@ -38,7 +38,7 @@ from gptpipe.score.metrics import (
     compute_metrics,
     metrics_by_source,
 )
-from gptpipe.score.scoring import Scores, Scoring, score
+from gptpipe.score.scoring import Scores, Scoring, score, scoring_of
 from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import IntegrityError
 
@@ -97,7 +97,7 @@ def evaluate_model(
     compared = None
     if params.check_transformers and is_installed():
         compared = check_with_transformers(model_folder, model, tokenizer, last.tokens)
-    scoring = _scoring(model_folder, model_manifest, tokenizer.end_of_text)
+    scoring = scoring_of(model_folder, model_manifest, tokenizer.end_of_text)
     scores = _score(model, held_out, scoring)
     continuations = continue_documents(
         model, tokenizer, last, params.continuation_documents, params.continuation_tokens
@@ -138,17 +138,6 @@ def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifes
             f"{model_folder}: was trained on another split than {split_folder} holds; run `dvc repro`"
         )
     return model, split
-
-
-def _scoring(folder: Path, manifest: Manifest, end_of_text: int) -> Scoring:
-    """How the training scored the model. Raises IntegrityError."""
-    try:
-        return Scoring.described(manifest.counts["scoring"], end_of_text)
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{folder / MANIFEST}: it does not say how the model was scored in training; "
-            "run `dvc repro -f train`"
-        ) from error
 
 
 def _score(model: GPT, held_out: Mapping[Side, Stream], scoring: Scoring) -> dict[Side, Scores]:

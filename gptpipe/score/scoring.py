@@ -8,6 +8,7 @@ here.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from gptpipe.base.manifest import MANIFEST, Manifest
 from gptpipe.formats.streams import Stream
 from gptpipe.model.device import autocast
 from gptpipe.model.gpt import GPT, document_mask
+from gptpipe.shell.errors import IntegrityError
 
 CONFIDENCE_BINS = 10  # of equal width, from 0 to 1
 _MAX_LOGITS = 1 << 24  # logits computed in one forward pass: 64 MB in float32
@@ -45,6 +48,17 @@ class Scoring:
         """The inverse of `describe`. Raises KeyError for a precision that no training has."""
         precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[description["precision"]]
         return cls(precision, end_of_text if description["document_masking"] else None)
+
+
+def scoring_of(folder: Path, manifest: Manifest, end_of_text: int) -> Scoring:
+    """How the training scored the model in `folder`. Raises IntegrityError if its manifest does not say it."""
+    try:
+        return Scoring.described(manifest.counts["scoring"], end_of_text)
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{folder / MANIFEST}: it does not say how the model was scored in training; "
+            "run `dvc repro -f train`"
+        ) from error
 
 
 def scoring_in_words(description: dict[str, Any]) -> str:
