@@ -85,8 +85,6 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
         with disk_errors(target):
             _remove_leftovers_and_restore_old(target, old, kept_partial)
             make_folder(partial)
-            for leftover in sorted(partial.rglob(".*.partial")):  # half-written files of a killed build
-                _remove(leftover)
         try:
             folder = NewFolder(partial)
             yield folder
@@ -118,7 +116,10 @@ def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
 
 
 def _is_content(name: str) -> bool:
-    """Whether a file stays in a finished folder. Names with a dot first are for `gptpipe.base.resume` only."""
+    """Whether a file stays in a finished folder.
+
+    Names with a dot first are half-written files of a killed build, and what `gptpipe.base.resume` needs.
+    """
     return not any(part.startswith(".") for part in Path(name).parts)
 
 

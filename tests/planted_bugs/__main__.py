@@ -27,8 +27,6 @@ def copy_project(folder: Path) -> Path:
         ".gptpipe",
         "mlartifacts",
         "mlflow.db*",
-        "findings",
-        "results*",
     )
     return Path(shutil.copytree(ROOT, folder, ignore=left_out))
 
