@@ -422,7 +422,7 @@ BUGS = (
         CHECKPOINT,
         '    torch.set_rng_state(tensors["generator.cpu"])\n',
         "",
-        ("tests/train/test_checkpoint.py",),
+        ("tests/train/test_checkpoint.py::test_the_generator_is_restored",),
     ),
     Bug(
         "the optimizer's state is not restored",
@@ -524,9 +524,9 @@ BUGS = (
     ),
     Bug(
         "the model that is kept is the last, not the best",
-        "gptpipe/train/results.py",
-        'weights = checkpoints.load_best(summary["best_step"])',
-        'weights = checkpoints.load_best(max(int(p.name[5:]) for p in checkpoints.folder.glob("best-*")))',
+        "gptpipe/train/state.py",
+        "min(self.history, key=lambda validation: validation.val_loss, default=None)",
+        "self.history[-1] if self.history else None",
         ("tests/train/test_session.py::test_the_model_written_is_the_best_not_the_last",),
     ),
     # The record

@@ -30,9 +30,10 @@ RUN = [f"w{i}" for i in range(13)]
 def report_on(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> Callable[..., dict[str, Any]]:
     """Collect texts, and return the report about them."""
 
-    def run(texts: list[str], **changed: Any) -> dict[str, Any]:
+    def run(texts: list[str], collect_changed: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any]:
         (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        params = collect_params({"kind": "jsonl", "paths": (f"{tmp_path}/corpus.jsonl",)})
+        source = {"kind": "jsonl", "paths": (f"{tmp_path}/corpus.jsonl",)}
+        params = collect_params(source, **(collect_changed or {}))
         collect(params, tmp_path / "raw")
         split = split_params(**{**FIFTHS, **changed})
         report_contamination(tmp_path / "raw", tmp_path / "split.json", split, params, SEED)
@@ -252,7 +253,8 @@ def test_benchmarks_are_cleaned_like_training_text_but_not_filtered(
     text = "Việc thừa nhận nhân phẩm vốn có và các quyền bình đẳng của mọi người"
     composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
     benchmark = write_benchmark(tmp_path, ["\ufeff" + decomposed.replace("phẩm", "ph\1ẩm"), "x"])
-    report = report_on([on_side("train", [composed])], benchmarks=(benchmark,))
+    strict = {"min_document_bytes": 32, "filters": {"sentences": 2}}
+    report = report_on([on_side("train", [f"{composed}.", "Hết."])], strict, benchmarks=(benchmark,))
     assert report["ids"] == {"benchmark-0": ["item 1"]}
     assert report["benchmark-0_documents"] == 2
 

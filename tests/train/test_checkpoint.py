@@ -92,6 +92,16 @@ def test_a_restored_training_continues_bit_for_bit(tmp_path: Path, optimizer: st
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_generator_is_restored(tmp_path: Path) -> None:
+    """Dropout has a seed for each step; what else a training draws continues here."""
+    torch.manual_seed(5)
+    saved_run(tmp_path, {}, 3, **SMALL)
+    expected = torch.rand(4)
+    torch.manual_seed(6)
+    restored(tmp_path, **SMALL)
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_two_steps_are_kept_and_the_best_of_each(tmp_path: Path) -> None:
     saved_run(tmp_path, {0: 4.0, 3: 3.0, 6: 3.5, 8: 2.0}, 6, **SMALL)
     assert names(tmp_path) == ["best-00000003", "step-00000003", "step-00000006"]
