@@ -62,7 +62,7 @@ class Counters:
 
 
 class _Watcher:
-    """Counts the operations below `root` and causes the fault at its operation."""
+    """Counts the operations on `root` and below, and causes the fault at its operation."""
 
     def __init__(self, fault: Fault, root: Path, counters: Counters, trace: Path | None) -> None:
         self.fault, self.counters = fault, counters
@@ -74,7 +74,8 @@ class _Watcher:
 
     def before_operation(self, kind: str, path: str, other: str = "") -> None:
         """Called before each operation. Raises the error of the fault, or ends the process."""
-        if getattr(self.local, "busy", False) or not path.startswith(self.root):
+        is_in_project = f"{path}{os.sep}".startswith(self.root)
+        if getattr(self.local, "busy", False) or not is_in_project:
             return
         self.local.busy = True
         try:

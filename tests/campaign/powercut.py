@@ -88,7 +88,10 @@ class _Disk:
 
     def replay(self, kind: str, path: str, other: str, content: bytes | None) -> None:
         parts = Path(path).relative_to(self.project).parts
-        if not parts or _is_excluded(parts[0]):
+        if not parts:  # an fsync of the project's root
+            self._sync_names(self.root)
+            return
+        if _is_excluded(parts[0]):
             return
         folder, name = self._find(parts[:-1]), parts[-1]
         if not isinstance(folder, _Folder):
@@ -113,8 +116,11 @@ class _Disk:
             case "fsync" if isinstance(node, _File) and content is not None:
                 node.durable, node.is_dirty = content, False
             case "fsync" if isinstance(node, _Folder):
-                for change in self.changes:
-                    change.is_durable |= any(changed is node for changed, _, _ in change.names)
+                self._sync_names(node)
+
+    def _sync_names(self, folder: _Folder) -> None:
+        for change in self.changes:
+            change.is_durable |= any(changed is folder for changed, _, _ in change.names)
 
     def _find(self, parts: tuple[str, ...]) -> _Node | None:
         node: _Node | None = self.root

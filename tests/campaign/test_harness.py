@@ -61,34 +61,34 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def contents_after_cuts(root: Path, name: str, after: int) -> set[bytes | None]:
-    """What `data/file` may contain after a power cut at operation `after`; None if it does not exist."""
+def contents_after_cuts(root: Path, file: str, name: str, after: int) -> set[bytes | None]:
+    """What `file` may contain after a power cut at operation `after`; None if it does not exist."""
     before, killed, trace = (root.parent / other for other in ("before", "killed", "trace"))
     for folder in (root, before, killed):
         shutil.rmtree(folder, ignore_errors=True)
     for folder in (root, before):
         (folder / "data").mkdir(parents=True)
-    in_a_fork(partial(WRITERS[name], root / "data/file"), Fault("cut", after), root, trace)
+    in_a_fork(partial(WRITERS[name], root / file), Fault("cut", after), root, trace)
     root.rename(killed)
     contents = set()
     for mode in MODES:
         for seed in range(8):
             shutil.copytree(killed, root)
             cut_power(root, before, read_trace(trace), mode, random.Random(seed))
-            file = root / "data/file"
-            contents.add(file.read_bytes() if file.exists() else None)
+            contents.add((root / file).read_bytes() if (root / file).exists() else None)
             shutil.rmtree(root)
     root.mkdir()
     return contents
 
 
-def test_a_power_cut_reveals_each_wrong_way_to_write_a_file(root: Path) -> None:
+@pytest.mark.parametrize("file", ["data/file", "file"])
+def test_a_power_cut_reveals_each_wrong_way_to_write_a_file(root: Path, file: str) -> None:
     """Only the project's way is atomic at every moment, and durable afterwards."""
     outcomes = {}
     for name, write in WRITERS.items():
-        _, n_operations = in_a_fork(partial(write, root / "data/file"), Fault(), root)
-        during = set().union(*(contents_after_cuts(root, name, at) for at in range(1, n_operations + 1)))
-        outcomes[name] = (during <= {None, b"content"}, contents_after_cuts(root, name, n_operations + 1))
+        _, n = in_a_fork(partial(write, root / file), Fault(), root)
+        during = set().union(*(contents_after_cuts(root, file, name, at) for at in range(1, n + 1)))
+        outcomes[name] = (during <= {None, b"content"}, contents_after_cuts(root, file, name, n + 1))
         (root / "data").mkdir()
     assert outcomes["as the project does"] == (True, {b"content"})
     assert outcomes["without fsync of the folder"] == (True, {None, b"content"})
