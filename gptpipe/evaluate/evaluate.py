@@ -72,10 +72,11 @@ class Evaluation:
         lines: list[str] = []
         for side in _HELD_OUT:
             if side in self.results:
-                metrics, xz = self.results[side], self.results["reference_bits_per_byte"][side]["xz"]
+                metrics, references = self.results[side], self.results["reference_bits_per_byte"][side]
                 error = metrics["bits_per_byte_standard_error"]
                 bits = f"{metrics['bits_per_byte']:.4f} ± {error:.4f} bits per byte"
-                lines.append(f"{side} {bits} (xz -9e: {xz:.4f}), perplexity {metrics['perplexity']:.2f}")
+                compressors = f"PPMd {references['ppmd']:.4f}, xz {references['xz']:.4f}"
+                lines.append(f"{side} {bits} ({compressors}), perplexity {metrics['perplexity']:.2f}")
         return [*lines, self.transformers] if self.transformers else lines
 
 

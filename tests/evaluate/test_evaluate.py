@@ -119,7 +119,12 @@ def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path
     )
     metrics = evaluation.metrics()
     assert {f"{side}/{name}" for side in ("val", "test") for name in METRICS} <= set(metrics)
-    assert {"test/xz_bits_per_byte", "val/unigram_bits_per_byte", "continuations/bleu"} <= set(metrics)
+    assert {
+        "test/xz_bits_per_byte",
+        "test/ppmd_bits_per_byte",
+        "val/unigram_bits_per_byte",
+        "continuations/bleu",
+    } <= set(metrics)
     assert all(math.isfinite(value) for value in metrics.values())
 
 
