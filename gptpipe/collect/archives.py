@@ -19,6 +19,11 @@ HEAD_BYTES = tarfile.BLOCKSIZE  # of a file, enough for `is_tar` and `is_zip`
 
 _HEADER_BYTES = 1 << 20  # of an extended header in a tar archive
 _DIRECTORY_BYTES = 16 << 20  # of a zip archive; its entries need about 15 times as much memory
+_ZIP_HEADER_BYTES = 34  # of the mark and the first member
+# Not LZMA: its header may request 4 GiB of memory, and zipfile has no limit.
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+_OTHER_ZIP_METHODS = {9: "Deflate64", 14: "LZMA", 93: "Zstandard", 95: "xz", 98: "PPMd"}
+_ENCRYPTED = 1  # a bit of the flags of a member
 _MIME_TYPE_BYTES = 200  # of the member that names the type of a document
 
 # The path of a member in its archive, and its content or why there is none.
@@ -43,8 +48,12 @@ def is_tar(head: bytes) -> bool:
 
 
 def is_zip(head: bytes) -> bool:
-    """Whether a file starts like a zip archive: with a member, the end of an empty archive, or a mark."""
-    return head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08PK\x03\x04", b"PK00PK\x03\x04"))
+    """Whether a file starts like a zip archive: with a member, the end of an empty archive, or a mark.
+
+    The header of a member contains zeros, unlike a text that starts with these bytes.
+    """
+    marks = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08PK\x03\x04", b"PK00PK\x03\x04")
+    return head.startswith(marks) and b"\0" in head[:_ZIP_HEADER_BYTES]
 
 
 class _TarContent:
@@ -171,10 +180,14 @@ def zip_members(name: str, file: BinaryIO, start: int = 0, end: int | None = Non
             is_in_range = (start == 0 or info.header_offset >= start) and info.header_offset < (end or inf)
             if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or not is_in_range:
                 continue
-            if info.compress_type == zipfile.ZIP_LZMA:
-                # Its header may request 4 GiB of memory, and zipfile has no limit.
+            if info.compress_type not in _ZIP_METHODS:
+                method = _OTHER_ZIP_METHODS.get(info.compress_type, f"method {info.compress_type}")
                 raise InputError(
-                    f"{name}: {info.filename}: packed with LZMA; pack the archive again with deflate"
+                    f"{name}: {info.filename}: packed with {method}; pack the archive again with deflate"
+                )
+            if info.flag_bits & _ENCRYPTED:
+                raise InputError(
+                    f"{name}: {info.filename}: encrypted; unpack it, and pack it without a password"
                 )
             with unpack_errors(f"{name}: {info.filename}"), archive.open(info) as content:
                 yield info.filename, content
@@ -188,6 +201,10 @@ def _office_document(archive: zipfile.ZipFile) -> str | None:
             if any(name.startswith(folder) for name in names):
                 return f"{kind} document"
         return "an Office document"
+    if "Index/Document.iwa" in names or "Index.zip" in names:
+        return "an iWork document"
+    if "META-INF/container.xml" in names:
+        return "an EPUB book"
     first = archive.infolist()[0] if names else None
     if first and first.filename == "mimetype" and first.compress_type == zipfile.ZIP_STORED:
         with archive.open(first) as content:

@@ -83,7 +83,9 @@ def _normalize(text: str, min_bytes: int, filters: FilterParams | None, at_end: 
             unicodedata.normalize("NFC", _without_long_marks(text))
         )  # NFC can double their number
     if filters:
-        text = without_boilerplate(text, filters)
+        text, emptied_by = without_boilerplate(text, filters)
+        if emptied_by:
+            return Rejected(emptied_by, "drops each line")
     if len(text) > 1000 and _TEN_SPACES.search(text[::100]):
         text = _LONG_SPACE.sub(r"\1", text).rstrip(at_end)  # the cut may leave them at the end
     if not text or text.isspace():

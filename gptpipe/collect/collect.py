@@ -37,7 +37,7 @@ def collect(
     function too. Raises InputError if a source cannot be read or changes meanwhile, or if no document is left.
     """
     files = find_files(params.sources)
-    warn_about_files(files.paths, stage)
+    warn_about_files(files.paths, params.sources, stage)
     parts = plan_parts(params, files)
     is_small = sum(part.n_bytes for part in parts) < _MANY_BYTES
     kinds = [source.kind for source in params.sources]

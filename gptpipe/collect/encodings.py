@@ -4,7 +4,8 @@ import codecs
 
 from gptpipe.shell.errors import InputError
 
-_SAMPLE_BYTES = 4096  # of a file, which show its encoding
+SAMPLE_BYTES = 4096  # of a file, which show its encoding
+_FEW = 0.1  # share of characters that may be replaced; more make a text unreadable
 # Bytes that are in no text of an 8-bit encoding.
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\x0b\x0c\r\x1b"))
 _MARKS = (
@@ -29,14 +30,23 @@ def not_utf8(name: str, offset: int, content: bytes = b"") -> InputError:
         return InputError(
             f"{problem}; it is {encoding.upper()}: set encoding: {encoding} of the source, or convert it"
         )
-    sample = content[:_SAMPLE_BYTES]
-    if len(sample.translate(None, _CONTROLS)) < 0.97 * len(sample):
+    if looks_binary(content):
         return InputError(f"{problem}; it looks compressed or binary: unpack, convert or remove it")
-    fix = (
-        "set encoding of the source (such as cp1252), convert the file, "
-        "or set collect.encoding_errors to replace"
-    )
+    sample = content[:SAMPLE_BYTES].decode(errors="replace")
+    if sample.count("\ufffd") > _FEW * len(sample):
+        fix = "set encoding of the source (such as cp1252 or koi8-r), or convert the file"
+    else:
+        fix = (
+            "set encoding of the source (such as cp1252), convert the file, "
+            "or set collect.encoding_errors to replace"
+        )
     return InputError(f"{problem}; {fix}")
+
+
+def looks_binary(content: bytes) -> bool:
+    """Whether the content has more control characters than a text of any encoding of single bytes."""
+    sample = content[:SAMPLE_BYTES]
+    return len(sample.translate(None, _CONTROLS)) < 0.97 * len(sample)
 
 
 def marked_encoding(content: bytes) -> str | None:
@@ -48,12 +58,13 @@ def wide_encoding(content: bytes) -> str | None:
     """UTF-16 or UTF-32, if a byte order mark or the places of the zeros show it."""
     if encoding := marked_encoding(content):
         return encoding
-    sample = content[:_SAMPLE_BYTES]
+    sample = content[:SAMPLE_BYTES]
     if b"\0" not in sample or len(sample) < 8:
         return None
     # Share of zeros at each place of four.
     zeros = [sample[i::4].count(0) / len(sample[i::4]) for i in range(4)]
     for wide, places in _PLACES_OF_ZEROS:
         if min(zeros[place] for place in places) > 0.5:
-            return wide
+            text = sample.decode(wide, errors="ignore")
+            return None if looks_binary(text.encode()) else wide  # arrays of numbers have such zeros, too
     return None

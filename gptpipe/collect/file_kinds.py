@@ -35,7 +35,7 @@ _OTHER: dict[Format, frozenset[str]] = {
 }
 _ABOUT_DATA = re.compile(
     "(read_?me|licen[cs]e|copying|copyright|notice|authors|contributors|changelog|changes|citation|manifest|version"
-    "|(md5|sha1|sha256|sha512)(sums?)?|checksums?|_success|makefile|dockerfile)",
+    "|(md5|sha1|sha256|sha512)(sums?)?|checksums?|_success|_(common_)?metadata|makefile|dockerfile)",
     re.IGNORECASE,
 )
 _SYSTEM_FOLDERS = {
@@ -72,16 +72,17 @@ _UNREADABLE_NAMES = {
     ".zz": "compressed by zlib",
     ".deflate": "compressed by zlib",
 }
-_PDF = re.compile(rb"%PDF-\d\.\d\s*[\r\n]")
+_PDF = re.compile(rb"%PDF-\d\.\d\s*[\r\n]\s*(%|\d+\s+\d+\s+obj)")  # a comment or an object follows
+_RTF = b"{\\rtf1"
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 
 
 def is_other_file(name: str, format_: Format) -> bool:
     """Whether a file found by a pattern or in an archive does not belong to a source of this format.
 
-    True for files that systems add (`__MACOSX/`, `.DS_Store`), for files about the data in a source that is not
-    text (README, LICENSE), and for names that end like another format. Names of compressed files count without
-    the end of the compression. A name without an end, or with an unknown one, is accepted.
+    True for files that systems and programs add (`__MACOSX/`, `a.jsonl.dvc`), for files about the data in a
+    source that is not text (README, LICENSE), and for names that end like another format. Names of compressed
+    files count without the end of the compression. A name without an end, or with an unknown one, is accepted.
     """
     if is_system_file(name):
         return True
@@ -94,12 +95,13 @@ def is_other_file(name: str, format_: Format) -> bool:
 
 
 def is_system_file(name: str) -> bool:
-    """Whether an operating system, a file manager or an office program added the file."""
+    """Whether an operating system, an editor, DVC or another program added the file."""
     *folders, last = name.lower().replace("\\", "/").split("/")
     return (
         not _SYSTEM_FOLDERS.isdisjoint(folders)
         or last in _SYSTEM_FILES
         or last.startswith(("._", "~$", ".~lock."))
+        or last.endswith(("~", ".dvc"))
     )
 
 
@@ -107,20 +109,26 @@ def document_kind(head: bytes) -> str | None:
     """What a document is that contains text in a form other than plain text; None for other files."""
     if _PDF.match(head):
         return "a PDF document"
+    if head.startswith(_RTF):
+        return "an RTF document"
     return "an old Office document" if head.startswith(_OLD_OFFICE) else None
 
 
 def unreadable_kind(name: str, head: bytes) -> str | None:
     """The kind of archive or compression that cannot be read, for a file with this `head`; else None."""
+    if is_text(head):
+        return None
     for magic, kind in _UNREADABLE:
         if head.startswith(magic):
             return kind
-    suffix = PurePosixPath(name.lower()).suffix
-    return _UNREADABLE_NAMES.get(suffix) if not _is_utf8(head) else None
+    return _UNREADABLE_NAMES.get(PurePosixPath(name.lower()).suffix)
 
 
-def _is_utf8(head: bytes) -> bool:
-    """Whether the bytes are UTF-8, except that the last character may be cut off."""
+def is_text(head: bytes) -> bool:
+    """Whether a file that starts with `head` is text in UTF-8, whose last character may be cut off here.
+
+    A text may start with a magic number, as in "BZh91AY&SY is how a bzip2 file starts".
+    """
     try:
         head.decode()
     except UnicodeDecodeError as error:

@@ -44,17 +44,25 @@ _MINIMUM = ("sentences", "alphabetic_words", "stop_words")  # their limit is a m
 _MINIMUM_AND_MAXIMUM = ("words", "mean_word_length")  # they have two limits; those of all others are maxima
 
 
-def without_boilerplate(text: str, params: FilterParams) -> str:
-    """The text without the lines that `drop_lines_*` match; of several blank lines around them one stays."""
+def without_boilerplate(text: str, params: FilterParams) -> tuple[str, str | None]:
+    """The text without the lines that `drop_lines_*` match; of several blank lines around them one stays.
+
+    Also the name of the filter that dropped the last line, or None if a line is left.
+    """
     phrases = [phrase.lower() for phrase in params.drop_lines_with]
     shortest = params.drop_lines_below or 0
     if not (phrases or shortest or params.drop_lines_unfinished):
-        return text
-    lines = [line for line in text.split("\n") if not line or len(line.split()) >= shortest]
-    lines = [line for line in lines if not any(phrase in line.lower() for phrase in phrases)]
+        return text, None
+    lines = text.split("\n")
+    long = [line for line in lines if not line or len(line.split()) >= shortest]
+    wanted = [line for line in long if not any(phrase in line.lower() for phrase in phrases)]
+    finished = wanted
     if params.drop_lines_unfinished:
-        lines = [line for line in lines if not line or line.endswith(_LINE_END)]
-    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+        finished = [line for line in wanted if not line or line.endswith(_LINE_END)]
+    if any(lines) and not any(finished):
+        steps = {"drop_lines_below": long, "drop_lines_with": wanted, "drop_lines_unfinished": finished}
+        return "", next(name for name, left in steps.items() if not any(left))
+    return re.sub("\n{3,}", "\n\n", "\n".join(finished)).strip("\n"), None
 
 
 def are_on(params: FilterParams) -> bool:

@@ -1,17 +1,21 @@
 """Texts in JSON lines: one JSON object in each line (https://jsonlines.org)."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
-from gptpipe.collect.encodings import not_utf8
+from gptpipe.collect.encodings import not_utf8, wide_encoding
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.tables import CHUNK
 from gptpipe.collect.texts import Rejected, Texts
 
 _LINE_BYTES = 64 << 20  # of a line, and 16 times `max_document_bytes` more; it is in memory as a whole
 _MAX_KEYS = 10  # of an object, in a message
+_MAX_DEPTH = 4  # of objects in objects whose keys are in a message
 _LINE_ENDS = ("\n", "\r\n")
+_AROUND_VALUES = " \t\r\n\x1e"  # white space, and what starts a record in a JSON text sequence (RFC 7464)
 _JSON = json.JSONDecoder(parse_int=float)  # Python refuses to convert integers of more than 4,300 digits
 
 
@@ -33,7 +37,7 @@ def jsonl_texts(
         offset += len(line)
         text: str | Rejected | None = _plain_text(line, key)
         if text is not None:
-            keys.is_found = True
+            keys.is_found = keys.has_value = True
         else:
             place = _Place(name, number, offset - len(line), is_numbered=start == 0)
             if len(line) == max_line_bytes and not line.endswith(b"\n"):
@@ -88,6 +92,7 @@ class _Keys:
 
     wanted: str  # a key, or a path of keys with dots between
     is_found: bool = False  # in any line
+    has_value: bool = False  # whether a line before had any content
     others: dict[str, None] = field(default_factory=dict)  # the first keys of objects without it, in order
 
 
@@ -97,7 +102,7 @@ _MISSING = object()  # the value of a key that an object does not have
 def _any_text(line: bytes, place: _Place, keys: _Keys, errors: str) -> str | Rejected | None:
     """The text of a line, or why there is none; None for a blank line."""
     try:
-        content = line.decode(errors=errors).removeprefix("\ufeff").strip(" \t\r\n")
+        content = line.decode(errors=errors).removeprefix("\ufeff").strip(_AROUND_VALUES)
         if not content:
             return None
         value, end = _JSON.raw_decode(content)
@@ -106,18 +111,20 @@ def _any_text(line: bytes, place: _Place, keys: _Keys, errors: str) -> str | Rej
     except UnicodeDecodeError as error:
         return Rejected("not_utf8", str(not_utf8(place.name, place.offset + error.start, line)))
     except (ValueError, RecursionError) as error:
-        if place.is_numbered and place.number == 1 and content.startswith("["):
-            return _array(place)
-        return Rejected("not_json", f"{place}: not JSON: {error}; fix or remove the line")
-    if place.is_numbered and place.number == 1 and isinstance(value, list):
+        return _not_json(line, content, place, keys, str(error))
+    is_first, keys.has_value = place.is_numbered and not keys.has_value, True
+    if is_first and isinstance(value, list):
         return _array(place)
     text = _value_at(value, keys.wanted)
+    if isinstance(text, str):
+        keys.is_found = True
+        return text
     if text is not _MISSING:
         keys.is_found = True
-        return text if isinstance(text, str) else Rejected("no_text", str(place))
+        return Rejected("no_text", f"{place}: `{keys.wanted}` is {_kind(text)}")
     if not isinstance(value, dict):
-        return Rejected("no_text", str(place))
-    first_keys = list(value)[:_MAX_KEYS]
+        return Rejected("no_text", f"{place}: {_kind(value)}, not an object with the key `{keys.wanted}`")
+    first_keys = list(islice(_paths_of_keys(value), _MAX_KEYS))
     if len(keys.others) < _MAX_KEYS:
         keys.others |= dict.fromkeys(first_keys)
     return Rejected(
@@ -125,9 +132,40 @@ def _any_text(line: bytes, place: _Place, keys: _Keys, errors: str) -> str | Rej
     )
 
 
+def _not_json(line: bytes, content: str, place: _Place, keys: _Keys, error: str) -> Rejected:
+    """What a line is that cannot be parsed. JSON that is not one object per line has as many bad lines."""
+    is_first, keys.has_value = place.is_numbered and not keys.has_value, True
+    if is_first and wide_encoding(line):
+        return Rejected("not_utf8", str(not_utf8(place.name, place.offset, line)))
+    if is_first and content.startswith("["):
+        return _array(place)
+    if is_first and content == "{":
+        problem = f"{place.name}: a JSON object over several lines, not one JSON object per line"
+        return Rejected("not_json", f"{problem}; convert it, for example with `jq -c .`")
+    return Rejected("not_json", f"{place}: not JSON: {error}; fix or remove the line")
+
+
 def _array(place: _Place) -> Rejected:
     problem = f"{place.name}: a JSON array, not one JSON object per line"
     return Rejected("not_json", f"{problem}; convert it, for example with `jq -c '.[]'`")
+
+
+def _kind(value: Any) -> str:
+    """What a value is instead of a text, in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    return "a string" if isinstance(value, str) else "a number"
+
+
+def _paths_of_keys(value: dict[str, Any], depth: int = _MAX_DEPTH) -> Iterator[str]:
+    """The keys of an object; for a key with an object, the keys of that, as in `a.b`."""
+    for key, child in value.items():
+        if isinstance(child, dict) and child and depth:
+            yield from (f"{key}.{path}" for path in _paths_of_keys(child, depth - 1))
+        else:
+            yield key
 
 
 def _value_at(value: Any, key: str) -> Any:

@@ -4,29 +4,32 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gptpipe.collect.decide import Decider
-from gptpipe.collect.params import CollectParams, FilterParams
+from gptpipe.collect.params import CollectParams, FilterParams, HuggingFace, Source
 from gptpipe.collect.tally import Tally
 from gptpipe.shell.console import complain
 from gptpipe.shell.errors import InputError
 
 _MAX_BAD = 20  # bad records in a message
-_MANY = 0.9  # share of a source's texts that a filter rejects, above which it may be the wrong filter
+_MANY = 0.9  # share of a source's texts that are rejected for one reason, above which it may be a mistake
 _WATCHED = Path("data/sources")  # the folder of local files in dvc.yaml
 _ADVICE = {  # how to keep texts that were rejected for a reason
     "too_short": "lower collect.min_document_bytes, or join short texts to documents",
     "no_text": "check text_key or text_column of the source",
     "binary": "convert the files to text",
-    "other_file": "name these files themselves in `paths` if they contain texts",
+    "other_file": "name the files of this format in `paths`, or in `members` if they are in an archive",
     "lone_surrogates": "fix the escapes such as \\ud800 in the files",
     "weighted_out": "raise `weight` of the source",
     "empty": "the files contain no text; check paths, separator and members of the source",
 }
 
 
-def warn_about_files(paths: Iterable[list[str]], stage: str) -> None:
+def warn_about_files(paths: Iterable[list[str]], sources: Iterable[Source], stage: str) -> None:
     """Warn about files that DVC does not watch, because they are outside data/sources. `stage` reads them."""
     watched = _WATCHED.resolve()
     distinct = {path for paths_of_source in paths for path in paths_of_source}
+    distinct |= {
+        source.dataset for source in sources if isinstance(source, HuggingFace) and not source.revision
+    }
     outside = sorted(path for path in distinct if not _is_below(path, watched))
     if outside:
         others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
@@ -59,13 +62,20 @@ def check_bad_records(decider: Decider, params: CollectParams) -> None:
 
 
 def warn_about_rejections(tally: Tally) -> None:
-    """Warn about filters that reject nearly all texts of a source."""
+    """Warn about sources of which nearly all texts are rejected for one reason; duplicates are usual."""
     for name in tally.by_source:
+        n_in = tally.documents_in(name)
         for reason, n in tally.rejections(name).items():
-            if reason in FilterParams.model_fields and n > _MANY * tally.documents_in(name):
+            if n <= _MANY * n_in:
+                continue
+            if reason in FilterParams.model_fields:
                 complain(
-                    f"collect: warning: the filter {reason} rejects {n:,} of {tally.documents_in(name):,} "
+                    f"collect: warning: the filter {reason} rejects {n:,} of {n_in:,} "
                     f"texts of {name}; is it meant for this language and kind of text? See reports/collect.md"
+                )
+            elif advice := _ADVICE.get(reason):
+                complain(
+                    f"collect: warning: {n:,} of {n_in:,} texts of {name} are rejected ({reason}); {advice}"
                 )
 
 

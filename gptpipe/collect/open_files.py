@@ -50,7 +50,8 @@ def open_files(
     An archive is tar or zip; it and its files may be compressed, and it may contain archives, but these no
     further ones. Rejections name the file: `other_file` for a member that does not match the glob `members` or,
     without it, the format (`is_other_file`); `nested_archive` for an archive that is too deep; `binary` for PDF
-    and office documents. A path in an archive matches if the glob matches all of it; `*` also matches `/`.
+    and office documents. A path in an archive matches if the glob matches all of it; `*` also matches `/`,
+    and `**/` may match nothing.
 
     `start` and `end` divide a local zip archive: only members are read whose header is at an offset from
     `start` up to, and without, `end` (None: the end of the file). Any other file belongs to the range that
@@ -89,6 +90,8 @@ def open_files(
 
 def is_packed(name: str, head: bytes) -> bool:
     """Whether a file that starts with `head` is compressed, an archive, or of a kind that cannot be read."""
+    if file_kinds.is_text(head):
+        return False
     is_archive = archives.is_tar(head) or archives.is_zip(head)
     is_compressed = compression.decompressor(head) is not None
     return is_archive or is_compressed or file_kinds.unreadable_kind(name, head) is not None
@@ -102,7 +105,9 @@ def growth_limit(n_in: int, max_expansion: int) -> int:
 def _is_wanted(format_: Format, members: str | None, path: str) -> bool:
     if members is None:
         return not file_kinds.is_other_file(path, format_)
-    return fnmatchcase(path.removeprefix("./"), members)
+    path = path.replace("\\", "/").removeprefix("./")  # Windows programs write backslashes into zip archives
+    pattern = members.removeprefix("./")
+    return fnmatchcase(path, pattern) or fnmatchcase(path, pattern.replace("**/", ""))
 
 
 def _part(name: str, file: io.BufferedReader, rules: _Rules, start: int, end: int | None) -> Files:
@@ -159,7 +164,8 @@ def _members(name: str, members: archives.Members, rules: _Rules, on_read: OnRea
 
 def _decompressed(name: str, file: io.BufferedReader, on_read: OnRead) -> io.BufferedReader:
     """The decompressed content of a file, or the file itself if it is not compressed."""
-    decompressor = compression.decompressor(file.peek(_HEAD_BYTES))
+    head = file.peek(_HEAD_BYTES)
+    decompressor = None if file_kinds.is_text(head) else compression.decompressor(head)
     return buffered(name, decompressor(name, file), on_read) if decompressor else file
 
 

@@ -1,5 +1,6 @@
 """Section `collect` of params.yaml. Only optional keys of sources have a default here."""
 
+import codecs
 import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -34,14 +35,14 @@ class Python(AnySource):
 
 
 def _check_encoding(name: str) -> str:
-    """Raise ValueError unless Python knows the encoding, and it is one of text."""
+    """The usual name of an encoding. Raises ValueError unless Python knows it, and it is one of text."""
     try:
         "".encode(name)
     except LookupError as error:
         raise ValueError(
             "is not an encoding that Python knows, such as utf-8, utf-16, cp1252 or shift_jis"
         ) from error
-    return name
+    return codecs.lookup(name).name
 
 
 class Files(AnySource):
@@ -117,7 +118,10 @@ class HuggingFace(AnySource):
     def _pins_a_dataset_of_the_hub(cls, revision: str | None, info: ValidationInfo) -> str | None:
         dataset = info.data.get("dataset")
         if revision is None and dataset and not Path(dataset).is_dir():
-            raise ValueError("is required for a dataset of the hub: the 40 hex digits of a commit")
+            raise ValueError(
+                "is required for a dataset of the hub: the 40 hex digits of a commit; "
+                f"{dataset} is not a local folder"
+            )
         return revision
 
     @property

@@ -110,7 +110,7 @@ def _digests(sources: tuple[Source, ...], paths: list[list[str]]) -> dict[str, s
         elif isinstance(source, Python):
             digests[f"{source.kind} {source.package}"] = _digest_of(module_files(source.package))
         elif isinstance(source, HuggingFace):
-            digests[source.address] = source.revision or _digest_of(_files_below(Path(source.dataset)))
+            digests[source.address] = source.revision or _digest_of_folder(Path(source.dataset))
         elif isinstance(source, Url):
             digests[source.url] = source.sha256
     local = sorted({path for paths_of_source in paths for path in paths_of_source})
@@ -129,8 +129,11 @@ def _digest_of(files: list[Path]) -> str:
     return hashlib.sha256("".join(map(_sha256, map(str, files))).encode()).hexdigest()
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _digest_of_folder(folder: Path) -> str:
+    """The digest of names and contents: `datasets` derives the split of a file from its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [printable_name(str(path.relative_to(folder))) for path in files]
+    return hashlib.sha256(to_json([names, _digest_of(files)])).hexdigest()
 
 
 def plan_parts(params: CollectParams, files: SourceFiles) -> list[Part]:

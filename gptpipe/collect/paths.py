@@ -18,7 +18,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     problems: list[str] = []
     for pattern in patterns:
         matches, problems_of_pattern = _match(pattern)
-        names.update(map(os.path.normpath, matches))
+        names.update(map(_usual_name, matches))
         problems += problems_of_pattern
     paths = sorted(map(Path, names))
     for path in paths:
@@ -34,6 +34,13 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     return paths
 
 
+def _usual_name(name: str) -> str:
+    """The one name of a file, however it is written: relative to the working directory if it is below."""
+    name = os.path.normpath(name)
+    below = os.path.relpath(name) if os.path.isabs(name) else name  # noqa: PTH117
+    return name if below.startswith(os.pardir) else below
+
+
 def is_file_name(pattern: str) -> bool:
     """Whether a pattern is the name of one file, which may contain characters of a glob, as in `a[1].txt`."""
     return not glob.has_magic(pattern) or os.path.isfile(pattern)  # noqa: PTH113  False without permission
@@ -41,24 +48,36 @@ def is_file_name(pattern: str) -> bool:
 
 def _match(pattern: str) -> tuple[list[str], list[str]]:
     """The names that match a glob, folders excluded, and what is wrong with the pattern or the names."""
-    if glob.has_magic(pattern) and is_file_name(pattern):
-        pattern = glob.escape(pattern)
-    links = _links_to_folders(pattern)
+    escaped = _with_escaped_names(pattern)
+    links = _links_to_folders(escaped)
     if links:
         return [], [f"{link}: a link to a folder, which could lead in circles" for link in links]
     # glob.glob, unlike Path.glob, accepts absolute patterns.
-    names = [name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207
-    problems = [f"{folder}: Permission denied" for folder in _unreadable_folders(Path(pattern))]
+    matches = glob.glob(escaped, recursive=True)  # noqa: PTH207
+    names = [name for name in matches if not Path(name).is_dir()]
+    problems = [f"{folder}: Permission denied" for folder in _unreadable_folders(Path(escaped))]
     if not names and not problems:
-        problem = "a folder, not a file" if Path(pattern).is_dir() else "no file matches"
-        problems.append(f"{pattern}: {problem}")
+        inside = f"a folder, not a file; {pattern.rstrip('/')}/**/* matches the files in it"
+        problems.append(f"{pattern}: {inside if matches else 'no file matches'}")
     project = project_root().resolve()
-    start = Path(re.split(r"[*?[]", pattern)[0] + "x").parent.resolve()  # the last folder before a wildcard
+    start = Path(re.split(r"[*?[]", escaped)[0] + "x").parent.resolve()  # the last folder before a wildcard
     for name in sorted(names):
         target = Path(os.path.realpath(name))
         if not (target.is_relative_to(project) or target.is_relative_to(start)):
             problems.append(f"{name}: a link that leads out of {start} and of the project, to {target}")
     return names, problems
+
+
+def _with_escaped_names(pattern: str) -> str:
+    """The pattern with the characters of a glob escaped where they are in the name of a file or folder.
+
+    In `x[1]/*`, that is the first part, if there is such a folder.
+    """
+    parts = list(Path(pattern).parts)
+    for i in range(len(parts)):
+        if not os.path.lexists(Path(*parts[: i + 1])):
+            return str(Path(*map(glob.escape, parts[:i]), *parts[i:]))
+    return glob.escape(pattern)
 
 
 def _links_to_folders(pattern: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Byte ranges of large files, each of which can be read alone."""
 
-import codecs
 import io
 import os
 from collections.abc import Iterator
@@ -30,9 +29,7 @@ def can_be_divided(path: str, source: Source, params: CollectParams, n_bytes: in
     match source:
         case Parquet() | Url(format="parquet"):
             return True
-        case Text() | Jsonl() | Url() if (
-            marked_encoding(head) or codecs.lookup(source.encoding).name != "utf-8"
-        ):
+        case Text() | Jsonl() | Url() if marked_encoding(head) or source.encoding != "utf-8":
             return False
         case Text(document="file") | Url(format="text", document="file"):
             return params.max_document_bytes <= n_bytes  # it is cut anyway

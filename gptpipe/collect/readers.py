@@ -11,7 +11,8 @@ from typing import BinaryIO, Protocol
 from gptpipe.base.limits import hidden_stderr, memory_limit, time_limit
 from gptpipe.base.parallel import map_in_order
 from gptpipe.collect.cleaning import cut_text
-from gptpipe.collect.encodings import marked_encoding, wide_encoding
+from gptpipe.collect.encodings import looks_binary, marked_encoding, not_utf8, wide_encoding
+from gptpipe.collect.file_kinds import is_text
 from gptpipe.collect.jsonl import jsonl_texts
 from gptpipe.collect.open_files import growth_limit, open_files
 from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
@@ -167,18 +168,29 @@ def _content(
     match source:
         case Parquet() | Url(format="parquet"):
             yield from _parquet_file(name, file, source, params)
-        case Jsonl(text_key=key, encoding=encoding) | Url(format="jsonl", text_key=key, encoding=encoding):
-            content = as_utf8(name, file, encoding, params.encoding_errors)
+        case Jsonl(text_key=key) | Url(format="jsonl", text_key=key):
+            content = as_utf8(name, file, source, params)
             yield from jsonl_texts(name, content, first_byte, key, params, is_whole=is_whole)
         case Text() | Url():
             head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-            if b"\0" in head and marked_encoding(head) is None and source.encoding == "utf-8":
-                wide = wide_encoding(head)
-                fix = f": looks like {wide}; set `encoding: {wide}` of the source" if wide else ""
-                yield [Rejected("binary", name + fix)]
+            if source.encoding == "utf-8" and (rejected := _without_text(name, head, params)):
+                yield [rejected]
                 return
-            content = as_utf8(name, file, source.encoding, params.encoding_errors)
+            content = as_utf8(name, file, source, params)
             yield from text_documents(name, content, first_byte, source, params)
+
+
+def _without_text(name: str, head: bytes, params: CollectParams) -> Rejected | None:
+    """Why a file that starts with `head` is not read as UTF-8; None if it may be text."""
+    if marked_encoding(head) or is_text(head):
+        return None
+    if wide_encoding(head):
+        return Rejected("not_utf8", str(not_utf8(name, 0, head)))
+    if b"\0" in head or (params.encoding_errors == "replace" and looks_binary(head)):
+        is_parquet = head.startswith(b"PAR1")
+        problem = "a Parquet file; set kind: parquet" if is_parquet else "not text; convert or remove it"
+        return Rejected("binary", f"{name}: {problem}")
+    return None
 
 
 def _parquet_file(

@@ -3,6 +3,7 @@
 import codecs
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, islice
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gptpipe.collect.cleaning import cut
+from gptpipe.collect.encodings import SAMPLE_BYTES, looks_binary, wide_encoding
 from gptpipe.collect.texts import Piece, Rejected, Texts
 from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import GptpipeError, InputError, ResourceError, first_line
@@ -71,7 +73,7 @@ def parquet_rows(
     except (GptpipeError, MemoryError):
         raise
     except UnicodeDecodeError as error:
-        raise _cell_not_utf8(f"{name}, the name of a column", error) from error
+        raise InputError(f"{name}: the name of a column is not UTF-8; write the file again") from error
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise InputError(f"{name}: cannot read: {reason}; fix the file, or collect.sources") from error
@@ -139,11 +141,23 @@ def _texts(name: str, column: str, n_before: int, contents: Any, errors: str, ma
                 texts = []
                 yield from _pieces(content, errors, max_bytes)
             else:
-                texts.append(bytes(content).decode(errors=errors))
+                texts.append(_decoded(bytes(content), errors))
         except UnicodeDecodeError as error:
-            yield texts  # a limit of the source may end before the error
-            raise _cell_not_utf8(f"{name}, column `{column}`, row {row}", error) from error
+            texts.append(Rejected("not_utf8", _not_utf8(f"{name}, column `{column}`, row {row}", error)))
     yield texts
+
+
+def _decoded(content: bytes, errors: str) -> str:
+    """The text of a cell. Raises UnicodeDecodeError."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode(errors=_errors_of(content, errors))
+
+
+def _errors_of(start: bytes, errors: str) -> str:
+    """How to treat bytes that are not UTF-8: replacing them makes no text of UTF-16 or compressed data."""
+    return "strict" if wide_encoding(start) or looks_binary(start) else errors
 
 
 def _views(contents: Any) -> Iterator[memoryview | None]:
@@ -158,6 +172,7 @@ def _views(contents: Any) -> Iterator[memoryview | None]:
 
 def _pieces(content: memoryview, errors: str, max_bytes: int) -> Texts:
     """A long text in pieces as `cut` makes them. Only a chunk of it is decoded at a time."""
+    errors = _errors_of(bytes(content[:SAMPLE_BYTES]), errors)
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     rest = ""
     is_first = True
@@ -182,8 +197,11 @@ def _check_column(name: str, schema: pa.Schema, column: str, groups: list[Any]) 
     if schema.names.count(top) > 1:
         raise InputError(f"{name}: {schema.names.count(top)} columns `{top}`; rename all but one")
     field = _find_field(schema, column, top)
+    leaves = Counter(_leaves(schema))
+    if leaves[column] > 1 and column not in schema.names:
+        raise InputError(f"{name}: {leaves[column]} fields `{column}`; rename all but one")
     if field is None:
-        names = _first_names(_leaves(schema))
+        names = _first_names(leaves)
         raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
     if pa.types.is_struct(field.type):
         fields = _first_names(f"{column}.{child.name}" for child in field.type)
@@ -234,8 +252,9 @@ def _is_text(type_: pa.DataType) -> bool:
 def _is_without_values(column: str, groups: list[Any]) -> bool:
     """Whether the statistics say that each row is null. Writers give a column without values any type."""
     for group in groups:
-        chunks = [group.column(j) for j in range(group.num_columns) if group.column(j).path_in_schema == column]
-        statistics = chunks[0].statistics if chunks else None
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        own = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
+        statistics = own[0].statistics if own else None
         if statistics is None or not statistics.has_null_count or statistics.null_count != group.num_rows:
             return False
     return True
@@ -254,6 +273,9 @@ def _longest_in_dictionaries(source: BinaryIO, column: str, groups: list[Any]) -
     At least that: a large page is not read, because its texts would be in memory several times.
     """
     longest = 0
+    paths = {group.column(j).path_in_schema for group in groups for j in range(group.num_columns)}
+    if column not in paths:  # a list without any value
+        return 0
     with pq.ParquetFile(source, read_dictionary=[column], **_BOUNDED) as file:
         for i, group in enumerate(groups):
             chunks = [group.column(j) for j in range(group.num_columns)]
@@ -363,12 +385,17 @@ def _dataset_errors(address: str) -> Iterator[None]:
         if isinstance(error, OSError) and not is_missing:
             raise
         problem = f"{address}: {first_line(error)}"
-        raise InputError(f"{problem}; fix dataset, name, split or revision of the source") from error
+        raise InputError(f"{problem}; fix dataset, name, split or revision, or the files") from error
 
 
-def _cell_not_utf8(name: str, error: UnicodeDecodeError) -> InputError:
-    fix = "convert the file, or set collect.encoding_errors to replace"
-    return InputError(f"{name}: not UTF-8 at byte {error.start}; {fix}")
+def _not_utf8(name: str, error: UnicodeDecodeError) -> str:
+    """What is wrong with a cell."""
+    problem = f"{name}: not UTF-8 at byte {error.start}"
+    if encoding := wide_encoding(error.object):
+        return f"{problem}; it is {encoding.upper()}: convert the column"
+    if looks_binary(error.object):
+        return f"{problem}; it looks compressed or binary: convert the column, or name another"
+    return f"{problem}; convert the column, or set collect.encoding_errors to replace"
 
 
 def check_growth(name: str, n_out: int, limit: int, max_expansion: int) -> None:

@@ -8,11 +8,13 @@ from typing import Any, BinaryIO
 
 from gptpipe.collect.cleaning import cut_text, plain_line_ends
 from gptpipe.collect.encodings import marked_encoding, not_utf8
-from gptpipe.collect.params import CollectParams, Source, Text, Url
+from gptpipe.collect.file_kinds import HEAD_BYTES, is_text
+from gptpipe.collect.params import CollectParams, Jsonl, Source, Text, Url
 from gptpipe.collect.tables import CHUNK
 from gptpipe.collect.texts import Piece, Rejected, Texts
 from gptpipe.shell.errors import InputError
 
+_MARK_INVALID = "gptpipe.mark_invalid"  # the name of an error handler of codecs
 _INVALID_BYTE = re.compile("[\udc80-\udcff]")  # as `surrogateescape` decodes it
 
 
@@ -95,12 +97,33 @@ def _decoded(name: str, file: BinaryIO, start: int, errors: str) -> Iterator[str
         n_decoded = n_read - len(utf8.getstate()[0])
 
 
-def as_utf8(name: str, file: io.BufferedReader, encoding: str, errors: str) -> io.BufferedReader:
-    """The file itself if it is in UTF-8, or its content converted to it. A byte order mark has precedence."""
-    encoding = marked_encoding(file.peek(4)[:4]) or codecs.lookup(encoding).name
-    if encoding == "utf-8":
+def as_utf8(
+    name: str, file: io.BufferedReader, source: Text | Jsonl | Url, params: CollectParams
+) -> io.BufferedReader:
+    """The file itself if it is in UTF-8, or its content converted to it. A byte order mark has precedence.
+
+    With `on_bad: skip`, bytes that cannot be converted become bytes that are not UTF-8, so that only their
+    document is rejected. Raises InputError for a file in UTF-8 if the source says UTF-16 or UTF-32: converted,
+    it would be garbage that passes as text.
+    """
+    head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+    encoding = marked_encoding(head) or source.encoding
+    if encoding == "utf-8" or head.startswith(codecs.BOM_UTF8):
         return file
+    if encoding.startswith(("utf-16", "utf-32")) and head and is_text(head):
+        problem = f"{name}: UTF-8, but encoding of the source is {encoding}"
+        raise InputError(f"{problem}; give the files in UTF-8 a source of their own")
+    errors: str = params.encoding_errors
+    if source.on_bad == "skip" and errors == "strict":
+        codecs.register_error(_MARK_INVALID, _mark_invalid)
+        errors = _MARK_INVALID
     return io.BufferedReader(_Transcoded(name, file, encoding, errors), CHUNK)
+
+
+def _mark_invalid(error: UnicodeError) -> tuple[str, int]:
+    """For bytes that cannot be decoded, a lone surrogate, as `surrogateescape` has for single bytes."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
 
 
 class _Transcoded(io.RawIOBase):

@@ -43,7 +43,11 @@ _IGNORED = 7  # invisible: joiners, soft hyphens, variation selectors
 _LENGTHS = np.array([0, 12, 3, 4, 8, 12, 12, 0], np.uint8)
 
 # Line breaking classes SA, AK, AS and AP (Unicode Standard Annex 14): South-East Asian scripts without spaces.
-_ALPHABETS = r"[\p{LB=SA}\p{LB=AK}\p{LB=AS}\p{LB=AP}\p{Tibetan}\p{Balinese}\p{Javanese}\p{Batak}\p{Buginese}]"
+# These classes include two scripts of Sanskrit that are written with spaces today.
+_ALPHABETS = (
+    r"[[\p{LB=SA}\p{LB=AK}\p{LB=AS}\p{LB=AP}\p{Tibetan}\p{Balinese}\p{Javanese}\p{Batak}\p{Buginese}]"
+    r"--[\p{Grantha}\p{Brahmi}]]"
+)
 _KANAS = r"[\p{scx=Hiragana}\p{scx=Katakana}\p{Bopomofo}]"
 _HANS = r"[\p{Han}\p{scx=Han}\p{Yi}\p{Tangut}\p{Nushu}\p{Khitan_Small_Script}]"
 _CLASSES = (  # a later class wins

@@ -91,7 +91,7 @@ def test_which_names_belong_to_another_format() -> None:
         ),
         "parquet": (
             "a.parquet a.pq noend part-0.c000 a.tgz",
-            "a.jsonl Readme.MD LICENCE _SUCCESS a.crc a.json.gz",
+            "a.jsonl Readme.MD LICENCE _SUCCESS _metadata _common_metadata a.crc a.json.gz",
         ),
     }
     for format_, (accepted, others) in formats.items():
@@ -108,6 +108,12 @@ def test_a_pattern_chooses_members_whatever_their_format(opened) -> None:
         "test/a.txt": "-other_file",
         "train/._a.txt": "-other_file",
     }
+    members = {"train/a.txt": b"one", "train\\b\\c.txt": b"two", "test/a.txt": b"three"}
+    for pattern in ("train/**/*.txt", "./train/*"):
+        assert [text for text in opened(zip_(members), members=pattern).values() if text[0] != "-"] == [
+            "one",
+            "two",
+        ]
 
 
 @pytest.mark.parametrize("outer", [tar, zip_])
@@ -155,6 +161,8 @@ OFFICE = {
     "an EPUB book": zip_({"mimetype": b"application/epub+zip", "a.xhtml": b"<html/>"}, zipfile.ZIP_STORED),
     "an OpenDocument file": zip_({"mimetype": b"application/vnd.oasis.opendocument.text"}, zipfile.ZIP_STORED),
     "a PDF document": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "an RTF document": rb"{\rtf1\ansi text}",
+    "an iWork document": zip_({"preview.jpg": b"\xff\xd8", "Index/Document.iwa": b"\0"}),
     "an old Office document": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(1000),
 }
 
@@ -173,7 +181,29 @@ def test_office_documents_are_binary(tmp_path: Path, opened, kind: str) -> None:
 
 def test_ordinary_files_that_look_like_documents_are_read(opened) -> None:
     assert opened(zip_({"mimetype": b"a word", "b": b"text"})) == {"mimetype": "a word", "b": "text"}
-    assert opened(b"%PDF-1.4 is a version") == {"": "%PDF-1.4 is a version"}
+    for text in ("%PDF-1.4 is a version", "%PDF-1.4\nis a version", "%PDF is not a magic number"):
+        assert opened(text.encode()) == {"": text}
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["BZh91AY&SY", "PK\x03\x04", "PK\x05\x06", "P*M\x18", "\x1f\x1e", "Rar!\x1a\x07", "LZIP\x01", "\x02!L\x18"],
+)
+def test_a_text_that_starts_with_a_magic_number_is_text(opened, start: str) -> None:
+    text = f"{start} is how some files start. " * 20
+    assert opened(text.encode()) == {"": text}
+    assert opened(tar({"a": text.encode()})) == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"), [(8, 9, "packed with Deflate64; pack"), (6, 1, "encrypted; unpack it")]
+)
+def test_a_zip_archive_that_cannot_be_unpacked_says_why(opened, place: int, value: int, words: str) -> None:
+    archive = bytearray(zip_({"a": b"text"}))
+    archive[place] = value  # method or flags in the header of the member, and in the directory
+    archive[archive.index(b"PK\x01\x02") + place + 2] = value
+    with pytest.raises(InputError, match=f"a: {words}"):
+        opened(bytes(archive))
 
 
 @pytest.mark.parametrize(
@@ -182,9 +212,9 @@ def test_ordinary_files_that_look_like_documents_are_read(opened) -> None:
         (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
         (b"Rar!\x1a\x07\x01\0", "a RAR archive"),
         (b"\x1f\x9d\x90text", r"compressed by compress \(.Z\)"),
-        (b"\x02\x21\x4c\x18abc", "compressed by an old version of LZ4"),
+        (b"\x02\x21\x4c\x18\x10\0\0\0", "compressed by an old version of LZ4"),
         (b"\xff\x06\0\0sNaPpYabc", "compressed by Snappy"),
-        (b"LZIP\x01\x0c", "compressed by lzip"),
+        (b"LZIP\x01\x0c\0\xff", "compressed by lzip"),
     ],
 )
 def test_a_format_that_cannot_be_unpacked_is_named(opened, content: bytes, words: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from gptpipe.collect import parts
 from gptpipe.collect.collect import collect
+from gptpipe.collect.messages import warn_about_files
 from gptpipe.collect.params import CollectParams
 from gptpipe.formats.corpus import shard_paths
 from gptpipe.shell.errors import InputError
@@ -115,6 +116,7 @@ def test_a_reader_that_crashes_is_an_error_that_names_the_file(
         ("naïve café œuvre 5 €\n".encode("utf-16-le"), {"encoding": "utf-16-le"}),
         ("naïve café œuvre 5 €\n".encode("utf-16"), {"encoding": "cp1252"}),  # the mark has precedence
         ("naïve café œuvre 5 €\n".encode(), {}),
+        ("naïve café œuvre 5 €\n".encode("utf-8-sig"), {"encoding": "cp1252"}),
     ],
 )
 @pytest.mark.parametrize("document", ["line", "file"])
@@ -131,12 +133,41 @@ def test_jsonl_in_another_encoding(tmp_path: Path, collect_params: MakeParams) -
     assert texts_of(tmp_path / "raw") == ["café"]
 
 
-def test_utf16_without_a_mark_is_recognised_in_the_error(tmp_path: Path, collect_params: MakeParams) -> None:
-    source = write(tmp_path / "a", ("some text " * 20).encode("utf-16-le"), "text")
-    counts_page = tmp_path / "report.md"
-    with pytest.raises(InputError, match=r"no document left of 1 \(1 binary\); convert the files to text"):
-        collect(collect_params(source), tmp_path / "raw", counts_page)
-    assert "looks like utf-16-le; set &#96;encoding: utf-16-le&#96;" in counts_page.read_text()
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_utf16_without_a_mark_is_a_bad_record(
+    tmp_path: Path, collect_params: MakeParams, kind: str, errors: str
+) -> None:
+    """It was once skipped as `binary`, next to files that are read."""
+    write(tmp_path / "a", json_lines({"text": "a readable text"}))
+    content = json_lines({"text": "some text"}).decode() * 2
+    write(tmp_path / "b", content.encode("utf-16-le"))
+    source = {"kind": kind, "paths": (f"{tmp_path}/*",)}
+    words = r"b: not UTF-8 at byte 0; it is UTF-16-LE: set encoding: utf-16-le of the source, or convert"
+    with pytest.raises(InputError, match=words):
+        collect(collect_params(source, encoding_errors=errors), tmp_path / "raw")
+
+
+def test_encoding_utf16_refuses_a_file_in_utf8(tmp_path: Path, collect_params: MakeParams) -> None:
+    """Pairs of its bytes are valid UTF-16: Chinese without meaning."""
+    source = write(tmp_path / "a", b"An even number of bytes.", "text", encoding="UTF-16")
+    with pytest.raises(InputError, match=r"a: UTF-8, but encoding of the source is utf-16; give"):
+        collect(collect_params(source), tmp_path / "raw")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bad"),
+    [("shift_jis", b"\x81\xff"), ("utf-16-le", b"\x00\xd8a\0"), ("cp1252", b"\x81"), ("utf-8", b"\xe9t")],
+)
+def test_on_bad_skip_loses_one_document_in_any_encoding(
+    tmp_path: Path, collect_params: MakeParams, encoding: str, bad: bytes
+) -> None:
+    """In other encodings than UTF-8, the rest of the file was once lost and counted as one bad record."""
+    lines = [f"line {i}\n".encode(encoding) for i in range(40)]
+    lines[7] = bad + lines[7]
+    keys = {"encoding": encoding, "on_bad": "skip", "document": "line"}
+    counts = collect(collect_params(write(tmp_path / "a", b"".join(lines), "text", **keys)), tmp_path / "raw")
+    assert (counts["documents"], counts["rejected_not_utf8"]) == (39, 1)
 
 
 def test_a_wrong_key_lists_the_keys_and_a_nested_key_is_found(
@@ -146,7 +177,7 @@ def test_a_wrong_key_lists_the_keys_and_a_nested_key_is_found(
         tmp_path / "a", json_lines({"body": "one", "meta": {"lang": "en"}}, {"body": "two", "id": 1})
     )
     with pytest.raises(
-        InputError, match=r"a: no line has the key `text`; the keys are body, meta, id; set text_key"
+        InputError, match=r"a: no line has the key `text`; the keys are body, meta.lang, id; set text_key"
     ):
         collect(collect_params(source), tmp_path / "raw")
     collect(collect_params(source | {"text_key": "meta.lang"}), tmp_path / "raw")
@@ -157,11 +188,24 @@ def test_a_wrong_key_lists_the_keys_and_a_nested_key_is_found(
 
 
 @pytest.mark.parametrize(
-    "content", [b'[{"text": "one"}]', b'[\n{"text": "one"},\n{"text": "two"}\n]\n', b"[1, 2]\n"]
+    "content",
+    [b'[{"text": "one"}]', b'[\n{"text": "one"},\n{"text": "two"}\n]\n', b"[1, 2]\n", b"\n \n[\n{}]"],
 )
 def test_a_json_array_is_recognised(tmp_path: Path, collect_params: MakeParams, content: bytes) -> None:
     with pytest.raises(InputError, match=r"a: a JSON array, not one JSON object per line; convert it, .*jq -c"):
         collect(collect_params(write(tmp_path / "a", content)), tmp_path / "raw")
+
+
+def test_an_object_over_several_lines_is_recognised(tmp_path: Path, collect_params: MakeParams) -> None:
+    content = json.dumps({"text": "one"}, indent=2).encode()
+    with pytest.raises(InputError, match=r"a: a JSON object over several lines, not one .*`jq -c \.`$"):
+        collect(collect_params(write(tmp_path / "a", content)), tmp_path / "raw")
+
+
+def test_a_json_text_sequence_is_read(tmp_path: Path, collect_params: MakeParams) -> None:
+    content = b'\x1e{"text": "one"}\n\x1e{"text": "two"}\n'
+    collect(collect_params(write(tmp_path / "a", content)), tmp_path / "raw")
+    assert texts_of(tmp_path / "raw") == ["one", "two"]
 
 
 def test_numbers_are_never_texts_and_may_be_huge(tmp_path: Path, collect_params: MakeParams) -> None:
@@ -183,6 +227,29 @@ def test_a_file_name_may_look_like_a_glob(tmp_path: Path, collect_params: MakePa
     write(tmp_path / "a1.txt", b"not this", "text")
     collect(collect_params(write(tmp_path / "a[1].txt", b"this", "text")), tmp_path / "raw")
     assert texts_of(tmp_path / "raw") == ["this"]
+    (tmp_path / "b[1]").mkdir()
+    write(tmp_path / "b[1]/a.txt", b"in a folder", "text")
+    collect(collect_params({"kind": "text", "paths": (f"{tmp_path}/b[1]/*.txt",)}), tmp_path / "raw")
+    assert texts_of(tmp_path / "raw") == ["in a folder"]
+
+
+def test_a_file_has_one_name(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", b"text", "text")
+    source = {"kind": "text", "paths": ("a.txt", "./a.txt", f"{tmp_path}/a.txt", "*.txt")}
+    assert collect(collect_params(source, dedup="none"), tmp_path / "raw")["documents_in"] == 1
+
+
+def test_a_folder_in_paths_is_an_error_that_names_the_glob_of_its_files(
+    tmp_path: Path, collect_params: MakeParams
+) -> None:
+    (tmp_path / "in").mkdir()
+    for pattern in (f"{tmp_path}/in", f"{tmp_path}/*"):
+        with pytest.raises(InputError) as caught:
+            collect(collect_params({"kind": "text", "paths": (pattern,)}), tmp_path / "raw")
+        assert f"{pattern}: a folder, not a file; {pattern}/**/* matches the files in it" in str(caught.value)
 
 
 def test_files_about_the_data_are_counted_unless_they_are_named(
@@ -191,8 +258,10 @@ def test_files_about_the_data_are_counted_unless_they_are_named(
     write(tmp_path / "a.jsonl", json_lines({"text": "one"}))
     write(tmp_path / "README.md", json_lines({"text": "two"}))
     write(tmp_path / ".DS_Store", b"\0")
+    write(tmp_path / "a.jsonl.dvc", b"outs:\n- path: a.jsonl\n")
+    write(tmp_path / "a.jsonl~", b"{")
     counts = collect(collect_params({"kind": "jsonl", "paths": (f"{tmp_path}/*",)}), tmp_path / "raw")
-    assert (counts["documents_in"], counts["documents"], counts["rejected_other_file"]) == (2, 1, 1)
+    assert (counts["documents_in"], counts["documents"], counts["rejected_other_file"]) == (4, 1, 3)
     named = {"kind": "jsonl", "paths": (f"{tmp_path}/*.jsonl", f"{tmp_path}/README.md")}
     assert collect(collect_params(named), tmp_path / "raw2")["documents"] == 2
 
@@ -216,6 +285,34 @@ def test_files_outside_of_data_sources_are_a_warning(
     )
 
 
+def test_a_local_dataset_outside_of_data_sources_is_a_warning(
+    tmp_path: Path,
+    collect_params: MakeParams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds").mkdir()
+    params = collect_params({"kind": "huggingface", "dataset": "ds"})
+    warn_about_files([[]], params.sources, "collect")
+    assert "warning: ds: outside data/sources" in capsys.readouterr().err
+
+
+def test_the_digest_of_a_local_dataset_includes_names(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` derives the split from the name. Here `train` gets another file; their order is the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("ds").mkdir()
+    params = collect_params({"kind": "huggingface", "dataset": "ds"})
+    Path("ds/test.jsonl").write_bytes(b"one")
+    Path("ds/train.jsonl").write_bytes(b"two")
+    before = parts.find_files(params.sources).digests
+    Path("ds/train.jsonl").rename("ds/validation.jsonl")
+    Path("ds/test.jsonl").rename("ds/train.jsonl")
+    assert parts.find_files(params.sources).digests != before
+
+
 def test_a_filter_that_rejects_nearly_all_is_a_warning(
     tmp_path: Path, collect_params: MakeParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,7 +321,12 @@ def test_a_filter_that_rejects_nearly_all_is_a_warning(
     collect(collect_params(source, filters={"words": (3, 9)}), tmp_path / "raw")
     assert "the filter words rejects 19 of 20 texts of text; is it meant for" in capsys.readouterr().err
     collect(collect_params(source, filters={"words": (2, 9)}), tmp_path / "raw")
-    assert "the filter" not in capsys.readouterr().err
+    assert " of 20 texts" not in capsys.readouterr().err
+    collect(collect_params(source, min_document_bytes=20), tmp_path / "raw")
+    assert (
+        "warning: 19 of 20 texts of text are rejected (too_short); lower collect.min_document_bytes"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

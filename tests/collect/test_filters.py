@@ -79,7 +79,8 @@ def test_sentences_end_in_other_scripts_too(text: str) -> None:
     assert fault(text, filters(sentences=3)) is None
     assert fault(text, filters(sentences=4)) == ("sentences", "3, allowed is at least 4")
     lines = f"{text}\nmenu\n「{text}」"
-    assert without_boilerplate(lines, filters(drop_lines_unfinished=True)) == lines.replace("menu\n", "")
+    kept, _ = without_boilerplate(lines, filters(drop_lines_unfinished=True))
+    assert kept == lines.replace("menu\n", "")
 
 
 @pytest.mark.parametrize(("name", "setting", "good", "bad", "value"), CHARACTERS)
@@ -123,17 +124,36 @@ def test_boilerplate_lines_are_removed() -> None:
         ),
         ({"drop_lines_with": ("javascript", "home", "line", "few")}, 'He said "and so on"\nno'),
     ):
-        assert without_boilerplate(text, filters(**setting)) == kept
-    assert without_boilerplate(text, filters(words=(1, 2))) == text
+        assert without_boilerplate(text, filters(**setting)) == (kept, None)
+    assert without_boilerplate(text, filters(words=(1, 2))) == (text, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("drop_lines_unfinished", {"drop_lines_unfinished": True}),
+        ("drop_lines_below", {"drop_lines_below": 3, "drop_lines_unfinished": True}),
+        ("drop_lines_with", {"drop_lines_with": ("\u0e2d",), "drop_lines_unfinished": True}),
+    ],
+)
+def test_a_filter_that_drops_the_last_line_is_the_reason(
+    collect_params: Callable[..., CollectParams], name: str, setting: dict[str, Any]
+) -> None:
+    """Thai marks no sentence ends. Such texts were once `empty`, with advice about paths and separators."""
+    thai = "\u0e2a\u0e2d\u0e07 \u0e1a\u0e23\u0e23\u0e17\u0e31\u0e14\n\u0e2d\u0e35\u0e01\n"
+    assert clean([thai, "\n"], collect_params({"kind": "python-docs"}, filters=setting)) == [
+        Rejected(name, "drops each line"),
+        Rejected("empty"),
+    ]
 
 
 def test_filters_apply_after_boilerplate_is_removed(collect_params: Callable[..., CollectParams]) -> None:
     params = collect_params({"kind": "python-docs"}, filters={"drop_lines_below": 2, "words": (3, 9)})
     assert clean(["menu\nthree words here"], params) == ["three words here"]
-    words, empty = clean(["menu\ntwo words", "menu\nlogin"], params)
+    words, dropped = clean(["menu\ntwo words", "menu\nlogin"], params)
     assert isinstance(words, Rejected)
-    assert isinstance(empty, Rejected)
-    assert (words.reason, empty.reason) == ("words", "empty")
+    assert isinstance(dropped, Rejected)
+    assert (words.reason, dropped.reason) == ("words", "drop_lines_below")
 
 
 def test_rejections_are_reported_by_source_with_examples(

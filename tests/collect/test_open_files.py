@@ -276,7 +276,7 @@ def test_long_names_and_large_numbers_in_tar(tmp_path: Path, collect_params: Mak
     params = collect_params({"kind": "text", "paths": (f"{tmp_path}/file",)})
     results = chain.from_iterable(read_source(params))
     assert [text.detail for text in results if isinstance(text, Rejected)] == [
-        f"{tmp_path}/file: {name}" for name in names
+        f"{tmp_path}/file: {name}: not text; convert or remove it" for name in names
     ]
 
 

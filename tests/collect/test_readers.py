@@ -159,7 +159,8 @@ def test_invalid_bytes_are_replaced_only_on_request(texts, kind: str, content: b
         b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
         b"%PDF-1.7\n%text",
         b"a" * 8000 + b"\0",
-        "no mark".encode("utf-16-le"),
+        bytes(10_240),  # an empty tar archive; and a file that was never written
+        b"".join(i.to_bytes(4, "little") for i in range(256)) * 3,
     ],
 )
 def test_binary_files_are_rejected(texts, content: bytes) -> None:
