@@ -56,9 +56,15 @@ CORES = (8, 64, 512)
 PEER = Path(__file__).with_name("datatrove_peer.py")
 _PR_SET_CHILD_SUBREAPER = 36
 HEAD = [
-    "documents", "program", "MB/s", "of the physical limit", "parent CPU s/GB", "all CPU s/GB",
-    *(f"limit, {n} cores, MB/s" for n in CORES), "resident MiB",
-]  # fmt: skip
+    "documents",
+    "program",
+    "MB/s",
+    "of the physical limit",
+    "parent CPU s/GB",
+    "all CPU s/GB",
+    *(f"limit, {n} cores, MB/s" for n in CORES),
+    "resident MiB",
+]
 
 
 class Usage(NamedTuple):

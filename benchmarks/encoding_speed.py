@@ -105,9 +105,11 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
     def training(trainer: Callable[[], object]) -> dict[str, Callable[[], object]]:
         if encoding == "gpt2":
             return {}
-        return {"gptpipe tokenize, training included": lambda: tokenize_with(build_tokenizer),
-                "rustbpe, training alone": lambda: train_tokenizer(texts, VOCAB_SIZE),
-                "tokenizers, training alone": trainer}  # fmt: skip
+        return {
+            "gptpipe tokenize, training included": lambda: tokenize_with(build_tokenizer),
+            "rustbpe, training alone": lambda: train_tokenizer(texts, VOCAB_SIZE),
+            "tokenizers, training alone": trainer,
+        }
 
     def their_training() -> None:
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -122,16 +124,14 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
 
     return {
         LOOP: lambda: loop(texts, tokenizer_folder),
-        LIMIT: lambda: list(
-            pool.map(part_loop, range(n_workers()), [tokenizer_folder] * n_workers())
-        ),
+        LIMIT: lambda: list(pool.map(part_loop, range(n_workers()), [tokenizer_folder] * n_workers())),
         "gptpipe tokenize, Parquet to Parquet": lambda: tokenize_with(lambda *_: tokenizer),
         "tokenizers encode_batch": lambda: theirs.encode_batch(texts),
         "datasets.map of tiktoken": lambda: table.map(
             encode_rows, batched=True, load_from_cache_file=False, num_proc=n_workers()
         ),
         **training(their_training),
-    }  # fmt: skip
+    }
 
 
 def collect_params(folder: Path) -> CollectParams:

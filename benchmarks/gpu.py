@@ -69,16 +69,28 @@ def train(folder: Path, shape: tuple[int, ...], n_tokens: int, is_small: bool) -
     params["tokenize"]["encoding"] = "gpt2"
     params["split"] |= {"val_fraction": 0.01, "test_fraction": 0.0}
     params["model"] |= {
-        "architecture": "gpt2", "context_length": context, "n_layer": n_layer, "n_head": n_head,
-        "n_kv_head": n_head, "n_embd": width, "n_inner": 4 * width, "tie_embeddings": True,
-    }  # fmt: skip
+        "architecture": "gpt2",
+        "context_length": context,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_kv_head": n_head,
+        "n_embd": width,
+        "n_inner": 4 * width,
+        "tie_embeddings": True,
+    }
     batch_size *= 1 if is_small else 16  # a quarter of a million tokens a step
     n_steps = max(20, n_tokens // (batch_size * context))
     params["train"] |= {
-        "optimizer": "adamw", "lr": 6e-4, "schedule": "cosine", "warmup_steps": n_steps // 10,
-        "batch_size": batch_size, "stride": context, "max_steps": n_steps,
-        "eval_every": max(1, n_steps // 10), "save_every": n_steps,
-    }  # fmt: skip
+        "optimizer": "adamw",
+        "lr": 6e-4,
+        "schedule": "cosine",
+        "warmup_steps": n_steps // 10,
+        "batch_size": batch_size,
+        "stride": context,
+        "max_steps": n_steps,
+        "eval_every": max(1, n_steps // 10),
+        "save_every": n_steps,
+    }
     yaml.dump(params, path)
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
     for stage in STAGES:

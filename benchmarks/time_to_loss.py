@@ -157,9 +157,15 @@ def train_peer(tokens: npt.NDArray[np.uint16], n_characters: int, seed: int) -> 
     context, batch_size, n_steps, n_warmup = 64, 12, 2000, 100
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=n_characters, n_positions=context, n_layer=4, n_head=4, n_embd=128,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=n_characters,
+        n_positions=context,
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     model = GPT2LMHeadModel(config)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]

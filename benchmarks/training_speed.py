@@ -105,8 +105,8 @@ def compare(
         rates.append(peak or machine.matrix_product_rate())
     fastest = {contender: min(turns) for contender, turns in seconds.items()}
     for contender, turn in fastest.items():
-        of_theirs = "" if "gptpipe" in contender and "compiled" not in contender else (
-            f"{turn / fastest[contender.split(':')[0] + ': gptpipe']:.2f}")  # fmt: skip
+        baseline = f"{contender.split(':')[0]}: gptpipe"
+        of_theirs = "" if contender == baseline else f"{turn / fastest[baseline]:.2f}"
         share = flops * tokens.numel() / turn / max(rates)
         of_peak = f"{share:.0%}" if contender.startswith("gpt2") else ""
         print(f"| {name} | {contender} | {tokens.numel() / turn:,.0f} | {of_theirs} | {of_peak} |", flush=True)
@@ -192,10 +192,16 @@ def transformers_gpt2(sizes: dict[str, int], vocab_size: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=vocab_size, n_positions=sizes["context_length"], n_layer=sizes["n_layer"],
-        n_head=sizes["n_head"], n_embd=sizes["n_embd"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        n_positions=sizes["context_length"],
+        n_layer=sizes["n_layer"],
+        n_head=sizes["n_head"],
+        n_embd=sizes["n_embd"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
     model: nn.Module = GPT2LMHeadModel(config)
     return model
 
@@ -204,10 +210,15 @@ def transformers_llama(sizes: dict[str, int], vocab_size: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocab_size, max_position_embeddings=sizes["context_length"],
-        num_hidden_layers=sizes["n_layer"], num_attention_heads=sizes["n_head"], hidden_size=sizes["n_embd"],
-        intermediate_size=inner_width(sizes["n_embd"]), tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        max_position_embeddings=sizes["context_length"],
+        num_hidden_layers=sizes["n_layer"],
+        num_attention_heads=sizes["n_head"],
+        hidden_size=sizes["n_embd"],
+        intermediate_size=inner_width(sizes["n_embd"]),
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
     model: nn.Module = LlamaForCausalLM(config)
     return model
 

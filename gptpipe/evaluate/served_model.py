@@ -134,6 +134,7 @@ def _refuse_unknown_params(params: Any, schema: ParamSchema | None) -> Any:
     return _enforce_params(params, schema)
 
 
-_refuse_unknown_params.original = _enforce_params  # type: ignore[attr-defined]  # this file is run for each loaded model
+# This file is run for each loaded model, so the original function is kept.
+_refuse_unknown_params.original = _enforce_params  # type: ignore[attr-defined]
 mlflow.pyfunc._enforce_params_schema = _refuse_unknown_params  # type: ignore[attr-defined]  # a lazy module
 set_model(Generator())

@@ -25,7 +25,10 @@ def estimated_bytes(model: GPT, n_sequences: int, *, holds_all_logits: bool) -> 
     n_tokens = n_sequences * params.context_length
     n_logit_rows = n_tokens if holds_all_logits else min(n_tokens, LinearCrossEntropy.ROWS)
     n_logits = n_logit_rows * 3 * model.vocab_size
-    n_weights = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in model.parameters())  # type: ignore[attr-defined, misc]
+    n_weights = 0
+    for parameter in model.parameters():
+        part = parameter.to_local() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+        n_weights += part.numel()
     return 4 * (4 * n_weights + n_tokens * params.n_layer * per_block + n_logits)
 
 
