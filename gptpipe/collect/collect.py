@@ -23,6 +23,7 @@ from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import InputError
 
 _PARTS = ".parts"  # folder of candidates; the finished corpus does not contain it
+_CLUSTERS = ".clusters"  # temporary file of the search for near-duplicates
 _MANY_BYTES = 32 << 20  # of input, above which worker processes pay off
 
 
@@ -52,7 +53,9 @@ def collect(
             made_from |= decision.record["digests"]
         check_bad_records(decider, params)
         if params.dedup == "near":
-            decisions = _without_near_duplicates(decisions, params.near_similarity, decider, is_small)
+            decisions = _without_near_duplicates(
+                decisions, params.near_similarity, decider, folder.path / _CLUSTERS, is_small
+            )
         warn_about_rejections(decider.tally)
         if report:
             decider.tally.write(report)
@@ -105,10 +108,10 @@ def _remove_other_parts(folder: Path, parts: list[Part]) -> None:
 
 
 def _without_near_duplicates(
-    decisions: list[Decision], similarity: float, decider: Decider, is_small: bool
+    decisions: list[Decision], similarity: float, decider: Decider, clusters: Path, is_small: bool
 ) -> list[Decision]:
     signed = [SignedPart(decision.folder, decision.is_kept) for decision in decisions]
-    masks = near_duplicates(signed, similarity, is_small)
+    masks = near_duplicates(signed, similarity, clusters, is_small)
     pairs = zip(decisions, masks, strict=True)
     return [decider.without_near_duplicates(decision, is_duplicate) for decision, is_duplicate in pairs]
 

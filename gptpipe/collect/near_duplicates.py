@@ -33,6 +33,7 @@ _SHINGLE = 5  # words, operators and brackets
 _TEXTS = 256  # whose signatures are computed at once
 _SORTED = 1 << 22  # keys of a band that a worker sorts at once, with about 40 bytes of memory each
 _COMPARED = 1 << 14  # pairs of signatures in memory at once
+_PUBLISHED = (1, 2, 4, 8, 16)  # numbers of bands after which workers learn which clusters were found
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -80,18 +81,27 @@ class SignedPart(NamedTuple):
     is_kept: Mask  # (n,)
 
 
-def near_duplicates(parts: list[SignedPart], similarity: float, is_small: bool) -> list[Mask]:
+def near_duplicates(parts: list[SignedPart], similarity: float, clusters: Path, is_small: bool) -> list[Mask]:
     """For each candidate of each part: whether it is kept, and an earlier one belongs to the same cluster.
 
     Workers compare the documents of one band and one range of its keys at a time, unless the corpus is small.
+    Most similar pairs agree in several bands. So the temporary file `clusters` tells workers what was found in
+    the first bands, and they compare such pairs no more.
     """
     sizes = [int(part.is_kept.sum()) for part in parts]
     first_of_cluster = np.arange(sum(sizes))
     n_ranges = 1 + len(first_of_cluster) // _SORTED
     work = [(band, number, n_ranges) for band in range(_N_BANDS) for number in range(n_ranges)]
-    find = partial(_similar_pairs, parts=parts, similarity=similarity)
-    for one, other in map_in_order(find, work, small=is_small):
+    find = partial(_similar_pairs, parts=parts, similarity=similarity, clusters=clusters)
+    is_published = len(first_of_cluster) > 0 and not is_small
+    publish_after = [n_bands * n_ranges for n_bands in _PUBLISHED] if is_published else []
+    clusters.unlink(missing_ok=True)  # of a killed run
+    for n_done, (one, other) in enumerate(map_in_order(find, work, small=is_small), 1):
         _unite(first_of_cluster, one, other)
+        if n_done in publish_after:
+            with new_file(clusters, first_of_cluster.nbytes) as file:
+                file.write(first_of_cluster.data)
+    clusters.unlink(missing_ok=True)
     is_duplicate = first_of_cluster != np.arange(len(first_of_cluster))
     masks = []
     for part, start, size in zip(parts, np.cumsum([0, *sizes]), sizes, strict=False):
@@ -102,17 +112,18 @@ def near_duplicates(parts: list[SignedPart], similarity: float, is_small: bool) 
 
 
 def _similar_pairs(
-    work: tuple[int, int, int], *, parts: list[SignedPart], similarity: float
+    work: tuple[int, int, int], *, parts: list[SignedPart], similarity: float, clusters: Path
 ) -> tuple[Indices, Indices]:
-    """Pairs of similar documents that agree in a band whose hash is in a range; runs in a worker process."""
+    """Pairs of similar documents that agree in a band whose hash is in a range; runs in a worker process.
+
+    Pairs whose documents are in the same cluster according to the file `clusters` may be missing.
+    """
     keys, documents = _keys_in_range(parts, *work)
-    order = np.argsort(keys, kind="stable")
-    keys, documents = keys[order], documents[order]
-    repeated = np.flatnonzero(keys[1:] == keys[:-1]) + 1
-    first_with_key = np.searchsorted(keys, keys[repeated])
-    # Each document is compared with the previous one, and with the first one.
-    one = np.concatenate([documents[repeated - 1], documents[first_with_key]])
-    other = np.concatenate([documents[repeated], documents[repeated]])
+    one, other = _pairs_with_equal_keys(keys, documents)
+    if clusters.exists():
+        first_of_cluster = np.memmap(clusters, np.int64, "r")
+        is_open = first_of_cluster[one] != first_of_cluster[other]
+        one, other = one[is_open], other[is_open]
     signatures = _Signatures(parts)
     is_similar = np.zeros(len(one), np.bool_)
     for start in range(0, len(one), _COMPARED):
@@ -120,6 +131,18 @@ def _similar_pairs(
         agreement = (signatures[one[chunk]] == signatures[other[chunk]]).mean(axis=1)
         is_similar[chunk] = agreement >= similarity
     return one[is_similar], other[is_similar]
+
+
+def _pairs_with_equal_keys(keys: npt.NDArray[np.uint32], documents: Indices) -> tuple[Indices, Indices]:
+    """Each document with the one before it that has the same key, and with the first one that has it."""
+    order = np.argsort(keys, kind="stable")
+    keys, documents = keys[order], documents[order]
+    repeated = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+    first_with_key = np.searchsorted(keys, keys[repeated])
+    is_another = first_with_key != repeated - 1
+    one = np.concatenate([documents[repeated - 1], documents[first_with_key[is_another]]])
+    other = np.concatenate([documents[repeated], documents[repeated[is_another]]])
+    return one, other
 
 
 def _keys_in_range(
@@ -171,6 +194,10 @@ def _unite(first_of_cluster: Indices, one: Indices, other: Indices) -> None:
     the first. Only documents of the pairs are touched, because this is done for each band and range.
     """
     one, other = _firsts(first_of_cluster, one), _firsts(first_of_cluster, other)
+    is_open = one != other
+    if not is_open.any():
+        return
+    one, other = one[is_open], other[is_open]
     nodes, positions = np.unique(np.stack([one, other]), return_inverse=True)
     row, column = positions.reshape(2, -1)
     graph = coo_array((np.ones(len(row), np.bool_), (row, column)), (len(nodes), len(nodes)))

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,13 @@ def signed(folder: Path, texts: list[str]) -> SignedPart:
     return SignedPart(folder, np.ones(len(texts), np.bool_))
 
 
-def repeats(folder: Path, texts: list[str], similarity: float = 0.7, n_parts: int = 1) -> list[bool]:
+def repeats(
+    folder: Path, texts: list[str], similarity: float = 0.7, n_parts: int = 1, is_small: bool = True
+) -> list[bool]:
     """Whether each text is a duplicate of an earlier one; the texts are divided into parts of equal length."""
     size = -(-len(texts) // n_parts)
     parts_of_texts = [signed(folder / f"{i}", texts[i : i + size]) for i in range(0, len(texts), size)]
-    masks = near_duplicates(parts_of_texts, similarity, is_small=True)
+    masks = near_duplicates(parts_of_texts, similarity, folder / "clusters", is_small)
     return np.concatenate(masks).tolist()
 
 
@@ -89,16 +92,35 @@ def test_two_documents_similar_to_a_third_are_in_one_cluster(tmp_path: Path) -> 
     assert repeats(tmp_path / "all", texts, 0.8) == [False, True, True]
 
 
-def test_thousands_of_pairs_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_small", [True, False])
+def test_thousands_of_pairs_against_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+) -> None:
     """Over several parts, ranges of keys and comparisons: pairs above 0.8 are found, other documents kept."""
     monkeypatch.setattr(near, "_SORTED", 300)
     monkeypatch.setattr(near, "_COMPARED", 50)
+    monkeypatch.setenv("GPTPIPE_WORKERS", "1")  # in this process
     bases = [words(120, seed=i) for i in range(1000)]
     twins = [with_changes(base, 5 * (i % 20), 60) for i, base in enumerate(bases)]
     assert min(jaccard(*pair) for pair in zip(bases, twins, strict=True)) > 0.8
-    is_duplicate = repeats(tmp_path, [" ".join(text) for text in bases + twins], n_parts=7)
+    is_duplicate = repeats(tmp_path, [" ".join(text) for text in bases + twins], n_parts=7, is_small=is_small)
+    assert not (tmp_path / "clusters").exists()
     assert not any(is_duplicate[:1000])
     assert sum(is_duplicate[1000:]) >= 995
+
+
+def test_documents_of_one_cluster_are_not_compared_again(tmp_path: Path) -> None:
+    part = signed(tmp_path / "part", [" ".join(with_changes(words(60, seed=0), i)) for i in range(4)])
+    clusters = tmp_path / "clusters"
+
+    def pairs() -> set[tuple[int, int]]:
+        find = partial(near._similar_pairs, parts=[part], similarity=0.7, clusters=clusters)
+        return {pair for band in range(32) for pair in zip(*map(list, find((band, 0, 1))), strict=True)}
+
+    everything = pairs()
+    assert {(0, 1), (1, 2), (2, 3)} <= everything <= {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
+    np.array([0, 0, 2, 2]).tofile(clusters)
+    assert pairs() == everything - {(0, 1), (2, 3)}
 
 
 def test_parts_and_ranges_of_keys_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +139,11 @@ def test_only_kept_candidates_are_compared(tmp_path: Path) -> None:
     part = signed(tmp_path / "a", [text, f"{text} more", "other words than these", f"{text} again"])
     none = signed(tmp_path / "b", [])
     part.is_kept[0] = False
-    masks = near_duplicates([none, part, none], 0.7, is_small=True)
+    masks = near_duplicates([none, part, none], 0.7, tmp_path / "clusters", is_small=True)
     assert [mask.tolist() for mask in masks] == [[], [False, False, False, True], []]
     part.is_kept[:] = False
-    assert not any(mask.any() for mask in near_duplicates([part, none], 0.7, is_small=True))
+    masks = near_duplicates([part, none], 0.7, tmp_path / "clusters", is_small=False)
+    assert not any(mask.any() for mask in masks)
 
 
 def test_collect_counts_them_and_any_number_of_workers_gives_the_same_bytes(
