@@ -8,6 +8,9 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from gptpipe.base.files import new_file
 from gptpipe.base.manifest import new_folder
 from gptpipe.base.parallel import map_in_order
 from gptpipe.collect.candidates import Candidates, find_candidates
@@ -28,14 +31,21 @@ _MANY_BYTES = 32 << 20  # of input, above which worker processes pay off
 
 
 def collect(
-    params: CollectParams, target: Path, report: Path | None = None, stage: str = "collect"
+    params: CollectParams,
+    target: Path,
+    report: Path | None = None,
+    stage: str = "collect",
+    numbers: Path | None = None,
 ) -> dict[str, int]:
     """Write the corpus to `target` and the page about rejected texts to `report`; return the counts.
 
     Each text that is read is either kept, or counted under the reason of its rejection. After a kill or an
     error, the candidates of finished parts and the finished shards are reused, except candidates from remote
-    files, which may have changed. Warnings name `stage`, because stage split collects its benchmarks with this
-    function too. Raises InputError if a source cannot be read or changes meanwhile, or if no document is left.
+    files, which may have changed. Raises InputError if a source cannot be read or changes meanwhile, or if no
+    document is left.
+
+    Stage split collects its benchmarks with this function, too. Then warnings name `stage`, and for each
+    document the number of its record in the sources is written to `numbers`.
     """
     files = find_files(params.sources)
     warn_about_files(files.paths, params.sources, stage)
@@ -61,6 +71,8 @@ def collect(
             decider.tally.write(report)
         if not decider.tally["documents"]:
             raise InputError(explain_empty(decider.tally))
+        if numbers:
+            _write_numbers(decisions, numbers)
         n_replaced = _write_shards(decisions, folder.path, is_small)
         if params.encoding_errors == "replace":
             decider.tally["with_replacement_character"] = n_replaced
@@ -114,6 +126,17 @@ def _without_near_duplicates(
     masks = near_duplicates(signed, similarity, clusters, is_small)
     pairs = zip(decisions, masks, strict=True)
     return [decider.without_near_duplicates(decision, is_duplicate) for decision, is_duplicate in pairs]
+
+
+def _write_numbers(decisions: list[Decision], path: Path) -> None:
+    numbers = [np.empty(0, np.int64)]
+    n_before = 0
+    for decision in decisions:
+        numbers_in_part, n_records = decision.record_numbers()
+        numbers.append(n_before + numbers_in_part)
+        n_before += n_records
+    with new_file(path) as file:
+        np.save(file, np.concatenate(numbers))
 
 
 def _write_shards(decisions: list[Decision], folder: Path, is_small: bool) -> int:

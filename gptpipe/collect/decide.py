@@ -32,6 +32,18 @@ class Decision(NamedTuple):
     source: str  # its name
     is_kept: Mask  # for each candidate
 
+    def record_numbers(self) -> tuple[npt.NDArray[np.int64], int]:
+        """For each kept candidate the number of its record in the part, and how many records the part has.
+
+        Records are counted from 1. Pieces of a record have its number. A file that is skipped is no record.
+        """
+        candidates = self.candidates
+        is_record = candidates.is_piece == 0
+        if "other_file" in self.record["reasons"]:
+            is_record &= candidates.reasons != 1 + self.record["reasons"].index("other_file")
+        numbers = is_record.cumsum()
+        return numbers[candidates.reasons == 0][self.is_kept], int(is_record.sum())
+
     @property
     def candidates(self) -> Candidates:
         """Opened at each use, because the system limits the number of files that a process has mapped."""

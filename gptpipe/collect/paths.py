@@ -18,7 +18,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     problems: list[str] = []
     for pattern in patterns:
         matches, problems_of_pattern = _match(pattern)
-        names.update(map(_usual_name, matches))
+        names.update(map(os.path.normpath, matches))
         problems += problems_of_pattern
     paths = sorted(map(Path, names))
     for path in paths:
@@ -32,13 +32,6 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     if problems:
         raise InputError("; ".join(problems) + "; fix collect.sources in params.yaml, or the files")
     return paths
-
-
-def _usual_name(name: str) -> str:
-    """The one name of a file, however it is written: relative to the working directory if it is below."""
-    name = os.path.normpath(name)
-    below = os.path.relpath(name) if os.path.isabs(name) else name  # noqa: PTH117
-    return name if below.startswith(os.pardir) else below
 
 
 def is_file_name(pattern: str) -> bool:

@@ -173,7 +173,8 @@ def _content(
             yield from jsonl_texts(name, content, first_byte, key, params, is_whole=is_whole)
         case Text() | Url():
             head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-            if source.encoding == "utf-8" and (rejected := _without_text(name, head, params)):
+            is_wide = source.encoding.startswith(("utf-16", "utf-32"))
+            if not is_wide and (rejected := _without_text(name, head, params)):
                 yield [rejected]
                 return
             content = as_utf8(name, file, source, params)
@@ -181,7 +182,7 @@ def _content(
 
 
 def _without_text(name: str, head: bytes, params: CollectParams) -> Rejected | None:
-    """Why a file that starts with `head` is not read as UTF-8; None if it may be text."""
+    """Why a file that starts with `head` is not read in an encoding of bytes; None if it may be text."""
     if marked_encoding(head) or is_text(head):
         return None
     if wide_encoding(head):

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams, FilterParams, Source
 from gptpipe.formats.corpus import shard_paths
@@ -30,6 +33,7 @@ class Benchmark(NamedTuple):
 
     description: str
     shards: list[Path]  # as of a corpus
+    numbers: npt.NDArray[np.int64]  # of the item of each document in the shards, in the source and from 1
     n_rejected: int  # items without text
 
 
@@ -49,10 +53,14 @@ def _collect_one(number: int, source: Source, params: CollectParams, folder: Pat
     """Raises InputError if the benchmark cannot be read or has no text."""
     description = _description(source)
     try:
-        counts = collect(params.model_copy(update={"sources": (source,)}), folder, stage="split")
+        numbers = folder.with_suffix(".npy")
+        of_source = params.model_copy(update={"sources": (source,)})
+        counts = collect(of_source, folder, stage="split", numbers=numbers)
     except InputError as error:
-        raise InputError(f"split.benchmarks.{number}: {description}: {error}") from error
-    return Benchmark(description, shard_paths(folder), counts["documents_in"] - counts["documents"])
+        problem = str(error).replace("collect.sources", "split.benchmarks")
+        raise InputError(f"split.benchmarks.{number}: {description}: {problem}") from error
+    n_rejected = counts["documents_in"] - counts["documents"]
+    return Benchmark(description, shard_paths(folder), np.load(numbers), n_rejected)
 
 
 def _description(source: Source) -> str:

@@ -48,7 +48,7 @@ from gptpipe.split.params import SplitParams
 _MAX_RUNS = 1 << 20  # of held-out documents in memory, 24 bytes each
 _BLOCK_CHARACTERS = 1 << 18  # that a thread hashes at once, with 60 bytes of memory for each character
 _SMALL_BYTES = 1 << 26  # of text: below, threads are used, because starting worker processes takes longer
-_MAX_IDS = 20  # contaminated documents listed in the report, for each held-out group
+_MAX_IDS = 20  # contaminated documents of val and of test in the report, and of any group in an error
 _RANK_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so different sums stay different
 
 
@@ -70,7 +70,7 @@ class _Matches:
 
     occurs: npt.NDArray[np.bool_]  # for each run that is searched for: whether a document contains it
     counts: Indices  # (groups, 3): documents, examined documents, contaminated documents
-    ids: dict[int, list[str]]  # the first contaminated documents of each group
+    ids: dict[int, list[str]]  # contaminated documents of each group; of val and test, the first
 
     @classmethod
     def empty(cls, n_runs: int, n_groups: int) -> "_Matches":
@@ -80,7 +80,8 @@ class _Matches:
         self.occurs |= other.occurs
         self.counts += other.counts
         for group, ids in other.ids.items():
-            self.ids[group] = [*self.ids.get(group, []), *ids][:_MAX_IDS]
+            most = _MAX_IDS if group < len(SIDES) else None
+            self.ids[group] = [*self.ids.get(group, []), *ids][:most]
 
 
 def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
@@ -150,7 +151,8 @@ def _check_shares(report: dict[str, Any], params: SplitParams) -> None:
                 f"{min(MIN_WORDS, params.ngram)} words or more, so their overlap with train is unknown; make "
                 "them longer, for example a question with its answer, or set split.max_contamination to null"
             )
-        ids, n_unlisted = report["ids"][group], report["unlisted"][group]
+        ids = report["ids"][group][:_MAX_IDS]
+        n_unlisted = report[f"{group}_contaminated"] - len(ids)
         counts = f"{report[f'{group}_contaminated']} of {report[f'{group}_examined']} examined documents"
         more = f", and {n_unlisted} more" if n_unlisted else ""
         raise InputError(
@@ -169,20 +171,20 @@ def _shard_blocks(shard: Path, params: SplitParams, seed: int, *, is_train: bool
         yield from _cut_into_blocks(sides[is_chosen], strings(documents, "id"), strings(documents, "text"))
 
 
-def _benchmark_blocks(shard: Path, first_number: int, group: int) -> Iterator[_Block]:
-    """The texts of a shard of a benchmark. Ids are the numbers of the items that have a text."""
-    number = first_number
+def _benchmark_blocks(shard: Path, numbers: Indices, group: int) -> Iterator[_Block]:
+    """The texts of a shard of a benchmark. Ids are the numbers of the items in their source."""
     for batch in read_parquet(shard, ["text"]):
-        ids = [f"item {number + i}" for i in range(len(batch))]
-        number += len(batch)
+        ids = [f"item {number}" for number in numbers[: len(batch)]]
+        numbers = numbers[len(batch) :]
         yield from _cut_into_blocks(np.full(len(ids), group), ids, strings(batch, "text"))
 
 
 def _work_on_benchmark(benchmark: Benchmark, group: int) -> Iterator[ReadBlocks]:
-    number = 1
+    start = 0
     for shard in benchmark.shards:
-        yield partial(_benchmark_blocks, shard, number, group)
-        number += pq.read_metadata(shard).num_rows
+        end = start + pq.read_metadata(shard).num_rows
+        yield partial(_benchmark_blocks, shard, benchmark.numbers[start:end], group)
+        start = end
 
 
 def _cut_into_blocks(groups: Indices, ids: list[str], texts: list[str]) -> Iterator[_Block]:

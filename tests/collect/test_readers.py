@@ -165,6 +165,7 @@ def test_invalid_bytes_are_replaced_only_on_request(texts, kind: str, content: b
 )
 def test_binary_files_are_rejected(texts, content: bytes) -> None:
     assert texts("text", content) == ["-binary"]
+    assert texts("text", content, encoding="cp1252") == ["-binary"]
 
 
 def test_jsonl_texts_are_read_and_other_lines_rejected(texts) -> None:

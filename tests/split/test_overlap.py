@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sections import side_of, split_params
 
-from gptpipe.collect import shards
+from gptpipe.collect import parts, shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.words import WORD_LENGTH, split_words
@@ -177,6 +177,21 @@ def test_an_error_says_how_many_contaminated_items_it_does_not_list(
     benchmark = write_benchmark(tmp_path, [" ".join([*RUN, f"q{i}"]) for i in range(23)])
     with pytest.raises(InputError, match=r": item 1, item 2, .*, item 20, and 3 more$"):
         report_on([on_side("train", RUN)], benchmarks=(benchmark,), max_contamination=0.0)
+    report = json.loads((tmp_path / "split.json").read_text())
+    assert report["ids"] == {"benchmark-0": [f"item {i}" for i in range(1, 24)]}
+    assert report["unlisted"] == {"benchmark-0": 0}
+
+
+def test_items_are_numbered_as_in_their_source(
+    tmp_path: Path, report_on: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items without text count, and pieces of a long item do not: the report once named other items."""
+    monkeypatch.setattr(parts, "PART_BYTES", 1 << 20)
+    run, other = " ".join(RUN), "other words " * 100_000  # in two pieces
+    benchmark = write_benchmark(tmp_path, [None, run, "", other, None, other, run])
+    report = report_on([on_side("train", RUN)], benchmarks=(benchmark,))
+    assert report["ids"] == {"benchmark-0": ["item 2", "item 7"]}
+    assert report["benchmark-0_documents"] == 6
 
 
 def test_short_texts_are_compared_as_a_whole(tmp_path: Path, report_on: Callable[..., dict[str, Any]]) -> None:
@@ -230,6 +245,14 @@ def test_a_benchmark_without_text_is_an_error(
     benchmark = write_benchmark(tmp_path, questions, key="question")
     with pytest.raises(InputError, match=rf"split\.benchmarks\.0: jsonl .*questions\.jsonl: {why}"):
         report_on([on_side("train", RUN)], benchmarks=(benchmark,))
+
+
+def test_the_error_about_a_missing_benchmark_names_its_section(
+    tmp_path: Path, report_on: Callable[..., dict[str, Any]]
+) -> None:
+    missing = {"kind": "jsonl", "paths": (f"{tmp_path}/missing.jsonl",)}
+    with pytest.raises(InputError, match=r"^split\.benchmarks\.0: .*no file matches; fix split\.benchmarks in"):
+        report_on([on_side("train", RUN)], benchmarks=(missing,))
 
 
 def test_a_benchmark_outside_of_data_sources_is_a_warning_of_stage_split(
@@ -289,7 +312,7 @@ def test_a_copied_passage_overlaps_in_each_script_and_its_parts_do_not(
 
 
 def test_sanskrit_in_grantha_script_has_spaces() -> None:
-    """Unicode breaks its lines like those of Javanese. A fifth of the articles of the UDHR seemed to overlap."""
+    """Unicode breaks its lines like those of Javanese. A fifth of the UDHR once seemed to overlap."""
     words = split_words(["\U00011305\U00011338\U0001134d\U0001132f\U0001133e\U00011302 \U00011305\U0001132d"])
     assert words.lengths.tolist() == [WORD_LENGTH, WORD_LENGTH]
 
