@@ -12,6 +12,7 @@ from typing import Any
 
 from gptpipe.base import manifest
 from gptpipe.collect import collect as collecting
+from gptpipe.collect import parts
 from gptpipe.collect.params import CollectParams
 from gptpipe.params import load_params
 from gptpipe.shell.environment import n_workers
@@ -44,7 +45,7 @@ def run_stage(stage: str, folder: Path, encoding: str, dedup: str) -> None:
 def main() -> None:
     """Print the seconds of the stage, without imports: wall time, and CPU time of this process."""
     always: dict[Any, str] = {collecting: "_MANY_BYTES", encode: "_SMALL_BYTES", overlap: "_SMALL_BYTES"}
-    always |= {splitting: "_SMALL_BYTES", manifest: "_SMALL_BYTES"}
+    always |= {splitting: "_SMALL_BYTES", manifest: "_SMALL_BYTES", parts: "_HASHED_HERE"}
     if n_workers() > 1:
         for module, name in always.items():
             assert hasattr(module, name)

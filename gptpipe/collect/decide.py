@@ -63,7 +63,7 @@ class Seen:
 
     def is_new(self, keys: Keys) -> Mask:
         """For each key: whether it is neither in the set nor earlier in `keys`."""
-        is_new = np.logical_not(pd.Index(keys).duplicated())
+        is_new = np.logical_not(pd.Series(keys).duplicated().to_numpy())
         positions = np.flatnonzero(self._filter.may_contain(keys))
         # In ascending order, keys are found many times faster.
         positions = positions[np.argsort(keys[positions])]
