@@ -86,7 +86,7 @@ def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(
     runs = finished_runs(project_copy)
     assert len(runs) == 4  # the run of `reproduced`, the resumed one, and two of the sweep
     shown = run(project_copy, "dvc", "exp", "show", "--json").stdout
-    assert all(run_id in shown for run_id in runs)
+    assert all(f'"{run_id[:8]}"' in shown for run_id in runs)
     run(project_copy, "dvc", "exp", "apply", "again")
     assert of_stages_up_to_train(digests(project_copy)) == of_stages_up_to_train(in_place.digests)
 

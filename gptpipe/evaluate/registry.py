@@ -50,8 +50,8 @@ MODEL_NAME = "gpt"
 CHAMPION = "champion"
 MODEL_DIGEST = "model_digest"  # tag of logged models and versions: the digest of the model folder's manifest
 _LOGGED = "models:/"  # prefix of the source of a version that was created from a logged model
-# Files that `gptpipe restore` needs, and that are in neither git nor DVC's cache while the stage runs.
-_FILES_TO_RESTORE = tuple(map(Path, ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")))
+# `gptpipe restore` needs it, and it is in neither git nor DVC's cache while the stage runs.
+_LOCK_FILE = Path("dvc.lock")
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SERVED_MODEL = Path(__file__).parent / "served_model.py"
 _SERVING_REQUIREMENTS = (
@@ -130,9 +130,8 @@ def _log_evaluation(
     texts = {"samples.md": evaluation.samples, "model_card.md": evaluation.model_card, "report.html": page}
     for title, svg in charts.items():
         texts[f"figures/{title.lower().replace(' ', '_')}.svg"] = svg
-    for path in _FILES_TO_RESTORE:
-        if path.exists():
-            texts[f"{REPRODUCE}/{path}"] = path.read_bytes().decode(errors="replace")
+    if _LOCK_FILE.exists():
+        texts[f"{REPRODUCE}/{_LOCK_FILE}"] = _LOCK_FILE.read_bytes().decode(errors="replace")
     for name, text in texts.items():
         client.log_text(run_id, text, name)
     update_description(client, run_id)

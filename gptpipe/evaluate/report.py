@@ -15,6 +15,7 @@ from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
 from gptpipe.evaluate.charts import Line, bar_chart, line_chart
+from gptpipe.record.store import RUN_FILE, read_run_id, read_training_seconds
 from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import IntegrityError
 
@@ -29,6 +30,8 @@ class TrainingReports:
     samples: list[tuple[int, str, str]]  # step, prompt, continuation
     steps: pd.DataFrame
     validations: pd.DataFrame
+    run_id: str
+    seconds: float  # of all steps
 
 
 def read_training_reports(reports: Path, model: Path) -> TrainingReports:
@@ -58,6 +61,8 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
         samples=json.loads(contents["train.samples.json"])["data"],
         steps=pd.read_csv(io.BytesIO(contents["train.steps.csv"])),
         validations=pd.read_csv(io.BytesIO(contents["train.validations.csv"])),
+        run_id=read_run_id(reports / RUN_FILE),
+        seconds=read_training_seconds(reports / RUN_FILE),
     )
 
 
@@ -103,7 +108,6 @@ def write_report(
     params: Section,
     split: Manifest,
     collected: dict[str, Any],
-    run_id: str,
     charts: dict[str, str],
 ) -> str:
     """Write report.html and return it.
@@ -124,7 +128,7 @@ def write_report(
         collected=collected,
         split=split.counts,
         ancestors=sorted(split.lineage("split").items()),
-        run_id=run_id,
+        run_id=training.run_id,
     )
     write_bytes(reports / "report.html", page.encode())
     return page

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gptpipe.base.files import sha256_of, write_json
+from gptpipe.base.files import sha256_of
 from gptpipe.base.finished_training import discard, finished_in, mark_finished
 from gptpipe.base.manifest import Manifest
 from gptpipe.formats.hf_tokenizer import check_same_tokens
@@ -35,7 +35,14 @@ from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.params import RunParams, TrainParams
 from gptpipe.train.red_flags import final_red_flags, red_flags
-from gptpipe.train.results import samples_table, summarise, write_model, write_reports, write_state
+from gptpipe.train.results import (
+    samples_table,
+    summarise,
+    write_model,
+    write_reports,
+    write_run,
+    write_state,
+)
 from gptpipe.train.runtime import loss_function
 from gptpipe.train.schedule import steps_before_the_end_matters
 from gptpipe.train.settings import settings_of
@@ -125,7 +132,7 @@ def train_model(
                 write_state(model_folder.with_name(STATE), params, inputs.split, checkpoints)
                 if _can_be_extended(params.train):
                     write_state(kept, params, inputs.split, checkpoints)
-                write_json(reports / "mlflow_run.json", {"run_id": run_id})
+                write_run(reports, run_id, params, state)
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():
             mark_finished(folder, run_id, inputs.runtime.describe())
