@@ -64,6 +64,7 @@ class Evaluation:
         for part in (*_HELD_OUT, "continuations"):
             metrics |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
         for side, references in self.results["reference_bits_per_byte"].items():
+    n_parameters: int
             metrics |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
         return metrics
 
@@ -127,7 +128,8 @@ def evaluate_model(
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
     documents = score_table(scores, held_out)
-    return Evaluation(results, card, page, model_manifest.counts["best_step"], split, documents, compared)
+    step, n_parameters = (model_manifest.counts[name] for name in ("best_step", "parameters"))
+    return Evaluation(results, card, page, step, n_parameters, split, documents, compared)
 
 
 def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.tracking import MlflowClient
 
-from gptpipe.base.manifest import Manifest, read_manifest, verify
+from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.base.params import Section
 from gptpipe.evaluate.document_scores import FOLDER, paired_difference, read_scores, write_scores
 from gptpipe.evaluate.evaluate import Evaluation
@@ -95,7 +95,7 @@ def record_evaluation(
             client = connect(to_write=True)
             store = sqlite_file(tracking_uri())
             with store_lock(store, "registry", _LOCK_SECONDS):  # two evaluations must not both create a version
-                run = _finished_run(client, all_params, evaluation.split, run_id)
+                run = _finished_run(client, all_params, evaluation, run_id)
                 _log_evaluation(client, run.info.run_id, evaluation, page, charts)
                 number = _ensure_version(client, run, model, evaluate_params, evaluation.documents)
                 client.update_model_version(MODEL_NAME, number, description=evaluation.model_card)
@@ -111,11 +111,12 @@ def record_evaluation(
         )
 
 
-def _finished_run(client: MlflowClient, all_params: Section, split: Manifest, name: str) -> Run:
+def _finished_run(client: MlflowClient, all_params: Section, evaluation: Evaluation, name: str) -> Run:
     """The run of the training, or a new run in its place. Its status becomes FINISHED: the training is over."""
     run_id = find_run(client, name)
     if run_id is None or not client.get_run(run_id).data.params:  # `create_run` writes the parameters last
-        run_id = create_run(client, describe_run(all_params, split, {}), name, run_id)
+        description = describe_run(all_params, evaluation.split, {}, evaluation.n_parameters)
+        run_id = create_run(client, description, name, run_id)
     run = client.get_run(run_id)
     if run.info.status != "FINISHED":
         client.set_terminated(run_id)

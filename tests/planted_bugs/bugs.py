@@ -392,8 +392,8 @@ BUGS = (
     Bug(
         "the record of a failed training lacks the last points",
         SESSION,
-        "            finally:\n                self._send()\n",
-        "            finally:\n                pass\n",
+        "1_000_000, metrics))\n        self._send()\n",
+        "1_000_000, metrics))\n",
         ("tests/train/test_session.py::test_the_record_of_a_training_that_fails_has_its_last_points",),
     ),
     Bug(

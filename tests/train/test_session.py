@@ -133,7 +133,7 @@ def test_the_model_written_is_the_best_not_the_last(project: Project) -> None:
         assert torch.equal(parameter, fresh.get_parameter(name))
 
 
-@pytest.mark.parametrize("stop_at", [0, 3, 8, 9])
+@pytest.mark.parametrize("stop_at", [0, 3, 5, 8, 9])
 def test_an_interrupted_training_ends_like_an_undisturbed_one(
     project: Project, undisturbed: tuple[Params, dict[str, str]], stop_at: int
 ) -> None:
