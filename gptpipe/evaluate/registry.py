@@ -228,6 +228,23 @@ def _is_complete(logged: LoggedModel, digest: str) -> bool:
     return model.digest == digest == scores.made_from.get(MODEL_FOLDER)
 
 
+def champion_version(client: MlflowClient) -> ModelVersion | None:
+    """The registered version that is the champion."""
+    if not client.search_registered_models(f"name = '{MODEL_NAME}'"):
+        return None
+    number = client.get_registered_model(MODEL_NAME).aliases.get(CHAMPION)
+    return None if number is None else client.get_model_version(MODEL_NAME, number)
+
+
+def scores_of_version(client: MlflowClient, version: ModelVersion, folder: Path) -> pd.DataFrame:
+    """The scores of documents that are stored with a version; `folder` is for temporary files.
+
+    Raises IntegrityError, OSError, MlflowException if they are damaged or missing.
+    """
+    location = client.get_model_version_download_uri(MODEL_NAME, version.version)
+    return read_scores(stored_folder(location, FOLDER, folder))
+
+
 def document_scores_of(client: MlflowClient, run_id: str) -> pd.DataFrame | None:
     """The scores of documents that are stored with the model of a run; None if there are none, or damaged ones.
 
@@ -305,19 +322,17 @@ def _choose_champion(client: MlflowClient, number: str, evaluation: Evaluation) 
     if bits_per_byte is None:
         return f"{outcome}; without a test split no {CHAMPION} is chosen"
     client.set_model_version_tag(MODEL_NAME, number, "test_bits_per_byte", repr(bits_per_byte))
-    champion = client.get_registered_model(MODEL_NAME).aliases.get(CHAMPION)
+    champion = champion_version(client)
     if champion is None:
         client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
         return f"{outcome}, the first {CHAMPION}"
-    if str(champion) == number:
+    if str(champion.version) == number:
         return f"{outcome}, which is the {CHAMPION} already: {bits_per_byte:.4f} bits per byte on test"
-    version = client.get_model_version(MODEL_NAME, champion)
-    best = float(version.tags.get("test_bits_per_byte", "inf"))
-    stays = f"{outcome}; the {CHAMPION}, version {champion}, stays"
+    best = float(champion.tags.get("test_bits_per_byte", "inf"))
+    stays = f"{outcome}; the {CHAMPION}, version {champion.version}, stays"
     try:
         with _temporary_folder() as folder:
-            location = client.get_model_version_download_uri(MODEL_NAME, champion)
-            of_champion = read_scores(stored_folder(location, FOLDER, folder))
+            of_champion = scores_of_version(client, champion, folder)
     except (IntegrityError, OSError, MlflowException) as error:
         reason = first_line(error).split("; ")[0]
         return (

@@ -14,6 +14,7 @@ from gptpipe.base.files import write_bytes
 from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
+from gptpipe.evaluate.champion import Comparison
 from gptpipe.evaluate.charts import Line, bar_chart, error_bar_chart, line_chart
 from gptpipe.record.store import RUN_FILE, read_run_id, read_training_seconds
 from gptpipe.score.scoring import scoring_in_words
@@ -124,10 +125,12 @@ def write_report(
     split: Manifest,
     collected: dict[str, Any],
     charts: dict[str, str],
+    comparison: Comparison,
 ) -> str:
     """Write report.html and return it.
 
-    `split` is the manifest of the split, `collected` the counts of stage collect, `charts` is title -> SVG.
+    `split` is the manifest of the split, `collected` the counts of stage collect, `charts` is title -> SVG,
+    `comparison` that with the champion.
     """
     results = json.loads((reports / "eval.json").read_bytes())
     page = render_html(
@@ -138,6 +141,7 @@ def write_report(
         samples=training.samples,
         sides=[side for side in ("test", "val") if side in results],
         charts=charts,
+        champion=comparison,
         after=unescape((reports / "samples.md").read_text(encoding="utf-8")),
         params=params.model_dump(mode="json"),
         collected=collected,
