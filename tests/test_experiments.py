@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from toy_pipeline import copy_project, digests, environment, run
+from toy_pipeline import copy_project, digests, environment, finished_runs, run
 
 pytestmark = pytest.mark.slow  # each test runs stages train and evaluate, mostly more than once
 
@@ -121,11 +121,6 @@ def of_stages_up_to_train(outputs: dict[str, str]) -> dict[str, str]:
     others = {name: digest for name, digest in outputs.items() if not name.startswith(of_evaluate)}
     assert len(others) > 15
     return others
-
-
-def finished_runs(project: Path) -> set[str]:
-    with closing(sqlite3.connect(project / "mlflow.db")) as database:
-        return {row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")}
 
 
 def tags_of_run(project: Path, run_id: str) -> dict[str, str]:

@@ -142,3 +142,9 @@ def digests(project: Path) -> dict[str, str]:
     return {
         file.relative_to(project).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
+
+
+def finished_runs(project: Path) -> set[str]:
+    """The ids of the runs in the store that ended well."""
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        return {row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")}
