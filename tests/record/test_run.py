@@ -22,7 +22,7 @@ from gptpipe.record import sqlite_store
 from gptpipe.record.description import changed_code, describe_run, may_hold_secrets
 from gptpipe.record.outbox import send_outbox, with_checksum
 from gptpipe.record.run import training_run
-from gptpipe.record.store import RunWriter, StoreError, connect
+from gptpipe.record.store import RunWriter, StoreError, connect, runs_beginning_with
 from gptpipe.shell.errors import Interrupted, NumericError, SpikeError
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -293,6 +293,17 @@ def test_a_locked_store_fails_in_seconds_and_nothing_is_lost(
         assert [path.stem for path in (project / ".gptpipe/outbox").rglob("*.jsonl")] == [record.run_id]
     send_outbox()
     assert rows(project) == [("train/loss", 1, 3.0)]
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(project: Path) -> None:
+    client = connect()
+    experiment = client.get_experiment_by_name("gptpipe").experiment_id
+    one, other = (client.create_run(experiment).info.run_id for _ in range(2))
+    assert runs_beginning_with(client, one[:8]) == [one]
+    assert runs_beginning_with(client, other[:31]) == [other]
+    # Too few digits, another case, and what would be a pattern.
+    for name in (one[:3], one[:8].upper() + "F", "%%%%", "____", ""):
+        assert runs_beginning_with(client, name) == []
 
 
 def test_a_queued_experiment_writes_to_the_main_checkout(
