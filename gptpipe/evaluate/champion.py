@@ -28,8 +28,8 @@ from gptpipe.shell.errors import IntegrityError, first_line
 _MAX_CHARACTERS = 200  # shown of a parameter's value
 _MAX_FILES = 12  # of changed code, shown by name
 _DIGITS = 12  # shown of a digest
-# Changes of these files are no changes of code: parameters are compared by value.
-_NOT_CODE = {str(PARAMS), "dvc.lock"}
+# Changes of these are no changes of code: parameters are compared by value, and the rest is made by runs.
+_NOT_CODE = (str(PARAMS), "dvc.lock", "reports/")
 
 Row = tuple[str, str, str]  # name, the champion's value, this run's value
 
@@ -188,7 +188,8 @@ def _code_changes(theirs: _Facts, ours: _Facts) -> list[str]:
         for name in theirs_by_file.keys() | ours_by_file.keys()
         if theirs_by_file.get(name) != ours_by_file.get(name)
     }
-    files = sorted({*listed.splitlines(), *uncommitted} - _NOT_CODE)
+    names = {*listed.splitlines(), *uncommitted}
+    files = sorted(name for name in names if not name.startswith(_NOT_CODE))
     if not files:
         return [commits, "No file of code differs."]
     more = f" and {len(files) - _MAX_FILES} more" if len(files) > _MAX_FILES else ""

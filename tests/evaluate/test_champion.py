@@ -47,7 +47,8 @@ def test_the_first_model_and_the_champion_have_nothing_to_compare(params: Params
 
 def test_the_difference_both_curves_and_what_changed(project: Path, params: Params, model: Path) -> None:
     git("init", "-q")
-    for name in ("one.py", "two.py", "params.yaml"):
+    Path("reports").mkdir()
+    for name in ("one.py", "two.py", "params.yaml", "reports/metrics.json"):
         Path(name).write_text("seed: 1\n")
         git("add", name)
     git("commit", "-qm", "first")
@@ -56,7 +57,8 @@ def test_the_difference_both_curves_and_what_changed(project: Path, params: Para
         record.metrics([(0, 1, {"val/loss": 4.0}), (1, 2, {"train/loss": 3.0})])
     evaluate(params, model, record.run_id, 2.0)
 
-    Path("one.py").write_text("seed: 2\n")
+    for name in ("one.py", "reports/metrics.json"):
+        Path(name).write_text("seed: 2\n")
     git("commit", "-qam", "second")
     Path("two.py").write_text("seed: 2\n")  # not committed
     Path("params.yaml").write_text("seed: 2\n")

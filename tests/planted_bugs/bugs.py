@@ -363,8 +363,8 @@ BUGS = (
     Bug(
         "evaluate scores in float32 without a mask, however the model was trained",
         "gptpipe/evaluate/evaluate.py",
-        "score(model, stream, scoring, advance",
-        "score(model, stream, advance",
+        "score(model, stream, scoring, with_positions",
+        "score(model, stream, with_positions",
         ("tests/evaluate/test_evaluate.py::test_a_model_is_scored_as_it_was_trained",),
     ),
     # Training
