@@ -13,30 +13,30 @@ def main() -> None:
 
     params = load_params()  # before the slow imports, so that bad parameters fail early
     from gptpipe.base.finished_training import discard_finished
+    from gptpipe.evaluate.champion import compare_with_champion
+    from gptpipe.evaluate.compared_metrics import write_compared_metrics
     from gptpipe.evaluate.evaluate import evaluate_model
     from gptpipe.evaluate.registry import record_evaluation
     from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
     from gptpipe.model.hf_config import with_shape_of
-    from gptpipe.record.store import read_run_id
 
-    raw = Path("data/raw")
-    split = Path("data/split")
+    raw, split = Path("data/raw"), Path("data/split")
     model = Path("models/gpt")
     if params.train.init_from is not None:  # the shape of the model is that of the one it started from
         params = params.starting_from(params.train.init_from, with_shape_of(params.model, model))
     reports = Path("reports")
-    run_id = read_run_id(reports / "mlflow_run.json")
     training = read_training_reports(reports, model)
     check_parent(split, raw)
-    collected = read_manifest(raw).counts
 
     evaluation = evaluate_model(model, split, reports, params.evaluate, params.seed)
-    charts = draw_charts(reports, training)
-    page = write_report(reports, training, params, evaluation.split, collected, run_id, charts)
-    outcome = record_evaluation(params, params.evaluate, evaluation, run_id, page, charts, model)
+    write_compared_metrics(reports, evaluation.results, training)
+    charts, collected = draw_charts(reports, training), read_manifest(raw).counts
+    champion = compare_with_champion(params, evaluation, training.run_id, training.losses(), model)
+    page = write_report(reports, training, params, evaluation.split, collected, charts, champion)
+    outcome = record_evaluation(params, params.evaluate, evaluation, training.run_id, page, charts, model)
 
     # After evaluate, DVC has recorded the outputs of train, so its finished checkpoint is not needed any more.
-    discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)
+    discard_finished(project_root() / ".gptpipe" / "checkpoints", training.run_id)
     for line in (*evaluation.summary(), outcome):
         say(f"evaluate: {line}", "quiet")
 

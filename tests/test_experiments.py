@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from toy_pipeline import copy_project, digests, environment, run
+from toy_pipeline import copy_project, digests, environment, finished_runs, run
 
 pytestmark = pytest.mark.slow  # each test runs stages train and evaluate, mostly more than once
 
@@ -86,7 +86,11 @@ def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(
     runs = finished_runs(project_copy)
     assert len(runs) == 4  # the run of `reproduced`, the resumed one, and two of the sweep
     shown = run(project_copy, "dvc", "exp", "show", "--json").stdout
-    assert all(run_id in shown for run_id in runs)
+    assert all(f'"{run_id[:8]}"' in shown for run_id in runs)
+    # Without the hashes of folders, which come after the rest.
+    table = run(project_copy, "dvc", "exp", "show", "--only-changed", "--drop", ".*/").stdout
+    assert max(len(line) for line in table.splitlines()) <= 160
+    assert "train.lr" in table
     run(project_copy, "dvc", "exp", "apply", "again")
     assert of_stages_up_to_train(digests(project_copy)) == of_stages_up_to_train(in_place.digests)
 
@@ -106,6 +110,7 @@ def check_restore(project: Path, run_id: str, outputs: dict[str, str]) -> None:
     arguments = tags["mlflow.note.content"].split("    gptpipe restore ")[1].split()
     run(project, "git", "stash", "-q")
     run(project, "dvc", "checkout")
+    arguments[0] = arguments[0][:8]  # as in `dvc exp show`
     run(project, sys.executable, "-m", "gptpipe.commands.cli", "restore", *arguments)
 
     restored = project.with_name(f"{project.name}-{arguments[0][:8]}")
@@ -121,11 +126,6 @@ def of_stages_up_to_train(outputs: dict[str, str]) -> dict[str, str]:
     others = {name: digest for name, digest in outputs.items() if not name.startswith(of_evaluate)}
     assert len(others) > 15
     return others
-
-
-def finished_runs(project: Path) -> set[str]:
-    with closing(sqlite3.connect(project / "mlflow.db")) as database:
-        return {row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")}
 
 
 def tags_of_run(project: Path, run_id: str) -> dict[str, str]:

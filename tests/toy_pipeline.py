@@ -95,7 +95,7 @@ def make_project(folder: Path) -> Path:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
-    outputs = {"dvc.lock", *(f"reports/{name}.json" for name in ("split", "eval", "train", "mlflow_run"))}
+    outputs = {"dvc.lock", "reports/metrics.json"}
     for name in sorted(set(listed.stdout.splitlines()) - outputs):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "benchmarks/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,3 +142,9 @@ def digests(project: Path) -> dict[str, str]:
     return {
         file.relative_to(project).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
+
+
+def finished_runs(project: Path) -> set[str]:
+    """The ids of the runs in the store that ended well."""
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        return {row[0] for row in database.execute("select run_uuid from runs where status = 'FINISHED'")}

@@ -74,7 +74,9 @@ class Project:
 
     def train(self, params: Params, stop_at: int | None = None) -> Metrics:
         @contextmanager
-        def open_record(run_id: str | None, _: Manifest, environment: dict[str, Any]) -> Iterator[ListRecord]:
+        def open_record(
+            run_id: str | None, _: Manifest, environment: dict[str, Any], _n_parameters: int
+        ) -> Iterator[ListRecord]:
             record = ListRecord(run_id)
             record.stop_at, record.environment = stop_at, environment
             self.records.append(record)

@@ -16,7 +16,7 @@ import sqlalchemy
 from sqlalchemy import event
 from tiny import LINEAGE, make_model
 
-from gptpipe.base.manifest import read_manifest
+from gptpipe.base.manifest import Manifest, read_manifest
 from gptpipe.evaluate.evaluate import Evaluation
 from gptpipe.evaluate.registry import record_evaluation
 from gptpipe.params import Params
@@ -39,21 +39,25 @@ def toy_documents(bits: float | None, digest: str = "d1") -> pd.DataFrame:
     )
 
 
-def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
+def toy_evaluation(bits: float | None, digest: str = "d1", split: Manifest = LINEAGE) -> Evaluation:
     results: dict[str, Any] = {"val": {"loss": 1.0}, "continuations": {}, "reference_bits_per_byte": {}}
     results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
-    evaluation = Evaluation(
+    return Evaluation(
         results,
         model_card="# card",
         samples="samples",
         step=7,
-        split=LINEAGE,
+        n_parameters=1_900_000,
+        split=split,
         documents=toy_documents(bits, digest),
     )
+
+
+def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None, digest: str = "d1") -> str:
     name = run_id or uuid.uuid4().hex  # of a run that the store does not know
-    return record_evaluation(
-        params, params.evaluate, evaluation, name, "<html/>", {"Loss by position": "<svg/>"}, model
-    )
+    charts = {"Loss by position": "<svg/>"}
+    evaluation = toy_evaluation(bits, digest)
+    return record_evaluation(params, params.evaluate, evaluation, name, "<html/>", charts, model)
 
 
 class Fault(KeyboardInterrupt):
@@ -124,7 +128,7 @@ class Registration:
         """Record a training in another process, so that this one holds no connection to the store."""
 
         def action() -> None:
-            with training_run(self.params, None, LINEAGE, {}) as record:
+            with training_run(self.params, None, LINEAGE, {}, 1_853_056) as record:
                 record.metrics([(7, 2, {"val/loss": 1.0})])
             (self.project / "run_id").write_text(record.run_id)
 

@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
 
     restore = add_command("restore", _restore)
-    restore.add_argument("run_id", help="as in reports/mlflow_run.json, `dvc exp show` and the MLflow UI")
+    restore.add_argument("run_id", help="its first digits suffice; `dvc exp show` and the MLflow UI show it")
     restore.add_argument(
         "folder",
         type=Path,

@@ -1,8 +1,7 @@
 """`gptpipe data`: describes the data as far as the stages have run, in reports/data.md and reports/data.svg."""
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from gptpipe.base.manifest import MANIFEST, Manifest, read_manifest
 from gptpipe.base.pages import render_markdown, snippet
 from gptpipe.evaluate.charts import bar_chart, length_histogram
 from gptpipe.formats.corpus import shard_paths, verify_corpus
+from gptpipe.formats.overlaps import read_overlaps
 from gptpipe.shell.errors import IntegrityError
 
 _N_SHOWN = 3  # longest, shortest and random documents, of each
@@ -28,7 +28,7 @@ def write_page(root: Path, seed: int) -> str:
     """
     raw = verify_corpus(root / "data/raw")
     reports = root / "reports"
-    overlaps = _read_overlaps(reports / "split.json")
+    overlaps = read_overlaps(reports / "split.json")
     rejections = _read_rejections(reports / "collect.md")
     shards = shard_paths(root / "data/raw")
     columns = [
@@ -80,53 +80,16 @@ def _counts_by_stage(data: Path, raw: Manifest) -> dict[str, dict[str, Any]]:
     return counts
 
 
-class _Overlap(NamedTuple):
-    """Contamination of one side of the split, or of a benchmark, by train."""
-
-    share: float | None  # of the examined documents; None if there are none
-    n_examined: int
-
-
-def _read_overlaps(path: Path) -> dict[str, _Overlap]:
-    """Side or benchmark -> its overlap, from reports/split.json; empty before stage split.
-
-    Raises IntegrityError.
-    """
-    content = _read_report(path)
-    if content is None:
-        return {}
-    try:
-        report = json.loads(content)
-        return {
-            name: _Overlap(None if share is None else float(share), int(report[f"{name}_examined"]))
-            for name, share in sorted(report["share"].items())
-            if name != "train"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}: damaged, not a report of stage split; `dvc repro` restores it"
-        ) from error
-
-
 def _read_rejections(path: Path) -> str:
     """reports/collect.md without its heading; empty if there is no such file. Raises IntegrityError."""
-    content = _read_report(path)
-    if content is None:
-        return ""
     try:
-        return content.decode().partition("\n\n")[2]
-    except UnicodeDecodeError as error:
-        raise IntegrityError(f"{path}: damaged, not UTF-8; `dvc repro` restores it") from error
-
-
-def _read_report(path: Path) -> bytes | None:
-    """The content of a file; None if its stage has not written it yet. Raises IntegrityError."""
-    try:
-        return path.read_bytes()
+        return path.read_bytes().decode().partition("\n\n")[2]
     except FileNotFoundError:
-        return None
+        return ""
     except OSError as error:
         raise IntegrityError(f"{path}: {error.strerror}; `dvc repro` restores it") from error
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path}: damaged, not UTF-8; `dvc repro` restores it") from error
 
 
 def _example_documents(

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 
 from gptpipe.base.files import write_bytes
-from gptpipe.record.store import REPRODUCE, connect, find_run, store_errors
+from gptpipe.record.store import REPRODUCE, connect, find_run, runs_beginning_with, store_errors
 from gptpipe.shell.console import say
 from gptpipe.shell.environment import project_root
 from gptpipe.shell.errors import InputError, ResourceError
@@ -25,9 +25,7 @@ def restore(run_id: str, folder: Path) -> None:
     """
     with store_errors():
         client = connect()
-        known_id = find_run(client, run_id)
-        if known_id is None:
-            raise InputError(f"run {run_id}: the store has no such run; `mlflow ui` shows their ids")
+        known_id = _find_run(client, run_id)
         commit = client.get_run(known_id).data.tags.get("mlflow.source.git.commit")
         if commit is None or not _has_patch(client, known_id):
             raise InputError(
@@ -48,6 +46,22 @@ def restore(run_id: str, folder: Path) -> None:
         f"restored run {known_id} in {folder}; run `dvc repro` there to make its reports again, "
         f"`git worktree remove {folder}` to delete it"
     )
+
+
+def _find_run(client: MlflowClient, name: str) -> str:
+    """The id of the run that has this id or provisional id, or the only one whose id begins so.
+
+    Raises InputError.
+    """
+    run_id = find_run(client, name)
+    if run_id is not None:
+        return run_id
+    candidates = runs_beginning_with(client, name)
+    if len(candidates) > 1:
+        raise InputError(f"run {name}: {len(candidates)} runs begin so; give more of the id")
+    if not candidates:
+        raise InputError(f"run {name}: the store has no such run; `mlflow ui` shows their ids")
+    return candidates[0]
 
 
 def _has_patch(client: MlflowClient, run_id: str) -> bool:

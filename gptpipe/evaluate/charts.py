@@ -39,6 +39,25 @@ def line_chart(
     return _svg(draw, x, y)
 
 
+def error_bar_chart(
+    x: str, y: str, labels: Sequence[str], series: Mapping[str, tuple[Sequence[str], Line]]
+) -> str:
+    """A point with an error bar for each label on the x axis, for each of `series`.
+
+    A series has the labels of its points, their values and their standard errors.
+    """
+
+    def draw(axes: Axes) -> None:
+        for i, (name, (own_labels, (values, errors))) in enumerate(series.items()):
+            shift = 0.2 * (i - (len(series) - 1) / 2)  # beside each other
+            places = [labels.index(label) + shift for label in own_labels]
+            axes.errorbar(places, values, errors, label=name, fmt=".", elinewidth=1, capsize=2)
+        axes.set_xticks(range(len(labels)), labels, rotation=45)
+        axes.legend(frameon=False)
+
+    return _svg(draw, x, y)
+
+
 def bar_chart(x: str, values: Mapping[str, float]) -> str:
     """A horizontal bar for each name, with its value at the end; `x` labels the axis."""
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from gptpipe.base.files import write_bytes, write_json
@@ -37,6 +36,7 @@ from gptpipe.score.metrics import (
     calibration_table,
     compute_metrics,
     metrics_by_source,
+    ratio,
 )
 from gptpipe.score.scoring import Scores, Scoring, score, scoring_of
 from gptpipe.shell.console import Progress
@@ -44,6 +44,16 @@ from gptpipe.shell.errors import IntegrityError
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _HELD_OUT: tuple[Side, ...] = ("val", "test")
+_POSITION_COLUMNS = (
+    "split",
+    "positions",
+    "loss",
+    "loss_standard_error",
+    "token_accuracy",
+    "token_accuracy_standard_error",
+    "n_tokens",
+    "n_documents",
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Evaluation:
     model_card: str
     samples: str  # the page reports/samples.md
     step: int  # the training step that the model is from
+    n_parameters: int
     split: Manifest
     documents: pd.DataFrame  # nats and bytes of each held-out document, as of `score_table`
     transformers: str | None = None  # the outcome of the comparison with transformers; None: not compared
@@ -128,7 +139,8 @@ def evaluate_model(
     write_bytes(reports / "samples.md", page.encode())
     write_bytes(reports / "model_card.md", card.encode())
     documents = score_table(scores, held_out)
-    return Evaluation(results, card, page, model_manifest.counts["best_step"], split, documents, compared)
+    step, n_parameters = (model_manifest.counts[name] for name in ("best_step", "parameters"))
+    return Evaluation(results, card, page, step, n_parameters, split, documents, compared)
 
 
 def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:
@@ -145,7 +157,8 @@ def _score(model: GPT, held_out: Mapping[Side, Stream], scoring: Scoring) -> dic
     n_tokens = sum(len(stream.tokens) - 1 for stream in held_out.values())
     with Progress("evaluate", unit="tokens", total=n_tokens) as progress:
         return {
-            side: score(model, stream, scoring, advance=progress.advance) for side, stream in held_out.items()
+            side: score(model, stream, scoring, with_positions=True, advance=progress.advance)
+            for side, stream in held_out.items()
         }
 
 
@@ -186,12 +199,36 @@ def _tables(
 
 
 def _position_table(side: Side, scores: Scores) -> pd.DataFrame:
-    """Mean loss and accuracy at each position in the window."""
-    nats, hits, n_tokens = scores.by_position
-    n = n_tokens.clip(min=1)
-    return pd.DataFrame(
-        {"split": side, "position": np.arange(len(n)), "loss": nats / n, "token_accuracy": hits / n}
-    )
+    """Mean loss and accuracy in each group of positions in the window, with standard errors over documents.
+
+    A group that only one document reaches is left out, because its error is unknown.
+    """
+    rows: list[dict[str, Any]] = []
+    for group, (nats, hits, n_tokens) in enumerate(scores.by_position.swapaxes(0, 1)):
+        is_reached = n_tokens > 0
+        if is_reached.sum() < 2:
+            continue
+        loss, loss_error = ratio(nats[is_reached], n_tokens[is_reached])
+        accuracy, accuracy_error = ratio(hits[is_reached], n_tokens[is_reached])
+        row = {
+            "split": side,
+            "positions": _positions_of_group(group),
+            "loss": loss,
+            "loss_standard_error": loss_error,
+            "token_accuracy": accuracy,
+            "token_accuracy_standard_error": accuracy_error,
+            "n_tokens": int(n_tokens.sum()),
+            "n_documents": int(is_reached.sum()),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows, columns=_POSITION_COLUMNS)
+
+
+def _positions_of_group(group: int) -> str:
+    """A group of `position_groups` in words: 0, 1, 2-3, 4-7, ..."""
+    if group < 2:
+        return str(group)
+    return f"{2 ** (group - 1)}-{2**group - 1}"
 
 
 def _length_table(side: Side, stream: Stream) -> pd.DataFrame:

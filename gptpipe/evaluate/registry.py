@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.tracking import MlflowClient
 
-from gptpipe.base.manifest import Manifest, read_manifest, verify
+from gptpipe.base.manifest import read_manifest, verify
 from gptpipe.base.params import Section
 from gptpipe.evaluate.document_scores import FOLDER, paired_difference, read_scores, write_scores
 from gptpipe.evaluate.evaluate import Evaluation
@@ -50,8 +50,8 @@ MODEL_NAME = "gpt"
 CHAMPION = "champion"
 MODEL_DIGEST = "model_digest"  # tag of logged models and versions: the digest of the model folder's manifest
 _LOGGED = "models:/"  # prefix of the source of a version that was created from a logged model
-# Files that `gptpipe restore` needs, and that are in neither git nor DVC's cache while the stage runs.
-_FILES_TO_RESTORE = tuple(map(Path, ("dvc.lock", "reports/train.json", "reports/mlflow_run.json")))
+# `gptpipe restore` needs it, and it is in neither git nor DVC's cache while the stage runs.
+_LOCK_FILE = Path("dvc.lock")
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SERVED_MODEL = Path(__file__).parent / "served_model.py"
 _SERVING_REQUIREMENTS = (
@@ -95,7 +95,7 @@ def record_evaluation(
             client = connect(to_write=True)
             store = sqlite_file(tracking_uri())
             with store_lock(store, "registry", _LOCK_SECONDS):  # two evaluations must not both create a version
-                run = _finished_run(client, all_params, evaluation.split, run_id)
+                run = _finished_run(client, all_params, evaluation, run_id)
                 _log_evaluation(client, run.info.run_id, evaluation, page, charts)
                 number = _ensure_version(client, run, model, evaluate_params, evaluation.documents)
                 client.update_model_version(MODEL_NAME, number, description=evaluation.model_card)
@@ -111,11 +111,12 @@ def record_evaluation(
         )
 
 
-def _finished_run(client: MlflowClient, all_params: Section, split: Manifest, name: str) -> Run:
+def _finished_run(client: MlflowClient, all_params: Section, evaluation: Evaluation, name: str) -> Run:
     """The run of the training, or a new run in its place. Its status becomes FINISHED: the training is over."""
     run_id = find_run(client, name)
     if run_id is None or not client.get_run(run_id).data.params:  # `create_run` writes the parameters last
-        run_id = create_run(client, describe_run(all_params, split, {}), name, run_id)
+        description = describe_run(all_params, evaluation.split, {}, evaluation.n_parameters)
+        run_id = create_run(client, description, name, run_id)
     run = client.get_run(run_id)
     if run.info.status != "FINISHED":
         client.set_terminated(run_id)
@@ -130,9 +131,8 @@ def _log_evaluation(
     texts = {"samples.md": evaluation.samples, "model_card.md": evaluation.model_card, "report.html": page}
     for title, svg in charts.items():
         texts[f"figures/{title.lower().replace(' ', '_')}.svg"] = svg
-    for path in _FILES_TO_RESTORE:
-        if path.exists():
-            texts[f"{REPRODUCE}/{path}"] = path.read_bytes().decode(errors="replace")
+    if _LOCK_FILE.exists():
+        texts[f"{REPRODUCE}/{_LOCK_FILE}"] = _LOCK_FILE.read_bytes().decode(errors="replace")
     for name, text in texts.items():
         client.log_text(run_id, text, name)
     update_description(client, run_id)
@@ -228,6 +228,23 @@ def _is_complete(logged: LoggedModel, digest: str) -> bool:
     return model.digest == digest == scores.made_from.get(MODEL_FOLDER)
 
 
+def champion_version(client: MlflowClient) -> ModelVersion | None:
+    """The registered version that is the champion."""
+    if not client.search_registered_models(f"name = '{MODEL_NAME}'"):
+        return None
+    number = client.get_registered_model(MODEL_NAME).aliases.get(CHAMPION)
+    return None if number is None else client.get_model_version(MODEL_NAME, number)
+
+
+def scores_of_version(client: MlflowClient, version: ModelVersion, folder: Path) -> pd.DataFrame:
+    """The scores of documents that are stored with a version; `folder` is for temporary files.
+
+    Raises IntegrityError, OSError, MlflowException if they are damaged or missing.
+    """
+    location = client.get_model_version_download_uri(MODEL_NAME, version.version)
+    return read_scores(stored_folder(location, FOLDER, folder))
+
+
 def document_scores_of(client: MlflowClient, run_id: str) -> pd.DataFrame | None:
     """The scores of documents that are stored with the model of a run; None if there are none, or damaged ones.
 
@@ -305,19 +322,17 @@ def _choose_champion(client: MlflowClient, number: str, evaluation: Evaluation) 
     if bits_per_byte is None:
         return f"{outcome}; without a test split no {CHAMPION} is chosen"
     client.set_model_version_tag(MODEL_NAME, number, "test_bits_per_byte", repr(bits_per_byte))
-    champion = client.get_registered_model(MODEL_NAME).aliases.get(CHAMPION)
+    champion = champion_version(client)
     if champion is None:
         client.set_registered_model_alias(MODEL_NAME, CHAMPION, number)
         return f"{outcome}, the first {CHAMPION}"
-    if str(champion) == number:
+    if str(champion.version) == number:
         return f"{outcome}, which is the {CHAMPION} already: {bits_per_byte:.4f} bits per byte on test"
-    version = client.get_model_version(MODEL_NAME, champion)
-    best = float(version.tags.get("test_bits_per_byte", "inf"))
-    stays = f"{outcome}; the {CHAMPION}, version {champion}, stays"
+    best = float(champion.tags.get("test_bits_per_byte", "inf"))
+    stays = f"{outcome}; the {CHAMPION}, version {champion.version}, stays"
     try:
         with _temporary_folder() as folder:
-            location = client.get_model_version_download_uri(MODEL_NAME, champion)
-            of_champion = read_scores(stored_folder(location, FOLDER, folder))
+            of_champion = scores_of_version(client, champion, folder)
     except (IntegrityError, OSError, MlflowException) as error:
         reason = first_line(error).split("; ")[0]
         return (

@@ -14,7 +14,9 @@ from gptpipe.base.files import write_bytes
 from gptpipe.base.manifest import MANIFEST, Manifest, verify
 from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
-from gptpipe.evaluate.charts import Line, bar_chart, line_chart
+from gptpipe.evaluate.champion import Comparison
+from gptpipe.evaluate.charts import Line, bar_chart, error_bar_chart, line_chart
+from gptpipe.record.store import RUN_FILE, read_run_id, read_training_seconds
 from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import IntegrityError
 
@@ -29,6 +31,15 @@ class TrainingReports:
     samples: list[tuple[int, str, str]]  # step, prompt, continuation
     steps: pd.DataFrame
     validations: pd.DataFrame
+    run_id: str
+    seconds: float  # of all steps
+
+    def losses(self) -> dict[str, Line]:
+        """The curves of the loss, in nats per token over steps."""
+        return {
+            "train": _line(self.steps, "step", "loss"),
+            "val": _line(self.validations, "step", "val_loss"),
+        }
 
 
 def read_training_reports(reports: Path, model: Path) -> TrainingReports:
@@ -58,6 +69,8 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
         samples=json.loads(contents["train.samples.json"])["data"],
         steps=pd.read_csv(io.BytesIO(contents["train.steps.csv"])),
         validations=pd.read_csv(io.BytesIO(contents["train.validations.csv"])),
+        run_id=read_run_id(reports / RUN_FILE),
+        seconds=read_training_seconds(reports / RUN_FILE),
     )
 
 
@@ -66,23 +79,20 @@ def draw_charts(reports: Path, training: TrainingReports) -> dict[str, str]:
     positions, sources, calibration, lengths = (
         pd.read_csv(reports / f"eval.{name}.csv") for name in ("positions", "sources", "calibration", "lengths")
     )
-    steps, validations = training.steps, training.validations
-    loss = {"train": _line(steps, "step", "loss"), "val": _line(validations, "step", "val_loss")}
+    steps = training.steps
     learning_rate = {"lr": _line(steps, "step", "lr")}
     gradient_norm = {"norm": _line(steps, "step", "grad_norm")}
-    loss_by_position = _line_per_split(positions, "position", "loss")
-    accuracy_by_position = _line_per_split(positions, "position", "token_accuracy")
     bits_by_source = {
         f"{row['source']}, {row['split']}": row["bits_per_byte"] for row in sources.to_dict("records")
     }
     accuracy_by_confidence = _line_per_split(calibration, "confidence", "accuracy")
     share_by_length = _line_per_split(lengths, "n_tokens", "share")
     return {
-        "Loss": line_chart("step", "nats per token", loss),
+        "Loss": line_chart("step", "nats per token", training.losses()),
         "Learning rate": line_chart("step", "learning rate", learning_rate),
         "Gradient norm": line_chart("step", "norm before clipping", gradient_norm),
-        "Loss by position": line_chart("position", "nats per token", loss_by_position),
-        "Accuracy by position": line_chart("position", "token accuracy", accuracy_by_position),
+        "Loss by position": _by_position(positions, "loss", "nats per token"),
+        "Accuracy by position": _by_position(positions, "token_accuracy", "token accuracy"),
         "Bits per byte by source": bar_chart("bits per byte", bits_by_source),
         "Calibration": line_chart("confidence", "accuracy", accuracy_by_confidence, diagonal=True),
         "Length of documents": line_chart("tokens, up to", "share of documents", share_by_length, log_x=True),
@@ -97,18 +107,30 @@ def _line_per_split(table: pd.DataFrame, x: str, y: str) -> dict[str, Line]:
     return {str(split): _line(rows, x, y) for split, rows in table.groupby("split", sort=False)}
 
 
+def _by_position(table: pd.DataFrame, name: str, label: str) -> str:
+    """The chart of a metric by groups of positions."""
+    table = table.astype({"positions": str})  # of a short context, they are read as numbers
+    labels = list(dict.fromkeys(table["positions"]))
+    series = {
+        str(split): (rows["positions"].tolist(), _line(rows, name, f"{name}_standard_error"))
+        for split, rows in table.groupby("split", sort=False)
+    }
+    return error_bar_chart("position in the window", label, labels, series)
+
+
 def write_report(
     reports: Path,
     training: TrainingReports,
     params: Section,
     split: Manifest,
     collected: dict[str, Any],
-    run_id: str,
     charts: dict[str, str],
+    comparison: Comparison,
 ) -> str:
     """Write report.html and return it.
 
-    `split` is the manifest of the split, `collected` the counts of stage collect, `charts` is title -> SVG.
+    `split` is the manifest of the split, `collected` the counts of stage collect, `charts` is title -> SVG,
+    `comparison` that with the champion.
     """
     results = json.loads((reports / "eval.json").read_bytes())
     page = render_html(
@@ -119,12 +141,13 @@ def write_report(
         samples=training.samples,
         sides=[side for side in ("test", "val") if side in results],
         charts=charts,
+        champion=comparison,
         after=unescape((reports / "samples.md").read_text(encoding="utf-8")),
         params=params.model_dump(mode="json"),
         collected=collected,
         split=split.counts,
         ancestors=sorted(split.lineage("split").items()),
-        run_id=run_id,
+        run_id=training.run_id,
     )
     write_bytes(reports / "report.html", page.encode())
     return page

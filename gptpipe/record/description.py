@@ -18,6 +18,8 @@ from gptpipe.record.store import MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS, REPRO
 from gptpipe.shell.console import complain
 from gptpipe.shell.environment import git, project_root, provenance
 
+_MAX_NAMED_PARAMS = 6  # in the name of a run
+_MAX_NAMED_CHARACTERS = 24  # of the value of one
 _MAX_PATCH_BYTES = 1 << 20  # a larger patch contains data rather than code
 
 # Names of files and folders that usually contain passwords, tokens or keys, in lower case.
@@ -65,29 +67,60 @@ _SECRET_NAMES = (
 )
 
 
-def describe_run(params: Section, split: Manifest, environment: dict[str, Any]) -> dict[str, Any]:
-    """The content of a `create` operation. `split` is the manifest of the split that the run uses.
+def describe_run(
+    params: Section, split: Manifest, environment: dict[str, Any], n_parameters: int
+) -> dict[str, Any]:
+    """The content of a `create` operation. `split` is the manifest of the split that the run uses, and
+    `n_parameters` the size of its model.
 
     Secrets stay out: of the environment variables it contains only DVC's names of the experiment, and files
     that may contain secrets are left out.
     """
     patch, left_out = changed_code()
-    tags = _tags(params, environment)
+    changed = _changed_params()
+    tags = _tags(params, environment, changed)
     if left_out:
         tags["left_out_of_code.patch"] = _shortened(", ".join(left_out), MAX_TAG_CHARACTERS)
     packages = {f"{package.name}=={package.version}\n" for package in distributions()}
     texts = {"environment.txt": "".join(sorted(packages)), "lineage.json": split.to_bytes().decode()}
     if patch is not None and len(patch) <= _MAX_PATCH_BYTES:
         texts[f"{REPRODUCE}/code.patch"] = patch
-    values, whole_values = _fit_params(_flat(params.model_dump(mode="json")))
+    all_values = _flat(params.model_dump(mode="json"))
+    values, whole_values = _fit_params(all_values)
     texts |= whole_values
     return {
-        "name": os.environ.get("DVC_EXP_NAME"),
+        "name": os.environ.get("DVC_EXP_NAME") or _run_name(all_values, changed, n_parameters),
         "tags": tags,
         "params": values,
         "datasets": [_dataset(split, side) for side in ("train", "val", "test")],
         "texts": texts,
     }
+
+
+def _run_name(values: dict[str, str], changed: dict[str, str], n_parameters: int) -> str:
+    """A name that describes a run: its network, and the parameters that differ from the commit.
+
+    If none differs, learning rate and seed. A parameter is named by the last part of its key, and without its
+    value if that is long.
+    """
+    shown = changed or {key: values[key] for key in ("train.lr", "seed")}
+    settings = []
+    for key, value in shown.items():
+        short_key = key.rpartition(".")[2]
+        settings.append(f"{short_key}={value}" if len(value) <= _MAX_NAMED_CHARACTERS else short_key)
+    n_left_out = len(settings) - _MAX_NAMED_PARAMS
+    if n_left_out > 0:
+        settings[_MAX_NAMED_PARAMS:] = [f"and {n_left_out} more"]
+    return " ".join([f"{values['model.architecture']}-{_rounded(n_parameters)}", *settings])
+
+
+def _rounded(n: int) -> str:
+    """A number of parameters as in names of models: 865K, 1.9M, 124M, 1.5B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= size:
+            digits = 1 if n < 10 * size else 0
+            return f"{n / size:.{digits}f}{unit}"
+    return str(n)
 
 
 def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -111,14 +144,13 @@ def _fit_params(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]
     return fitting, artifacts
 
 
-def _tags(params: Section, environment: dict[str, Any]) -> dict[str, str]:
+def _tags(params: Section, environment: dict[str, Any], changed: dict[str, str]) -> dict[str, str]:
     origin = provenance()
     if "mlflow.source.git.commit" not in origin and (project_root() / ".git").exists():
         complain(
             "warning: git does not answer, so the run is recorded without its code; "
             "`git status` gives the reason"
         )
-    changed = _changed_params()
     tags = {
         **origin,
         **{f"environment.{key}": str(value) for key, value in environment.items()},

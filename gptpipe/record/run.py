@@ -1,7 +1,7 @@
 """The record of a training. It does not wait for the store, and survives failures of the store.
 
-A separate thread sends the operations in order. What the store has not taken when the training ends goes to the
-outbox.
+A separate thread sends the operations in order, and the points of the curves together every few seconds. What
+the store has not taken when the training ends goes to the outbox.
 """
 
 import threading
@@ -26,9 +26,12 @@ from gptpipe.shell.environment import tracking_uri
 from gptpipe.shell.errors import Interrupted, NumericError, first_line
 
 Metrics = dict[str, float]
+_Point = tuple[str, float, int, int]  # key, value, milliseconds since 1970, step
 
 _RETRY_SECONDS = 15.0  # between two attempts to reach a store that does not answer
-_SYSTEM_SECONDS = 10.0  # without other operations, until processor, memory, disk and GPUs are measured
+# Between two groups of points: a request costs as much time as its first hundred points. Without other
+# operations, processor, memory, disk and GPUs are measured as often.
+_POINTS_SECONDS = 10.0
 _START_SECONDS = 5.0  # maximal wait for the first answer of the store at the start of a training
 _CLOSE_SECONDS = 30.0  # maximal wait at the end, for a store that answers
 _STOP_SECONDS = 5.0  # the same for a store that does not answer, or after a signal
@@ -41,6 +44,8 @@ class RunRecord:
         self._writer = RunWriter(run_id or uuid.uuid4().hex)
         # The first operation is removed after the store has taken it.
         self._waiting: deque[Operation] = deque([("create", description)])
+        self._points: list[_Point] = []  # of the curves, newer than what is in the queue
+        self._queue_lock = threading.Lock()  # of both
         self._refused: list[Operation] = []
         self._has_new = threading.Event()  # operations are waiting
         self._has_tried = threading.Event()  # the thread has tried to send once
@@ -63,11 +68,15 @@ class RunRecord:
         return self._writer.run_id or self._writer.name
 
     def metrics(self, entries: list[tuple[int, int, Metrics]]) -> None:
-        """Log (step, milliseconds since 1970, metrics). Steps that the store already has stay unchanged."""
-        rows = [
+        """Log (step, milliseconds since 1970, metrics). Steps that the store already has stay unchanged.
+
+        They are sent before the next operation of another kind, or after _POINTS_SECONDS.
+        """
+        points = [
             (key, value, time_ms, step) for step, time_ms, metrics in entries for key, value in metrics.items()
         ]
-        self._put("metrics", rows)
+        with self._queue_lock:
+            self._points += points
 
     def text(self, name: str, content: str) -> None:
         """Log a text as an artifact."""
@@ -78,9 +87,18 @@ class RunRecord:
         self._put("tags", tags)
 
     def _put(self, kind: str, content: Any) -> None:
+        """Add an operation to the queue, after all points that are logged so far."""
         if content:
+            self._queue_points()
             self._waiting.append((kind, content))
             self._has_new.set()
+
+    def _queue_points(self) -> None:
+        """Move the points to the queue, as one operation."""
+        with self._queue_lock:
+            if self._points:
+                self._waiting.append(("metrics", self._points))
+                self._points = []
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED. Operations that are not sent in time go to the outbox."""
@@ -104,14 +122,15 @@ class RunRecord:
                 self._has_new.clear()
                 # Read before sending: all operations are in the queue.
                 is_last_round = self._is_closing.is_set()
+                self._queue_points()
                 is_sent = self._send()
                 self._has_tried.set()
                 if is_last_round:
                     return
                 if not is_sent:
                     self._is_closing.wait(_RETRY_SECONDS)
-                elif not self._has_new.wait(_SYSTEM_SECONDS):
-                    self._put("metrics", self._system_metrics())
+                elif not self._has_new.wait(_POINTS_SECONDS):
+                    self._measure_system()
         except Exception as error:  # the training must continue, whatever it is; `close` keeps what is not sent
             reason = without_credentials(first_line(error))[:200]
             complain(
@@ -150,26 +169,31 @@ class RunRecord:
             )
         self._waiting.popleft()
 
-    def _system_metrics(self) -> list[tuple[str, float, int, int]]:
-        """The load of the machine. The step is the time in seconds, so that a resumed run never repeats one."""
+    def _measure_system(self) -> None:
+        """Log the load of the machine.
+
+        The step is the time in seconds, so that a resumed run never repeats one.
+        """
         now = time.time()
         metrics: Metrics = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
             metrics |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return [(f"system/{name}", value, int(now * 1000), int(now)) for name, value in metrics.items()]
+        self.metrics(
+            [(int(now), int(now * 1000), {f"system/{name}": value for name, value in metrics.items()})]
+        )
 
 
 @contextmanager
 def training_run(
-    params: Section, run_id: str | None, split: Manifest, environment: dict[str, Any]
+    params: Section, run_id: str | None, split: Manifest, environment: dict[str, Any], n_parameters: int
 ) -> Iterator[RunRecord]:
     """The record of a training: a new run, or the run `run_id` of a resumed training.
 
     Its status says how the training ended: FINISHED, KILLED by a signal, or FAILED.
     """
-    record = RunRecord(run_id, describe_run(params, split, environment))
+    record = RunRecord(run_id, describe_run(params, split, environment, n_parameters))
     status = "FAILED"
     try:
         record.tags({"mlflow.source.name": "stages.train"})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -36,6 +37,7 @@ from gptpipe.shell.environment import experiment_name, tracking_uri
 from gptpipe.shell.errors import IntegrityError, ResourceError, first_line
 
 RUN_ID = re.compile("[0-9a-f]{32}")  # of MLflow; a provisional run id has the same form
+RUN_FILE = "mlflow_run.json"  # in reports/: the run of the training
 REPRODUCE = "reproduce"  # folder of the artifacts that `gptpipe restore` needs besides the commit
 TRAINING = "training_run_id"  # tag: the provisional id of a training's run, until the store has assigned one
 MAX_TAG_CHARACTERS = 5000  # MLflow's limits
@@ -135,16 +137,31 @@ def _create_experiment(client: MlflowClient, artifacts: str | None) -> None:
 
 def read_run_id(path: Path) -> str:
     """The run id in reports/mlflow_run.json. Raises IntegrityError."""
+    run_id = _read_run_file(path).get("run_id")
+    if isinstance(run_id, str) and RUN_ID.fullmatch(run_id):
+        return run_id
+    raise IntegrityError(f"{path}: it has no run id; `dvc repro` restores it")
+
+
+def read_training_seconds(path: Path) -> float:
+    """The time of the training's steps in reports/mlflow_run.json. Raises IntegrityError."""
+    seconds = _read_run_file(path).get("seconds")
+    if isinstance(seconds, int | float) and math.isfinite(seconds):
+        return float(seconds)
+    raise IntegrityError(
+        f"{path}: it has no number of seconds; `dvc repro` restores it, "
+        "`dvc repro -f train` makes it again if it is of an older version"
+    )
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
     try:
-        run_id = json.loads(path.read_bytes())["run_id"]
-        if RUN_ID.fullmatch(run_id):
-            return str(run_id)
-        reason = "it has no run id"
+        content = json.loads(path.read_bytes())
     except OSError as error:
-        reason = str(error.strerror)
-    except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or other content
-        reason = "it has no run id"
-    raise IntegrityError(f"{path}: {reason}; `dvc repro` restores it")
+        raise IntegrityError(f"{path}: {error.strerror}; `dvc repro` restores it") from error
+    except (ValueError, RecursionError):  # not JSON
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def find_run(client: MlflowClient, name: str) -> str | None:
@@ -160,6 +177,14 @@ def find_run(client: MlflowClient, name: str) -> str | None:
             raise
     runs = client.search_runs([_experiment_id(client)], f"tags.{TRAINING} = '{name}'", max_results=1)
     return str(runs[0].info.run_id) if runs else None
+
+
+def runs_beginning_with(client: MlflowClient, beginning: str) -> list[str]:
+    """The ids of all runs whose id begins with these hexadecimal digits, of which there are four at least."""
+    if not re.fullmatch("[0-9a-f]{4,31}", beginning):
+        return []
+    runs = client.search_runs([_experiment_id(client)], f"attributes.run_id LIKE '{beginning}%'")
+    return [str(run.info.run_id) for run in runs]
 
 
 def _experiment_id(client: MlflowClient) -> str:

@@ -75,7 +75,7 @@ class Scores:
     """
 
     by_document: Array  # (3, documents)
-    by_position: Array  # (3, context_length), position in the window
+    by_position: Array  # (3, groups of positions in the window, documents); of no group unless asked for
     by_confidence: Array  # (3, CONFIDENCE_BINS); row 0 sums the probability of the most probable token instead
 
 
@@ -85,17 +85,22 @@ def score(
     scoring: Scoring = Scoring(),
     *,
     part: tuple[int, int] = (0, 1),
+    with_positions: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score a stream, or part i of n of it: `part` is (i, n). The scores of all parts add up.
 
     The windows and the scored tokens are the same for any `scoring`. The parts take turns of one batch each.
     After each turn, `advance` is called with the number of tokens that all parts together score in it. Memory:
-    the logits and the mask of one batch, three numbers per document, and as many per position.
+    the logits and the mask of one batch, and three numbers per document; `with_positions`, also three for each
+    document and group of positions.
     """
     context = model.params.context_length
     ends = (stream.documents["offset"] + stream.documents["n_tokens"]).to_numpy()
-    scores = Scores(*(np.zeros((3, n)) for n in (len(ends), context, CONFIDENCE_BINS)))
+    group_of_position = position_groups(context)
+    n_groups = int(group_of_position[-1]) + 1 if with_positions else 0
+    shapes = ((len(ends),), (n_groups, len(ends)), (CONFIDENCE_BINS,))
+    scores = Scores(*(np.zeros((3, *shape)) for shape in shapes))
     n_targets = max(0, len(stream.tokens) - 1)
     # Of the logits, or of the mask if it is wider.
     width = model.vocab_size if scoring.end_of_text is None else max(model.vocab_size, context)
@@ -112,12 +117,20 @@ def score(
                 document = np.searchsorted(ends, np.arange(start + 1, end + 1), side="right")
                 confidence_bin = np.minimum(confidence * CONFIDENCE_BINS, CONFIDENCE_BINS - 1).astype(np.int64)
                 _add(scores.by_document, document, nats, hits)
-                _add(scores.by_position, np.arange(end - start) % context, nats, hits)
+                if with_positions:
+                    group = group_of_position[np.arange(end - start) % context]
+                    for row, values in zip(scores.by_position, (nats, hits, np.ones_like(nats)), strict=True):
+                        np.add.at(row, (group, document), values)
                 _add(scores.by_confidence, confidence_bin, confidence, hits)
             advance(turn[-1][1] - turn[0][0])
     finally:
         model.train(was_training)
     return scores
+
+
+def position_groups(context: int) -> npt.NDArray[np.int64]:
+    """The group of each position in a window of `context` tokens, by powers of two: 0, 1, 2-3, 4-7, ..."""
+    return np.array([position.bit_length() for position in range(context)], dtype=np.int64)
 
 
 def _batches(n_targets: int, context: int, width: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from gptpipe.base.files import to_json, write_bytes
+from gptpipe.base.files import to_json, write_bytes, write_json
 from gptpipe.base.manifest import Manifest, new_folder, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.formats.hf_tokenizer import save_tokenizer_json
@@ -97,6 +97,18 @@ def write_reports(reports: Path, state: TrainState, summary: dict[str, Any]) -> 
     for name, content in contents.items():
         write_bytes(reports / name, content)
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def write_run(reports: Path, run_id: str | None, params: RunParams, state: TrainState) -> None:
+    """Write mlflow_run.json: what differs between two trainings that are otherwise equal, its run and its time.
+
+    `seconds` is the time of all steps, also of those before an interruption. Validations and checkpoints are
+    not counted, nor is a step whose time is unknown.
+    """
+    tokens_per_step = params.train.batch_size * params.model.context_length
+    speeds = [metrics.get("train/tokens_per_second") for _, _, metrics in state.journal]
+    seconds = sum(tokens_per_step / speed for speed in speeds if speed)
+    write_json(reports / "mlflow_run.json", {"run_id": run_id, "seconds": seconds})
 
 
 def summarise(params: RunParams, inputs: Inputs, state: TrainState, checkpoints: Checkpoints) -> dict[str, Any]:

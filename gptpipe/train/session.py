@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gptpipe.base.files import sha256_of, write_json
+from gptpipe.base.files import sha256_of
 from gptpipe.base.finished_training import discard, finished_in, mark_finished
 from gptpipe.base.manifest import Manifest
 from gptpipe.formats.hf_tokenizer import check_same_tokens
@@ -35,7 +35,14 @@ from gptpipe.train.memory import fitting_micro_batch_size, free_bytes
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.params import RunParams, TrainParams
 from gptpipe.train.red_flags import final_red_flags, red_flags
-from gptpipe.train.results import samples_table, summarise, write_model, write_reports, write_state
+from gptpipe.train.results import (
+    samples_table,
+    summarise,
+    write_model,
+    write_reports,
+    write_run,
+    write_state,
+)
 from gptpipe.train.runtime import loss_function
 from gptpipe.train.schedule import steps_before_the_end_matters
 from gptpipe.train.settings import settings_of
@@ -68,8 +75,9 @@ class NullRecord:
     def tags(self, tags: dict[str, str]) -> None: ...
 
 
-# Opens the record of a run. Arguments: the provisional run id, the manifest of the split, the environment.
-OpenRecord = Callable[[str, Manifest, dict[str, Any]], AbstractContextManager[Record]]
+# Opens the record of a run. Arguments: the provisional run id, the manifest of the split, the environment, the
+# number of parameters.
+OpenRecord = Callable[[str, Manifest, dict[str, Any], int], AbstractContextManager[Record]]
 
 
 @distributed.process_group()
@@ -125,7 +133,7 @@ def train_model(
                 write_state(model_folder.with_name(STATE), params, inputs.split, checkpoints)
                 if _can_be_extended(params.train):
                     write_state(kept, params, inputs.split, checkpoints)
-                write_json(reports / "mlflow_run.json", {"run_id": run_id})
+                write_run(reports, run_id, params, state)
             record.tags({"best_step": str(summary["best_step"])})
         if is_writer():
             mark_finished(folder, run_id, inputs.runtime.describe())
@@ -288,7 +296,8 @@ def _open_record(
     if not is_writer():
         return nullcontext(NullRecord())
     environment = {**inputs.runtime.describe(), "micro_batch_size": state.micro_batch_size}
-    return open_record(checkpoints.provisional_run_id(), inputs.split, environment)
+    n_parameters = state.model.n_parameters()
+    return open_record(checkpoints.provisional_run_id(), inputs.split, environment, n_parameters)
 
 
 def _memory_errors(state: TrainState) -> AbstractContextManager[None]:
@@ -319,7 +328,7 @@ class _Training:
     def run(self, *, is_saved: bool) -> None:
         """Train to the end; `is_saved` says whether the state comes from a checkpoint.
 
-        Raises Interrupted once the state is saved. However it ends, the record gets the journal.
+        Raises Interrupted once the state is saved.
         """
         state = self.state
         self._saved_step = state.step if is_saved else None
@@ -328,6 +337,7 @@ class _Training:
             announce_cut(state.model, self.inputs.tokenizer, prompt, f"train.sample_prompts[{i}]")
         progress = Progress("train", unit="steps", total=self.plan.n_steps, done=state.step)
         with deferred_signals() as self._check_stop, progress as self._progress:
+            self._send()  # an earlier process may have been killed before it could
             try:
                 with _memory_errors(state):
                     train(state, self.inputs.batches, self.plan, self)
@@ -335,8 +345,6 @@ class _Training:
             except Interrupted:
                 self._save_if_new()
                 raise
-            finally:
-                self._send()
             self._report_red_flags(final_red_flags(state.history, self.plan.n_steps))
 
     def _save_if_new(self) -> None:
@@ -348,6 +356,7 @@ class _Training:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.state.journal.append((step, time.time_ns() // 1_000_000, metrics))
+        self._send()
         if "train/loss" in metrics:
             speed = f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
             losses = [loss for loss, _ in self.state.steps[-_PLOTTED_STEPS:]]
@@ -364,7 +373,7 @@ class _Training:
             part=rank_info()[:2],
             advance=lambda _: self.check_stop(),
         )
-        for sums in vars(scores).values():
+        for sums in (scores.by_document, scores.by_confidence):
             distributed.all_reduce(torch.from_numpy(sums))
         metrics = compute_metrics(scores.by_document, self.inputs.val.documents)
         loss = distributed.from_first(metrics["loss"])
@@ -373,7 +382,7 @@ class _Training:
         return loss
 
     def after_validation(self) -> None:
-        """Keep the best weights, print the validation and its red flags, sample, and send all to the record."""
+        """Keep the best weights, print the validation and its red flags, and sample."""
         model = distributed.unsharded(self.state.model)  # all ranks must call it
         if not is_writer():
             return
@@ -382,7 +391,6 @@ class _Training:
         self._print_validation()
         self._report_red_flags(red_flags(self.state.history, self.plan.n_steps))
         self._sample(model)
-        self._send()
 
     def _print_validation(self) -> None:
         validation = self.state.history[-1]
@@ -436,7 +444,7 @@ class _Training:
         self.record.tags({f"rolled_back.{failed_step:08d}": str(error)})
 
     def _send(self) -> None:
-        """Send the journal entries that the record does not have yet.
+        """Give the record the journal entries that it does not have yet. It returns at once.
 
         If the training may be rolled back, only those that are saved: the record never takes an entry back.
         """

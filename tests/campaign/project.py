@@ -85,7 +85,7 @@ _charts: dict[str, str] = {}  # arguments -> SVG
 def remember_charts() -> None:
     """Draw each chart once. Drawing takes most of the time of stage evaluate, and touches no file."""
     report: Any = sys.modules["gptpipe.evaluate.report"]
-    for name in ("line_chart", "bar_chart"):
+    for name in ("line_chart", "bar_chart", "error_bar_chart"):
         setattr(report, name, _cached_by_arguments(getattr(report, name)))
 
 

@@ -55,9 +55,13 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     assert nats / results["test"]["n_tokens"] == pytest.approx(results["test"]["loss"])
     assert results["test_digest"] == documents_digest(open_stream(project.split, "test"))
     positions = pd.read_csv(tmp_path / "eval.positions.csv")
-    assert positions.groupby("split")["position"].apply(list).to_dict() == {
-        s: [*range(16)] for s in ("test", "val")
-    }
+    groups = ["0", "1", "2-3", "4-7", "8-15"]
+    assert positions.groupby("split")["positions"].apply(list).to_dict() == {"test": groups, "val": groups}
+    of_test = positions[positions["split"] == "test"]
+    n_tokens, losses = of_test["n_tokens"], of_test["loss"]
+    assert n_tokens.sum() == results["test"]["n_tokens"]
+    assert (n_tokens * losses).sum() / n_tokens.sum() == pytest.approx(results["test"]["loss"])
+    assert (of_test["loss_standard_error"] > 0).all()
     assert len(pd.read_csv(tmp_path / "eval.sources.csv")) == 4
     samples = (tmp_path / "samples.md").read_text()
     assert "**the **" in samples

@@ -143,7 +143,7 @@ def test_two_evaluations_at_once_register_one_version(params: Params, model: Pat
 
 
 def test_metrics_are_logged_to_the_run_of_the_training(params: Params, model: Path) -> None:
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         pass
     evaluate(params, model, record.run_id, 2.0)
     client = connect()
@@ -159,7 +159,7 @@ def test_the_metrics_of_the_best_validation_are_logged_once(params: Params, mode
 
     This is so even if another device gives another value.
     """
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.metrics([(0, 1, {"val/loss": 8.0}), (7, 2, {"val/loss": logged})])
     evaluate(params, model, record.run_id, 2.0)
     evaluate(params, model, record.run_id, 1.9)

@@ -13,11 +13,13 @@ from markdown_it import MarkdownIt
 from toy_project import Project
 
 from gptpipe.base.manifest import read_manifest
+from gptpipe.evaluate.champion import Comparison
 from gptpipe.evaluate.charts import length_histogram, line_chart, thinned
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
 from gptpipe.shell.errors import IntegrityError
 
+NO_CHAMPION = Comparison("There is no champion yet to compare with.")
 TITLES = [
     "Loss",
     "Learning rate",
@@ -43,7 +45,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
     evaluation = evaluate_model(model, toy_split, folder, params.evaluate, params.seed)
     counts = read_manifest(toy_split.parent / "raw").counts
     training = read_training_reports(folder, model)
-    write_report(folder, training, params, evaluation.split, counts, "run-1", draw_charts(folder, training))
+    write_report(folder, training, params, evaluation.split, counts, draw_charts(folder, training), NO_CHAMPION)
     return folder
 
 
@@ -60,7 +62,9 @@ def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Pa
     assert "<b>the</b>" not in page
     assert "<script>" not in page
     assert "&lt;script&gt;hostile()" in page  # escaped once, unlike the entities of samples.md
-    assert "gptpipe restore run-1" in page
+    run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
+    assert f"gptpipe restore {run_id}" in page
+    assert f"<h2>Compared with the champion</h2>\n<p>{NO_CHAMPION.headline}</p>\n\n" in page
     assert read_manifest(reports.parent / "models/gpt").made_from["split"] in page
     training = read_training_reports(reports, reports.parent / "models/gpt")
     assert draw_charts(reports, training) == draw_charts(reports, training)
@@ -87,6 +91,25 @@ def test_a_report_that_stage_train_did_not_write_is_refused(reports: Path, tmp_p
     (copy / name).mkdir()
     with pytest.raises(IntegrityError, match=f"{name}: Is a directory"):
         read_training_reports(copy, model)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no run id"),
+        (b"[]", "no run id"),
+        (b'{"run_id": "0123"}', "no run id"),
+        (b'{"run_id": "%b"}' % (b"0" * 32), "no number of seconds"),
+        (b'{"run_id": "%b", "seconds": NaN}' % (b"0" * 32), "no number of seconds"),
+    ],
+)
+def test_a_damaged_file_of_the_run_is_refused(
+    reports: Path, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    shutil.copytree(reports, tmp_path / "reports")
+    (tmp_path / "reports/mlflow_run.json").write_bytes(content)
+    with pytest.raises(IntegrityError, match=rf"mlflow_run\.json: it has {reason}; `dvc repro` restores it"):
+        read_training_reports(tmp_path / "reports", reports.parent / "models/gpt")
 
 
 def test_samples_contain_no_markup(reports: Path) -> None:

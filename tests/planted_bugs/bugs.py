@@ -363,8 +363,8 @@ BUGS = (
     Bug(
         "evaluate scores in float32 without a mask, however the model was trained",
         "gptpipe/evaluate/evaluate.py",
-        "score(model, stream, scoring, advance",
-        "score(model, stream, advance",
+        "score(model, stream, scoring, with_positions",
+        "score(model, stream, with_positions",
         ("tests/evaluate/test_evaluate.py::test_a_model_is_scored_as_it_was_trained",),
     ),
     # Training
@@ -392,8 +392,8 @@ BUGS = (
     Bug(
         "the record of a failed training lacks the last points",
         SESSION,
-        "            finally:\n                self._send()\n",
-        "            finally:\n                pass\n",
+        "1_000_000, metrics))\n        self._send()\n",
+        "1_000_000, metrics))\n",
         ("tests/train/test_session.py::test_the_record_of_a_training_that_fails_has_its_last_points",),
     ),
     Bug(

@@ -31,7 +31,7 @@ def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_and_register(params: Params) -> str:
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.text("words.md", "words")
     model = Path("models/gpt") if Path("models/gpt").exists() else make_model(Path("models/gpt"))
     evaluate(params, model, record.run_id, 2.0)

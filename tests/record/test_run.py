@@ -22,7 +22,7 @@ from gptpipe.record import sqlite_store
 from gptpipe.record.description import changed_code, describe_run, may_hold_secrets
 from gptpipe.record.outbox import send_outbox, with_checksum
 from gptpipe.record.run import training_run
-from gptpipe.record.store import RunWriter, StoreError, connect
+from gptpipe.record.store import RunWriter, StoreError, connect, runs_beginning_with
 from gptpipe.shell.errors import Interrupted, NumericError, SpikeError
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -34,7 +34,7 @@ def rows(project: Path) -> list[tuple[str, int, float]]:
 
 
 def test_a_run_has_parameters_data_metrics_and_texts(project: Path, params: Params) -> None:
-    with training_run(params, None, LINEAGE, {"threads": 2}) as record:
+    with training_run(params, None, LINEAGE, {"threads": 2}, 1_853_056) as record:
         record.metrics([(1, 1000, {"train/loss": 3.0}), (2, 2000, {"train/loss": 2.0, "val/loss": 2.5})])
         record.text("samples/step-00000002.md", "hello")
         record.tags({"red_flag.overfitting": "words"})
@@ -66,7 +66,7 @@ def test_a_store_that_could_not_be_created_is_created_the_next_time(project: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (project / "mlflow.db").exists()
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.metrics([(1, 1000, {"train/loss": 3.0})])
     assert rows(project) == [("train/loss", 1, 3.0)]
     with closing(sqlite3.connect(project / "mlflow.db")) as database:
@@ -75,7 +75,7 @@ def test_a_store_that_could_not_be_created_is_created_the_next_time(project: Pat
 
 
 def test_the_description_of_a_run_has_metrics_red_flags_and_the_command_to_restore_it(params: Params) -> None:
-    with training_run(params, None, LINEAGE, {"device": "cpu"}) as record:
+    with training_run(params, None, LINEAGE, {"device": "cpu"}, 1_853_056) as record:
         record.metrics([(1, 1000, {"val/bits_per_byte": 2.5, "train/loss": 3.0})])
         record.tags({"red_flag.overfitting": "overfitting: words"})
     tags = connect().get_run(record.run_id).data.tags
@@ -90,7 +90,7 @@ def test_the_description_of_a_run_has_metrics_red_flags_and_the_command_to_resto
 
 
 def test_a_tag_without_text_is_removed(params: Params) -> None:
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.tags({"red_flag.lr_too_low": "too low", "red_flag.untrained": "untrained"})
         record.tags({"red_flag.lr_too_low": "", "red_flag.never_set": "", "red_flag.exploding": "exploding"})
     tags = connect().get_run(record.run_id).data.tags
@@ -109,14 +109,40 @@ def test_tags_name_the_parameters_that_differ_from_the_commit(
     (project / "params.yaml").write_text("train: {lr: 1e-4, betas: [0.9, 0.95]}\nseed: 2\n")
     monkeypatch.setenv("DVC_EXP_NAME", "brave-newt")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "f00ba44" * 5)
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         pass
     client = connect()
-    tags = client.get_run(record.run_id).data.tags
+    run = client.get_run(record.run_id)
+    tags = run.data.tags
+    assert run.info.run_name == "brave-newt"
     assert tags["changed"] == "train.lr=0.0001, seed=2"
     assert tags["sweep"] == "f00ba44: train.lr, seed"
     patch = Path(client.download_artifacts(record.run_id, "reproduce/code.patch")).read_text()
     assert "+train: {lr: 1e-4" in patch
+
+
+def test_the_name_of_a_run_says_what_differs_from_the_commit(project: Path, params: Params) -> None:
+    def name(n_parameters: int = 1_853_056) -> str:
+        return str(describe_run(params, LINEAGE, {}, n_parameters)["name"])
+
+    assert name() == "qwen3-1.9M lr=0.01 seed=1337"
+    sizes = (999, 865_536, 123_653_376, 1_543_714_304)
+    assert [name(n).split()[0] for n in sizes] == ["qwen3-999", "qwen3-866K", "qwen3-124M", "qwen3-1.5B"]
+
+    (project / "params.yaml").write_text("train: {lr: 1.0e-3}\nseed: 1\nevaluate: {prompts: [a]}\n")
+    git("init", "-q")
+    git("add", "params.yaml")
+    git("commit", "-qm", "first")
+    assert name() == "qwen3-1.9M lr=0.01 seed=1337"
+    (project / "params.yaml").write_text(
+        "train: {lr: 1e-4}\nseed: 1\nevaluate: {prompts: [a, a text of more than 24 characters]}\n"
+    )
+    assert name() == "qwen3-1.9M lr=0.0001 prompts"
+    values = ", ".join(f"p{i}: {i}" for i in range(9))
+    (project / "params.yaml").write_text(
+        f"train: {{lr: 1.0e-3, {values}}}\nseed: 1\nevaluate: {{prompts: [a]}}\n"
+    )
+    assert name() == "qwen3-1.9M p0=0 p1=1 p2=2 p3=3 p4=4 p5=5 and 3 more"
 
 
 def test_a_long_parameter_is_complete_in_an_artifact_and_the_run_says_so(
@@ -126,7 +152,7 @@ def test_a_long_parameter_is_complete_in_an_artifact_and_the_run_says_so(
     values = []
     for texts in prompts:
         long = params.model_copy(update={"train": params.train.model_copy(update={"sample_prompts": texts})})
-        with training_run(long, None, LINEAGE, {}) as record:
+        with training_run(long, None, LINEAGE, {}, 1_853_056) as record:
             pass
         client = connect()
         values.append(client.get_run(record.run_id).data.params["train.sample_prompts"])
@@ -140,20 +166,48 @@ def test_a_long_parameter_is_complete_in_an_artifact_and_the_run_says_so(
     assert capsys.readouterr().err.count(warning) == 2
 
 
-def test_the_load_of_the_machine_is_logged(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_module, "_SYSTEM_SECONDS", 0.2)
-    with training_run(params, None, LINEAGE, {}) as record:
-        time.sleep(1.5)
-    history = connect().get_metric_history(record.run_id, "system/system_memory_usage_percentage")
-    assert len(history) >= 1
+@pytest.mark.slow
+def test_points_and_the_load_of_the_machine_are_in_the_store_within_15_seconds(
+    project: Path, params: Params
+) -> None:
+    """Nothing else happens in the training meanwhile, such as a validation."""
+    load = "system/system_memory_usage_percentage"
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
+        record.metrics([(1, 1000, {"train/loss": 3.0})])
+        deadline = time.monotonic() + 15
+        while not (rows(project) and connect().get_metric_history(record.run_id, load)):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert rows(project) == [("train/loss", 1, 3.0)]
+    history = connect().get_metric_history(record.run_id, load)
     assert all(0 < metric.value <= 100 and metric.step == metric.timestamp // 1000 for metric in history)
+
+
+def test_points_are_sent_together_and_in_order_with_everything_else(
+    project: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request for each step would cost a hundred times as much as one for many steps."""
+    with socket.socket() as unused:  # a port that refuses connections
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
+        for step in (1, 2, 3):
+            record.metrics([(step, 1000, {"train/loss": 3.0})])
+        record.tags({"a": "b"})
+        record.metrics([(4, 1000, {"train/loss": 3.0})])
+    (waiting,) = (project / ".gptpipe/outbox").rglob("*.jsonl")
+    # The first tag is that of the program.
+    kept = [json.loads(line.partition(" ")[2]) for line in waiting.read_text().splitlines()]
+    assert [kind for kind, _ in kept] == ["create", "tags", "metrics", "tags", "metrics", "end"]
+    assert [step for kind, points in kept if kind == "metrics" for *_, step in points] == [1, 2, 3, 4]
 
 
 def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> None:
     """A killed training has logged step 3 after its checkpoint at 2; the resumed one logs its whole journal."""
-    with training_run(params, None, LINEAGE, {}) as first:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as first:
         first.metrics([(step, step, {"train/loss": float(step)}) for step in (1, 2, 3)])
-    with training_run(params, first.run_id, LINEAGE, {}) as second:
+    with training_run(params, first.run_id, LINEAGE, {}, 1_853_056) as second:
         second.metrics([(step, 1000 + step, {"train/loss": float(step)}) for step in (1, 2, 3, 4)])
     assert second.run_id == first.run_id
     assert rows(project) == [("train/loss", step, float(step)) for step in (1, 2, 3, 4)]
@@ -161,7 +215,7 @@ def test_a_resumed_run_gets_each_step_once(project: Path, params: Params) -> Non
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(15, "saved"), "KILLED"), (ValueError(), "FAILED")])
 def test_the_status_of_a_run_says_how_the_training_ended(params: Params, error: Exception, status: str) -> None:
-    with pytest.raises(type(error)), training_run(params, None, LINEAGE, {}) as record:
+    with pytest.raises(type(error)), training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         raise error
     assert connect().get_run(record.run_id).info.status == status
 
@@ -170,7 +224,7 @@ def test_the_status_of_a_run_says_how_the_training_ended(params: Params, error: 
 def test_a_loss_that_is_not_finite_or_spikes_is_a_red_flag_of_the_run(
     params: Params, error: type[NumericError], flag: str
 ) -> None:
-    with pytest.raises(NumericError), training_run(params, None, LINEAGE, {}) as record:
+    with pytest.raises(NumericError), training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         raise error("train: step 3: loss nan")
     run = connect().get_run(record.run_id)
     flags = {name: words for name, words in run.data.tags.items() if name.startswith("red_flag.")}
@@ -184,7 +238,7 @@ def test_a_run_names_the_commit_of_its_code(project: Path, params: Params) -> No
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         pass
     assert connect().get_run(record.run_id).data.tags["mlflow.source.git.commit"] == head
 
@@ -197,14 +251,14 @@ def test_what_a_dead_server_did_not_take_waits_for_this_server(
         port = unused.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(record_module, "_RETRY_SECONDS", 0.1)
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.metrics([(1, 1000, {"train/loss": 3.0})])
         record.tags({"best_step": "1"})
     assert "does not answer" in capsys.readouterr().err
     assert [path.stem for path in (project / ".gptpipe/outbox").rglob("*.jsonl")] == [record.run_id]
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with training_run(params, None, LINEAGE, {}) as later:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as later:
         later.metrics([(1, 1000, {"train/loss": 9.0})])
     assert rows(project) == [("train/loss", 1, 9.0)]  # the record belongs to the server
     (waiting,) = (project / ".gptpipe/outbox").rglob("*.jsonl")
@@ -234,11 +288,22 @@ def test_a_locked_store_fails_in_seconds_and_nothing_is_lost(
         with pytest.raises(StoreError, match="locked"):
             connect(to_write=True)
         connect()  # readers are not affected
-        with training_run(params, None, LINEAGE, {}) as record:
+        with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
             record.metrics([(1, 1000, {"train/loss": 3.0})])
         assert [path.stem for path in (project / ".gptpipe/outbox").rglob("*.jsonl")] == [record.run_id]
     send_outbox()
     assert rows(project) == [("train/loss", 1, 3.0)]
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(project: Path) -> None:
+    client = connect()
+    experiment = client.get_experiment_by_name("gptpipe").experiment_id
+    one, other = (client.create_run(experiment).info.run_id for _ in range(2))
+    assert runs_beginning_with(client, one[:8]) == [one]
+    assert runs_beginning_with(client, other[:31]) == [other]
+    # Too few digits, another case, and what would be a pattern.
+    for name in (one[:3], one[:8].upper() + "F", "%%%%", "____", ""):
+        assert runs_beginning_with(client, name) == []
 
 
 def test_a_queued_experiment_writes_to_the_main_checkout(
@@ -250,7 +315,7 @@ def test_a_queued_experiment_writes_to_the_main_checkout(
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_ROOT", str(project))
     monkeypatch.setenv("DVC_EXP_NAME", "brave-newt")
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         pass
     run = connect().get_run(record.run_id)
     assert (run.info.run_name, run.data.tags["dvc.exp_name"]) == ("brave-newt", "brave-newt")
@@ -314,7 +379,7 @@ def test_a_record_that_the_store_always_refuses_does_not_block_the_rest(
     """MLflow refuses the first file as its run was deleted, and the first tag as its name is too long."""
     content = with_checksum(json.dumps(GOOD).encode()) + b"\n"
     write_bytes(project / f".gptpipe/outbox/{RUN}.jsonl", content)
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.tags({"x" * 1000: "refused"})
         record.tags({"best_step": "1"})
     run = connect().get_run(record.run_id)
@@ -331,7 +396,7 @@ def test_an_unexpected_error_while_tracking_is_reported_and_nothing_is_lost(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(RunWriter, "write", lambda *_: 1 // 0)
-        with training_run(params, None, LINEAGE, {}) as record:
+        with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
             record.metrics([(1, 1000, {"train/loss": 3.0})])
     said = capsys.readouterr().err
     assert "warning: tracking stopped (ZeroDivisionError" in said
@@ -352,7 +417,7 @@ def test_a_store_on_a_full_disk_gives_warnings_and_the_training_ends_normally(
     most = (project / "mlflow.db").stat().st_size // 2 if is_journal_kept else 50_000
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
     try:
-        with training_run(params, None, LINEAGE, {}) as record:
+        with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
             record.metrics([(step, step, {f"train/{i}": 1.0 for i in range(20)}) for step in range(100)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -456,12 +521,12 @@ def test_no_secret_from_environment_variables_is_recorded(
     git("commit", "-q", "--allow-empty", "-m", "first")
     write_bytes(project / ".env", b"X=canary-of-env\n")
     git("add", ".env")
-    with training_run(params, None, LINEAGE, {}) as record:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as record:
         record.metrics([(1, 1000, {"train/loss": 3.0})])
     evaluate(params, make_model(project / "models/gpt"), record.run_id, 2.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mary:canary-of-uri@127.0.0.1:9")
     monkeypatch.setattr(record_module, "_START_SECONDS", 0.1)
-    with training_run(params, None, LINEAGE, {}):
+    with training_run(params, None, LINEAGE, {}, 1_853_056):
         pass
     said = evaluate(params, project / "models/gpt", record.run_id, 2.0) + "".join(capfd.readouterr())
     assert "127.0.0.1" in said
@@ -481,7 +546,7 @@ def test_a_failing_git_gives_one_warning(
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "first")
     (project / ".git/HEAD").write_bytes(b"\xff")
-    description = describe_run(params, LINEAGE, {})
+    description = describe_run(params, LINEAGE, {}, 1_853_056)
     assert "mlflow.source.git.commit" not in description["tags"]
     assert "reproduce/code.patch" not in description["texts"]
     assert capsys.readouterr().err.startswith("warning: git does not answer")

@@ -192,7 +192,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_each_step_once(
 
     A resumed training sends all steps from its journal, to the server that was started again.
     """
-    with training_run(params, None, LINEAGE, {}) as first:
+    with training_run(params, None, LINEAGE, {}, 1_853_056) as first:
         first.metrics(entries(1, 2))
         provisional_id = first.run_id
         server.start()
@@ -205,7 +205,7 @@ def test_a_server_that_starts_late_and_is_killed_gets_each_step_once(
     assert len(list((project / ".gptpipe/outbox").rglob("*.jsonl"))) == 1
     assert server.counts() == {(first.run_id, step): 1 for step in (1, 2, 3)}
     server.start()
-    with training_run(params, first.run_id, LINEAGE, {}) as second:
+    with training_run(params, first.run_id, LINEAGE, {}, 1_853_056) as second:
         second.metrics(entries(1, 2, 3, 4, 5, 6))
     assert list((project / ".gptpipe/outbox").rglob("*.jsonl")) == []
     assert server.counts() == {(first.run_id, step): 1 for step in range(1, 7)}
@@ -285,11 +285,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> di
 def test_a_training_resumed_before_its_store_answered_is_one_run(middleman: Middleman, params: Params) -> None:
     """Stopped and resumed while the server is broken: both are sent as one run, each step once."""
     middleman.mood = "broken"
-    with suppress(Interrupted), training_run(params, None, LINEAGE, {}) as first:
+    with suppress(Interrupted), training_run(params, None, LINEAGE, {}, 1_853_056) as first:
         first.metrics(entries(1, 2))
         first.tags({"rolled_back.00000002": "words"})
         raise Interrupted(15, "saved")
-    with training_run(params, first.run_id, LINEAGE, {}) as second:
+    with training_run(params, first.run_id, LINEAGE, {}, 1_853_056) as second:
         second.metrics(entries(1, 2, 3))
     middleman.mood = "helpful"
     send_outbox()
@@ -297,7 +297,7 @@ def test_a_training_resumed_before_its_store_answered_is_one_run(middleman: Midd
     assert steps == [1, 2, 3]
     assert connect().get_run(run_id).data.tags["rolled_back.00000002"] == "words"
     # By the name that it had before the store answered.
-    with training_run(params, first.run_id, LINEAGE, {}) as third:
+    with training_run(params, first.run_id, LINEAGE, {}, 1_853_056) as third:
         third.metrics(entries(3, 4))
     send_outbox()  # what was not sent because the waits are short
     assert logged() == {run_id: [1, 2, 3, 4]}

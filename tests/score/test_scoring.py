@@ -29,6 +29,7 @@ def stream_of(*lengths: int) -> Stream:
     return Stream(tokens, pd.DataFrame(table))
 
 
+POSITIONS = (range(1), range(1, 2), range(2, 4), range(4, 8), range(8, 16))  # groups in a window of 16
 END = 49  # the end-of-text token of streams of whole documents
 
 
@@ -51,8 +52,8 @@ def by_hand(model: Any, stream: Stream, *, masked: bool = False) -> dict[str, li
         "nats": [0.0] * len(stream.documents),
         "n_tokens": [0.0] * len(stream.documents),
         "correct": [0.0] * len(stream.documents),
-        "by_position": [0.0] * context,
-        "n_by_position": [0.0] * context,
+        "by_position": [0.0] * 5,
+        "n_by_position": [0.0] * 5,
         "confidence": [0.0] * CONFIDENCE_BINS,
         "n_by_confidence": [0.0] * CONFIDENCE_BINS,
     }
@@ -66,8 +67,9 @@ def by_hand(model: Any, stream: Stream, *, masked: bool = False) -> dict[str, li
         sums["nats"][document[target]] += nats
         sums["correct"][document[target]] += int(logits.argmax()) == tokens[target]
         sums["n_tokens"][document[target]] += 1
-        sums["by_position"][(target - 1) % context] += nats
-        sums["n_by_position"][(target - 1) % context] += 1
+        group = POSITIONS.index(next(p for p in POSITIONS if (target - 1) % context in p))
+        sums["by_position"][group] += nats
+        sums["n_by_position"][group] += 1
         confidence = logits.softmax(-1).max().item()
         sums["confidence"][int(confidence * CONFIDENCE_BINS)] += confidence
         sums["n_by_confidence"][int(confidence * CONFIDENCE_BINS)] += 1
@@ -83,18 +85,23 @@ def test_against_a_loop(
     model, stream = tiny.network(), stream_of(*lengths)
     monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
     reported: list[int] = []
-    scores, expected = score(model, stream, advance=reported.append), by_hand(model, stream)
+    scores, expected = (
+        score(model, stream, with_positions=True, advance=reported.append),
+        by_hand(model, stream),
+    )
     nats, hits, n_tokens = scores.by_document
     assert n_tokens.tolist() == expected["n_tokens"]
-    assert scores.by_position[2].tolist() == expected["n_by_position"]
+    by_position = scores.by_position.sum(axis=2)
+    np.testing.assert_allclose(scores.by_position.sum(axis=1), scores.by_document)
+    assert by_position[2].tolist() == expected["n_by_position"]
     assert hits.tolist() == expected["correct"]
     np.testing.assert_allclose(nats, expected["nats"], rtol=1e-5)
-    np.testing.assert_allclose(scores.by_position[0], expected["by_position"], rtol=1e-5)
-    assert scores.by_position[1].sum() == scores.by_confidence[1].sum() == sum(expected["correct"])
+    np.testing.assert_allclose(by_position[0], expected["by_position"], rtol=1e-5)
+    assert by_position[1].sum() == scores.by_confidence[1].sum() == sum(expected["correct"])
     np.testing.assert_allclose(scores.by_confidence[0], expected["confidence"], rtol=1e-5)
     assert scores.by_confidence[2].tolist() == expected["n_by_confidence"]
     assert n_tokens.sum() == sum(reported) == len(stream.tokens) - 1
-    assert nats.sum() == pytest.approx(scores.by_position[0].sum())
+    assert nats.sum() == pytest.approx(by_position[0].sum())
 
 
 @pytest.mark.parametrize("windows_at_once", [1, 2, 100])
@@ -105,12 +112,13 @@ def test_a_model_trained_with_document_masking_is_scored_within_documents(
     """Windows and scored tokens stay the same. Rotary positions are relative, so the loop needs no mask."""
     model, stream = tiny.network(), ended(stream_of(*lengths))
     monkeypatch.setattr(scoring, "_MAX_LOGITS", windows_at_once * 16 * model.vocab_size)
-    scores, expected = score(model, stream, Scoring(end_of_text=END)), by_hand(model, stream, masked=True)
+    scores = score(model, stream, Scoring(end_of_text=END), with_positions=True)
+    expected = by_hand(model, stream, masked=True)
     nats, hits, n_tokens = scores.by_document
     assert n_tokens.tolist() == expected["n_tokens"]
     assert hits.tolist() == expected["correct"]
     np.testing.assert_allclose(nats, expected["nats"], rtol=1e-5)
-    np.testing.assert_allclose(scores.by_position[0], expected["by_position"], rtol=1e-5)
+    np.testing.assert_allclose(scores.by_position[0].sum(axis=1), expected["by_position"], rtol=1e-5)
 
 
 def test_the_masks_of_a_batch_are_as_large_as_its_logits_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,14 @@ def test_the_files_that_a_training_writes(project: Project) -> None:
     assert validations["train_loss"][1] == pytest.approx(steps["loss"][:4].mean())
     assert validations["val_loss"].min() == pytest.approx(best["loss"])
     (record,) = project.records
-    assert json.loads((project.root / "reports/mlflow_run.json").read_bytes()) == {"run_id": record.run_id}
+    run = json.loads((project.root / "reports/mlflow_run.json").read_bytes())
+    assert run["run_id"] == record.run_id
+    # 4 sequences of 16 tokens in each step
+    seconds = [
+        64 / metrics["train/tokens_per_second"] for _, _, metrics in record.entries if "train/loss" in metrics
+    ]
+    assert len(seconds) == 12
+    assert run["seconds"] == pytest.approx(sum(seconds))
     card = (project.root / "models/gpt/README.md").read_text()
     assert "trained from scratch" in card
     assert lineage.digest in card
@@ -126,7 +133,7 @@ def test_the_model_written_is_the_best_not_the_last(project: Project) -> None:
         assert torch.equal(parameter, fresh.get_parameter(name))
 
 
-@pytest.mark.parametrize("stop_at", [0, 3, 8, 9])
+@pytest.mark.parametrize("stop_at", [0, 3, 5, 8, 9])
 def test_an_interrupted_training_ends_like_an_undisturbed_one(
     project: Project, undisturbed: tuple[Params, dict[str, str]], stop_at: int
 ) -> None:
