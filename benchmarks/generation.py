@@ -46,14 +46,16 @@ def main() -> None:
 
 
 def save_untrained(folder: Path, network: dict[str, Any]) -> None:
-    """A network with random weights and a head of its own, so that greedy text does not repeat itself."""
+    """A network with random weights. Without training, a head that is not tied is zero: draw it too."""
     shape = {**network}
     vocab_size = shape.pop("vocab_size")
-    values = {**load_params().model.model_dump(), **shape, "tie_embeddings": False}
+    is_tied = shape["architecture"] == "gpt2"  # which allows nothing else
+    values = {**load_params().model.model_dump(), **shape, "tie_embeddings": is_tied}
     params = ModelParams(**{**values, "n_kv_head": values["n_head"]})
     torch.manual_seed(0)
     model = GPT(params, vocab_size)
-    torch.nn.init.normal_(model.head.weight, std=0.02)
+    if not is_tied:
+        torch.nn.init.normal_(model.head.weight, std=0.02)
     save_model(folder, params, vocab_size, vocab_size - 1, dict(model.named_parameters()))
 
 

@@ -46,7 +46,7 @@ class Model:
     def __init__(self, network: GPT, tokenizer: Tokenizer, folder: Path, manifest: Manifest) -> None:
         self.network = network.eval()
         self.tokenizer = tokenizer
-        self._scoring = scoring_of(folder, manifest, tokenizer.end_of_text)
+        self._folder, self._manifest = folder, manifest
 
     @property
     def context_length(self) -> int:
@@ -70,14 +70,16 @@ class Model:
         """`loss` (mean nats per token), `perplexity` and `bits_per_byte` of a text, and its `n_tokens`.
 
         The text is scored as evaluate scores a held-out document that is alone in its split: after an
-        end-of-text token, with its own at the end, in consecutive windows. Raises InputError for an empty text.
+        end-of-text token, with its own at the end, in consecutive windows. Raises InputError for an empty text,
+        IntegrityError if the folder does not say how the model was scored in training.
         """
         if not text:
             raise InputError("the text to score is empty")
         end = self.tokenizer.end_of_text
         tokens = np.array([end, *self.tokenizer.encode(text), end], dtype=self.tokenizer.dtype)
         documents = pd.DataFrame({"offset": [0, 1], "n_tokens": [1, len(tokens) - 1]})
-        nats, _, n_tokens = score(self.network, Stream(tokens, documents), self._scoring).by_document[:, 1]
+        scoring = scoring_of(self._folder, self._manifest, end)
+        nats, _, n_tokens = score(self.network, Stream(tokens, documents), scoring).by_document[:, 1]
         loss = float(nats / n_tokens)
         bits_per_byte = float(nats / math.log(2) / len(text.encode()))
         perplexity = math.exp(min(loss, 700.0))

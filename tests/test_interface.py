@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from toy_registration import evaluate
 
 import gptpipe
 from gptpipe.formats.streams import open_stream
@@ -133,6 +134,17 @@ def test_curves_are_those_of_the_reports(trained: Path, monkeypatch: pytest.Monk
     assert curves["val/loss"].dropna().to_dict() == pytest.approx(expected, rel=1e-4)
     with pytest.raises(InputError, match="there is no run 'nothing'"):
         gptpipe.read_curves("nothing")
+
+
+@pytest.mark.usefixtures("project")
+def test_a_registered_model_is_that_of_its_folder() -> None:
+    folder = tiny.make_model(Path("models/gpt"))
+    assert "champion" in evaluate(tiny.params(), folder, None, 2.0)
+    registered = gptpipe.load_model("models:/gpt@champion")
+    assert registered.generate("the", max_new_tokens=8) == gptpipe.load_model(folder).generate(
+        "the", max_new_tokens=8
+    )
+    assert registered.context_length == 16
 
 
 def test_bad_input_is_one_clear_error(model: gptpipe.Model, tmp_path: Path) -> None:

@@ -27,8 +27,7 @@ _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 def serve(options: argparse.Namespace) -> None:
     """Serve until a signal. Raises ConfigError, InputError, IntegrityError, ResourceError."""
     key = serve_key()
-    is_local = _is_loopback(options.host)
-    if key is None and not is_local:
+    if key is None and not _is_loopback(options.host):
         raise ConfigError(
             f"--host {options.host} lets other machines in; set GPTPIPE_SERVE_KEY to a key for clients"
         )
@@ -41,7 +40,8 @@ def serve(options: argparse.Namespace) -> None:
     with ExitStack() as stack, _listen(options.host, options.port) as listener:
         names = model_names(options.models or [Path("models/gpt")])
         workers = [_start(name, value, limits, stack) for name, value in names.items()]
-        app = create_app(workers, limits, key, _LOCAL_NAMES | {options.host.lower()} if is_local else None)
+        host_names = _LOCAL_NAMES | {options.host.lower()} if key is None else None
+        app = create_app(workers, limits, key, host_names)
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -67,7 +67,9 @@ class TokenSequence:
         self._random = torch.Generator().manual_seed(sampling.seed)
 
     def next_random(self) -> float:
-        """A random number in [0, 1), from this sequence's own generator."""
+        """A random number in [0, 1), from this sequence's own generator; 0 if none is needed."""
+        if self.options.temperature == 0:
+            return 0.0
         return torch.rand((), generator=self._random, dtype=torch.float64).item()
 
 
@@ -124,7 +126,7 @@ class Batch:
         finally:
             if was_training:
                 self._model.train()
-        if not logits.isfinite().all():
+        if not all(math.isfinite(bound) for bound in torch.stack(logits.aminmax()).tolist()):
             raise NumericError(
                 "the model's logits are not finite: its weights are unusable; choose another model"
             )

@@ -91,7 +91,8 @@ def text_before_stop(text: str, start: int, stop: Sequence[str]) -> tuple[int, b
     found = [place for place in (text.find(string, start) for string in stop) if place >= 0]
     if found:
         return min(found), True
-    beginnings = (string[:n] for string in stop for n in range(1, len(string)))
+    n_new = len(text) - start
+    beginnings = (string[:n] for string in stop for n in range(1, min(len(string), n_new + 1)))
     n_open = max((len(part) for part in beginnings if text.endswith(part, start)), default=0)
     return len(text) - n_open, False
 

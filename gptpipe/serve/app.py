@@ -39,8 +39,8 @@ def create_app(
 ) -> FastAPI:
     """The application. With a `key`, every request but `/` and `/health` must have it.
 
-    `host_names`: the values of the header Host that are accepted; None for all. Without this check, a web site
-    could reach a server on the loopback interface under a name of its own (DNS rebinding).
+    `host_names`: the values of the header Host that are accepted; None for all. A server without a key needs
+    them. Otherwise a web site could reach it under a name of its own (DNS rebinding).
     """
     service = _Service(workers, limits)
 

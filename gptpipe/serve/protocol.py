@@ -4,7 +4,7 @@ import codecs
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -148,16 +148,14 @@ def read_prompts(request: CompletionRequest, tokenizer: Tokenizer, context_lengt
 
 
 def _prompts(value: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> Iterator[Prompt]:
-    if isinstance(value, str) or (value and isinstance(value[0], int)):
-        value = [value]
-    for item in value:
+    is_one = isinstance(value, str) or (len(value) > 0 and isinstance(value[0], int))
+    for item in cast(list[str | list[int]], [value] if is_one else value):
         if isinstance(item, str):
             try:
                 yield Prompt(item, prompt_tokens(tokenizer, item))
             except InputError as error:
                 raise ApiError(400, str(error), param="prompt") from error
         else:
-            assert isinstance(item, list)
             if not item or not all(0 <= i < tokenizer.vocab_size for i in item):
                 reason = f"token ids of a prompt must be 0 to {tokenizer.vocab_size - 1:,}, and not none"
                 raise ApiError(400, reason, param="prompt")
