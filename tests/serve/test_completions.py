@@ -19,6 +19,8 @@ from gptpipe.score.continuations import load_generator
 from gptpipe.score.text_batch import continue_text
 from gptpipe.serve.limits import Limits
 
+# Always the most probable token: the models of these tests then never end a document.
+ENDLESS: dict[str, Any] = {"max_tokens": 10**6, "temperature": 0}
 KEY = "a key of sixteen".replace(" ", "-")
 
 
@@ -302,7 +304,7 @@ def test_a_full_queue_refuses_more(folders: list[Path]) -> None:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         with (
             client,
-            client.completions.create(model="gpt", prompt="x", max_tokens=10**6, stream=True) as stream,
+            client.completions.create(model="gpt", prompt="x", **ENDLESS, stream=True) as stream,
         ):
             next(iter(stream))
             with client.completions.create(model="gpt", prompt="x", max_tokens=9, n=2, stream=True):
@@ -316,13 +318,13 @@ def test_a_client_that_goes_away_frees_its_place(folders: list[Path]) -> None:
         (worker,) = running.workers
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         with client:
-            stream = client.completions.create(model="gpt", prompt="x", max_tokens=10**6, n=2, stream=True)
+            stream = client.completions.create(model="gpt", prompt="x", **ENDLESS, n=2, stream=True)
             next(iter(stream))
             assert worker.n_running == 2
             stream.close()
             wait_until(lambda: worker.n_running == 0)
             with pytest.raises(openai.APITimeoutError):
-                client.completions.create(model="gpt", prompt="x", max_tokens=10**6, timeout=0.3)
+                client.completions.create(model="gpt", prompt="x", **ENDLESS, timeout=0.3)
             wait_until(lambda: worker.n_running == 0)
 
 
@@ -331,8 +333,8 @@ def test_a_request_that_takes_too_long_ends_with_an_error(folders: list[Path]) -
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         with client:
             with pytest.raises(openai.InternalServerError, match=r"more than 0\.2 seconds"):
-                client.completions.create(model="gpt", prompt="x", max_tokens=10**6)
-            stream = client.completions.create(model="gpt", prompt="x", max_tokens=10**6, stream=True)
+                client.completions.create(model="gpt", prompt="x", **ENDLESS)
+            stream = client.completions.create(model="gpt", prompt="x", **ENDLESS, stream=True)
             with pytest.raises(openai.APIError, match=r"more than 0\.2 seconds"):
                 list(stream)
 
@@ -344,7 +346,7 @@ def test_running_requests_end_soon_when_the_server_ends(folders: list[Path]) -> 
     def read(url: str) -> None:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with client, pytest.raises(openai.APIError) as caught:
-            list(client.completions.create(model="gpt", prompt="x", max_tokens=10**6, stream=True))
+            list(client.completions.create(model="gpt", prompt="x", **ENDLESS, stream=True))
         errors.append(caught.value.message)
 
     limits = Limits(sequences=1, grace_seconds=0.3, max_tokens=10**6)
