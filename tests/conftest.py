@@ -46,6 +46,7 @@ SETTINGS = (
     "MLFLOW_EXPERIMENT_NAME",
     "GPTPIPE_VERBOSITY",
     "GPTPIPE_ENGINE",
+    "GPTPIPE_SERVE_KEY",
     "RAY_ADDRESS",
 )
 # Before torch is imported: several workers with several threads each slow down.

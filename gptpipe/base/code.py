@@ -2,8 +2,8 @@
 
 dvc.yaml lists the same folders (a test compares them), so `dvc repro` reruns the stages that an edit affects.
 The digest of the code is part of the key of an unfinished folder and of the identity of a checkpoint, so
-changed code resumes neither. Not listed, because they affect no result: the packages `shell`, `record` and
-`commands`, and `gptpipe/params.py`, whose values DVC compares itself.
+changed code resumes neither. Not listed, because they affect no result: the packages `shell`, `record`, `serve`
+and `commands`, `gptpipe/interface.py`, and `gptpipe/params.py`, whose values DVC compares itself.
 """
 
 import hashlib

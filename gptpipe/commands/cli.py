@@ -46,15 +46,16 @@ def _dispatch(arguments: Sequence[str]) -> None:
 def _enter_project(options: argparse.Namespace) -> None:
     """Change to the project's root, so that commands also work in its subfolders. Raises ConfigError.
 
-    Paths that the user gave stay relative to the folder of the call. Outside a project, `generate` works if it
-    is given a model.
+    Paths that the user gave stay relative to the folder of the call. Outside a project, `generate` and `serve`
+    work if they are given a model.
     """
     here = Path.cwd()
     root = next((folder for folder in (here, *here.parents) if is_project(folder)), None)
     paths = {name: value for name, value in vars(options).items() if isinstance(value, Path)}
     given = {name: path for name, path in paths.items() if path is not _DEFAULT_MODEL}
+    models: list[Path | str] | None = getattr(options, "models", None)
     if root is None:
-        if "model" in given:
+        if "model" in given or models:
             return
         raise ConfigError(
             f"{here}: neither this folder nor one above is a gptpipe project; change to one with `cd`"
@@ -62,6 +63,8 @@ def _enter_project(options: argparse.Namespace) -> None:
     if root != here:
         for name, path in given.items():
             setattr(options, name, here / path)
+        if models:
+            options.models = [here / model if isinstance(model, Path) else model for model in models]
         os.chdir(root)
 
 
@@ -142,6 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("split", type=Path, nargs="?", default=Path("data/split"), help="folder with a split")
     score.add_argument("--model", type=Path, default=Path("models/gpt"), help="model folder")
 
+    serve = add_command("serve", _serve)
+    serve.add_argument(
+        "models", nargs="*", metavar="MODEL", type=_model, help="model folders, or models:/NAME@ALIAS"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="for another one, set GPTPIPE_SERVE_KEY")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen at; 0: any free one")
+    serve.add_argument("--max-tokens", type=int, default=4096, help="new tokens that a request may ask for")
+    serve.add_argument("--timeout", type=float, default=300.0, help="seconds that a request may take")
+
     export = add_command("export", _export)
     export.add_argument("--format", choices=["gguf"], default="gguf", help="gguf: for llama.cpp and ollama")
     export.add_argument(
@@ -159,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         help="new folder; without it, beside this project with the run's id in its name",
     )
     return parser
+
+
+def _model(text: str) -> Path | str:
+    """A model folder, or the address of a model in the registry."""
+    return text if text.startswith("models:") else Path(text)
 
 
 def _plan(_: argparse.Namespace) -> None:
@@ -219,6 +236,13 @@ def _score(options: argparse.Namespace) -> None:
 
     for line in score_split(options.model, options.split):
         print(printable(line))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Serve models to OpenAI's clients and to a web page."""
+    from gptpipe.commands.serve import serve
+
+    serve(options)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from gptpipe.base.manifest import verify
 from gptpipe.model.device import best_device, memory_errors
 from gptpipe.model.generate import Sampling
-from gptpipe.score.continuations import announce_cut, continue_text, load_generator
+from gptpipe.score.continuations import announce_cut, load_generator
+from gptpipe.score.text_batch import continue_text
 from gptpipe.shell.console import printable
 from gptpipe.shell.errors import ConfigError, InputError
 

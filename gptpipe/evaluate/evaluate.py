@@ -23,13 +23,7 @@ from gptpipe.formats.tokenizer import Tokenizer
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
-from gptpipe.score.continuations import (
-    announce_cut,
-    continue_documents,
-    continue_text,
-    load_generator,
-    overlap_scores,
-)
+from gptpipe.score.continuations import announce_cut, continue_documents, load_generator, overlap_scores
 from gptpipe.score.metrics import (
     Metrics,
     calibration_error,
@@ -39,6 +33,7 @@ from gptpipe.score.metrics import (
     ratio,
 )
 from gptpipe.score.scoring import Scores, Scoring, score, scoring_of
+from gptpipe.score.text_batch import continue_texts
 from gptpipe.shell.console import Progress
 from gptpipe.shell.errors import IntegrityError
 
@@ -167,10 +162,8 @@ def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int)
     for i, prompt in enumerate(params.prompts):
         announce_cut(model, tokenizer, prompt, f"evaluate.prompts[{i}]")
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
-    return {
-        prompt: "".join(continue_text(model, tokenizer, prompt, params.max_new_tokens, sampling))
-        for prompt in params.prompts
-    }
+    texts = continue_texts(model, tokenizer, params.prompts, params.max_new_tokens, sampling)
+    return dict(zip(params.prompts, texts, strict=True))
 
 
 def _metrics_of_side(scores: Scores, stream: Stream) -> Metrics:

@@ -14,7 +14,8 @@ from mlflow.types import ParamSchema
 
 from gptpipe.base.manifest import verify
 from gptpipe.model.generate import Sampling
-from gptpipe.score.continuations import announce_cut, continue_text, load_generator
+from gptpipe.score.continuations import announce_cut, load_generator
+from gptpipe.score.text_batch import continue_text, continue_texts
 from gptpipe.shell.errors import ConfigError
 
 _COLUMN = "prompt"
@@ -50,10 +51,8 @@ class Generator(PythonModel):
         prompts = _prompts(model_input)
         for number, prompt in enumerate(prompts, start=1):
             announce_cut(self.model, self.tokenizer, prompt, f"prompt {number}")
-        texts = [
-            prompt + "".join(continue_text(self.model, self.tokenizer, prompt, max_new_tokens, sampling))
-            for prompt in prompts
-        ]
+        continuations = continue_texts(self.model, self.tokenizer, prompts, max_new_tokens, sampling)
+        texts = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
         return pd.DataFrame({"text": texts})
 
     def predict_stream(

@@ -104,7 +104,7 @@ def _compare_greedy(
     n_prompt = min(_PROMPT_TOKENS, model.params.context_length - 1, len(tokens))
     n_new = min(_NEW_TOKENS, model.params.context_length - n_prompt)
     prompt = _tensor(tokens[:n_prompt], model)
-    ours = [int(token) for token in generate(model, prompt, n_new, Sampling(temperature=0))]
+    ours = [token for (token,) in generate(model, prompt.tolist(), n_new, Sampling(temperature=0))]
     generated = theirs.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

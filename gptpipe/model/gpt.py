@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D n_embd, N n_head, K n_kv_head, H head dimension, V 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,56 @@ from gptpipe.model.params import ModelParams
 
 @dataclass
 class KVCache:
-    """Keys and values of past tokens: one (B, K, capacity, H) tensor each per layer.
+    """Keys and values of the past tokens of several sequences: a (rows, capacity, K, H) tensor each per layer.
 
-    The first `length` are filled.
+    Each sequence has a row, in which the first `lengths[row]` places are filled. The others are ignored.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    length: int = 0
+    lengths: list[int]
+
+
+class CacheUpdate:
+    """One forward pass with a cache: T new tokens for each of the given rows.
+
+    `positions` are those of the new tokens: (B, T), or (T,) if they are the same in all rows. `mask` says what
+    they attend to, by 0 or -inf, (B, 1, T, places). It is None if it would be causal, or would hide nothing.
+    """
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], n_new: int) -> None:
+        self._cache = cache
+        like = cache.keys[0]
+        starts = [cache.lengths[row] for row in rows]
+        self._end = max(starts) + n_new  # places that the longest row fills
+        self.starts_empty = not any(starts)
+        self._rows: slice | Tensor = slice(0, len(rows))
+        if list(rows) != list(range(len(rows))):
+            self._rows = torch.tensor(rows, device=like.device)
+        new = torch.arange(n_new, device=like.device)
+        self.mask: Tensor | None = None
+        self._is_aligned = min(starts) == max(starts) and isinstance(self._rows, slice)
+        if self._is_aligned:
+            self.positions = new + starts[0]  # (T,)
+        else:
+            self.positions = torch.tensor(starts, device=like.device)[:, None] + new  # (B, T)
+        if not (self.starts_empty or (self._is_aligned and n_new == 1)):
+            places = torch.arange(self._end, device=like.device)
+            is_hidden = places > self.positions[..., None]  # (B, T, places), or (T, places)
+            mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device)
+            self.mask = mask.masked_fill_(is_hidden, -math.inf).view(-1, 1, *is_hidden.shape[-2:])
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values of the new tokens, (B, T, K, H); returns those of all, (B, places, K, H)."""
+        return self._append(self._cache.keys[layer], k), self._append(self._cache.values[layer], v)
+
+    def _append(self, stored: Tensor, new: Tensor) -> Tensor:
+        if self._is_aligned:
+            stored[self._rows, self._end - new.shape[1] : self._end] = new
+        else:
+            rows = torch.arange(len(new), device=new.device) if isinstance(self._rows, slice) else self._rows
+            stored[rows[:, None], self.positions] = new
+        return new if self.starts_empty else stored[self._rows, : self._end]
 
 
 def rotary_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -43,7 +86,10 @@ def rotary_tables(n_positions: int, head_dim: int, theta: float) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + H/2]) by the angle of its position; x (B, N, T, H), tables (T, H)."""
+    """Rotate each pair (x[i], x[i + H/2]) by the angle of its position; x (B, N, T, H), tables (T, H).
+
+    With other positions in each sequence, the tables are (B, 1, T, H).
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -91,7 +137,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: CacheUpdate | None,
         layer: int,
     ) -> Tensor:
         B, T, _ = x.shape
@@ -102,25 +148,17 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, N or K, T, H)
         if rotary is not None:
             q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+        is_causal = mask is None
         if cache is not None:
-            k, v, mask = _append(cache, layer, k, v)
+            k, v = (x.transpose(1, 2) for x in cache.append(layer, k.transpose(1, 2), v.transpose(1, 2)))
+            mask, is_causal = cache.mask, cache.starts_empty
         if self.n_kv_head < self.n_head:
             group = self.n_head // self.n_kv_head
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, N, T, H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
         return F.dropout(self.o_proj(y), self.dropout, self.training)
-
-
-def _append(cache: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Append keys and values of T new tokens; returns all of them and a causal mask (T, length + T)."""
-    T = k.shape[2]
-    end = cache.length + T
-    cache.keys[layer][:, :, cache.length : end] = k
-    cache.values[layer][:, :, cache.length : end] = v
-    mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(cache.length)
-    return cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], mask
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -170,7 +208,7 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: CacheUpdate | None,
         layer: int,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
@@ -218,30 +256,49 @@ class GPT(nn.Module):
             nn.init.normal_(self.embedding.weight)
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """Final hidden states (B, T, D) of tokens (B, T). With a cache, the tokens continue those in the cache.
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, T, D) of tokens (B, T).
 
-        `mask` (B, 1, T, T) replaces the causal mask: True where a token may attend to another.
+        With a cache, the tokens continue those in its `rows`, by default the first B. `mask` (B, 1, T, T)
+        replaces the causal mask: True where a token may attend to another.
         """
-        assert cache is None or mask is None  # with a cache, `_append` makes the mask
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
+        assert cache is None or mask is None  # with a cache, CacheUpdate makes the mask
+        rows = rows if rows is not None else range(len(tokens))
+        update = None if cache is None else CacheUpdate(cache, rows, tokens.shape[1])
         x = self.embedding(tokens)  # (B, T, D)
         rotary = None
         if self.params.architecture == "gpt2":
-            x = x + self.position_embedding.weight[start:end]
+            x = x + self._at(self.position_embedding.weight, tokens.shape[1], update)
             x = F.dropout(x, self.params.dropout, self.training)
         else:
-            rotary = (self.get_buffer("rotary_cos")[start:end], self.get_buffer("rotary_sin")[start:end])
+            rotary = self._rotary(tokens.shape[1], update)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, mask, cache, layer, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, update, layer, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache, layer)
+                x = block(x, rotary, mask, update, layer)
         if cache is not None:
-            cache.length = end
+            for row in rows:
+                cache.lengths[row] += tokens.shape[1]
         normed: Tensor = self.final_norm(x)
         return normed
+
+    def _rotary(self, n_tokens: int, update: CacheUpdate | None) -> tuple[Tensor, Tensor]:
+        """Rotary tables of the new tokens, (T, H) each, or (B, 1, T, H) if the rows differ."""
+        tables = (self.get_buffer("rotary_cos"), self.get_buffer("rotary_sin"))
+        cos, sin = (self._at(table, n_tokens, update) for table in tables)
+        return (cos[:, None], sin[:, None]) if cos.dim() == 3 else (cos, sin)
+
+    @staticmethod
+    def _at(table: Tensor, n_tokens: int, update: CacheUpdate | None) -> Tensor:
+        """The rows of a table of positions that belong to the new tokens."""
+        return table[:n_tokens] if update is None else table[update.positions]
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V); those at position t predict the token at t + 1."""
@@ -273,10 +330,12 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int, n_tokens: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `n_tokens` tokens, at most the context."""
         length = min(n_tokens, self.params.context_length)
-        shape = (batch_size, self.params.n_kv_head, length, self.params.resolved_head_dim)
+        shape = (batch_size, length, self.params.n_kv_head, self.params.resolved_head_dim)
         like = self.embedding.weight
         return KVCache(
-            [like.new_zeros(shape) for _ in self.blocks], [like.new_zeros(shape) for _ in self.blocks]
+            [like.new_zeros(shape) for _ in self.blocks],
+            [like.new_zeros(shape) for _ in self.blocks],
+            [0] * batch_size,
         )
 
     def n_parameters(self) -> int:

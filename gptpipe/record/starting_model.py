@@ -51,6 +51,17 @@ def starting_model(parameter: str, value: str | None, output: Path) -> Iterator[
         yield _watched_folder(parameter, value, output)
 
 
+def model_folder(parameter: str, value: Path | str, temporary: Path) -> Path:
+    """A verified model folder: `value` itself, or that of a registered model, maybe copied into `temporary`.
+
+    Raises ConfigError for a name that cannot be used, InputError, IntegrityError, ResourceError.
+    """
+    if isinstance(value, str):
+        return _registered_model(parameter, value, temporary).folder
+    verify(value)
+    return value
+
+
 def _watched_folder(parameter: str, value: str, output: Path) -> StartingModel:
     folder, watched = Path(value).resolve(), WATCHED.resolve()
     if folder == output.resolve():

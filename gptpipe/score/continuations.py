@@ -1,12 +1,9 @@
-"""Text sampled from the model: continuations of prompts and of held-out documents."""
+"""Models that generate text, and their continuations of held-out documents."""
 
-import codecs
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gptpipe.formats.streams import Stream
 from gptpipe.formats.tokenizer import Tokenizer
@@ -48,51 +45,6 @@ def _announce_cut(model: GPT, n_tokens: int, name: str) -> None:
         )
 
 
-def continue_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[str] = (),
-) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces of whole characters.
-
-    It ends at the end of the document, before the first of the strings in `stop`, or after `max_new_tokens`. Of
-    a prompt longer than the context, the model sees only the end: see `announce_cut`.
-    """
-    yield from until_stop(_characters(model, tokenizer, prompt, max_new_tokens, sampling), stop)
-
-
-def _characters(
-    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
-) -> Iterator[str]:
-    """The text of each new token, as far as its characters are complete."""
-    device = model.embedding.weight.device
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_text]], device=device)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
-    for token in generate(model, ids, max_new_tokens, sampling):
-        if int(token) == tokenizer.end_of_text:
-            break
-        yield decoder.decode(tokenizer.decode_bytes([int(token)]))
-    yield decoder.decode(b"", final=True)
-
-
-def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The text of the pieces up to the first stop string. Text that may become a stop string is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        starts = [start for start in map(held.find, stop) if start >= 0]
-        if starts:
-            yield held[: min(starts)]
-            return
-        n_open = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
-        yield held[: len(held) - n_open]
-        held = held[len(held) - n_open :]
-    yield held
-
-
 @dataclass(frozen=True)
 class Continuation:
     """The start of a held-out document, its real continuation, and the model's."""
@@ -112,15 +64,13 @@ def continue_documents(
     table = stream.documents[stream.documents["n_tokens"] > 2 * n_tokens].head(n_documents)
     if len(table):
         _announce_cut(model, n_tokens, "evaluate.continuation_tokens: the start of each document")
-    device = model.embedding.weight.device
     results: list[Continuation] = []
     for start in range(0, len(table), _BATCH):
         offsets = table["offset"].to_numpy()[start : start + _BATCH]
         texts = np.stack([stream.tokens[offset : offset + 2 * n_tokens] for offset in offsets])
         texts = texts.astype(np.int64)  # (B, 2 * n_tokens)
-        prompts = torch.from_numpy(texts[:, :n_tokens]).to(device)
-        steps = list(generate(model, prompts, n_tokens, Sampling(temperature=0)))
-        generated = torch.stack(steps, dim=1).cpu().numpy()
+        steps = list(generate(model, texts[:, :n_tokens].tolist(), n_tokens, Sampling(temperature=0)))
+        generated = np.array(steps).T  # (B, n_tokens)
         for text, new in zip(texts, generated, strict=True):
             ends = np.flatnonzero(new == tokenizer.end_of_text)
             n_new = ends[0] if len(ends) else len(new)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from gptpipe.shell.errors import ConfigError
 
 VERBOSITIES = ("quiet", "normal", "verbose")
+_LEAST_KEY = 16  # characters of GPTPIPE_SERVE_KEY
 SQLITE = "sqlite:///"  # start of the address of a SQLite database
 
 
@@ -106,6 +107,19 @@ def optional_module(name: str, extra: str) -> ModuleType:
         raise ConfigError(
             f"params.yaml has a value that needs `{name}`: pip install -e '.[{extra}]'"
         ) from error
+
+
+def serve_key() -> str | None:
+    """GPTPIPE_SERVE_KEY: the key of clients of `gptpipe serve`; None: only this machine may connect."""
+    key = os.environ.get("GPTPIPE_SERVE_KEY")
+    if key is None:
+        return None
+    if len(key) < _LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"GPTPIPE_SERVE_KEY must have {_LEAST_KEY} or more ASCII characters, without spaces, "
+            "so that nobody guesses it; `openssl rand -hex 24` makes one"
+        )
+    return key
 
 
 def allow_inexact() -> bool:

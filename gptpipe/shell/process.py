@@ -88,8 +88,7 @@ def run_stage(name: str, main: Callable[[], None], description: str | None) -> N
 
 
 def _run_alone(name: str, main: Callable[[], None], description: str | None) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)  # not earlier: `run` catches what it raises
+    stop_at_signals()  # not earlier: `run` catches what they raise
     parser = argparse.ArgumentParser(description=description, epilog="Values: params.yaml. Run by `dvc repro`.")
     parser.parse_args()
     from gptpipe.shell.environment import rank_info
@@ -100,6 +99,12 @@ def _run_alone(name: str, main: Callable[[], None], description: str | None) -> 
         return
     with one_writer(Path(name)):
         main()
+
+
+def stop_at_signals() -> None:
+    """From now on, SIGINT and SIGTERM raise Stopped, which `run` catches."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from gptpipe.model.device import memory_errors
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
 from gptpipe.model.hf_weights import initialise_from, weight_files
-from gptpipe.score.continuations import announce_cut, continue_text
+from gptpipe.score.continuations import announce_cut
 from gptpipe.score.metrics import VALIDATION_METRICS, Metrics, compute_metrics
 from gptpipe.score.scoring import score, scoring_in_words
+from gptpipe.score.text_batch import continue_text
 from gptpipe.shell.console import Progress, complain, say
 from gptpipe.shell.environment import allow_inexact, project_root, rank_info
 from gptpipe.shell.errors import IntegrityError, Interrupted, NumericError, ResourceError

@@ -191,8 +191,9 @@ def our_answer(request: Request, model: GPT, tokenizer: Tokenizer) -> Answer:
     """What a llama.cpp without any difference would answer."""
     with torch.no_grad():
         logits = model(torch.tensor([list(request.tokens)]))[0].numpy()
-    prompt = torch.tensor([list(request.tokens[: request.n_prompt])])
-    continuation = [int(token) for token in generate(model, prompt, request.n_new, Sampling(temperature=0))]
+    prompt = list(request.tokens[: request.n_prompt])
+    steps = generate(model, [prompt], request.n_new, Sampling(temperature=0))
+    continuation = [token for (token,) in steps]
     return Answer([tokenizer.encode(text) for text in request.texts], logits, continuation)
 
 

@@ -73,7 +73,7 @@ def test_logits_with_a_cache_equal_those_of_a_single_pass(switches: dict[str, An
     with torch.no_grad():
         pieces = [model(tokens[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
-    assert cache.length == 12
+    assert cache.lengths == [12] * 3
 
 
 @every_architecture

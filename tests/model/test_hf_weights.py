@@ -68,7 +68,7 @@ def test_transformers_reads_what_we_save(tmp_path: Path, switches: dict[str, Any
     generated = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
-    ours = torch.stack(list(generate(model, prompt, 12, Sampling(temperature=0))), dim=1)
+    ours = torch.tensor(list(generate(model, prompt.tolist(), 12, Sampling(temperature=0)))).T
     assert ours.tolist() == generated[:, 4:].tolist()
 
 
@@ -83,9 +83,9 @@ def test_the_repetition_penalty_is_that_of_transformers(tmp_path: Path) -> None:
     }
     theirs = read_by_transformers(saved(tmp_path, model)).generate(prompt, repetition_penalty=1.5, **options)
     sampling = Sampling(temperature=0, repetition_penalty=1.5)
-    ours = torch.stack(list(generate(model, prompt, 12, sampling)), dim=1)
+    ours = torch.tensor(list(generate(model, prompt.tolist(), 12, sampling))).T
     assert ours.tolist() == theirs[:, 4:].tolist()
-    without = torch.stack(list(generate(model, prompt, 12, Sampling(temperature=0))), dim=1)
+    without = torch.tensor(list(generate(model, prompt.tolist(), 12, Sampling(temperature=0)))).T
     assert ours.tolist() != without.tolist()
 
 

@@ -1,91 +1,19 @@
 """Text sampled from the model, and its similarity to the real text."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from gptpipe.formats.streams import open_stream
 from gptpipe.formats.tokenizer import TOKENIZER, Tokenizer
 from gptpipe.model.generate import Sampling
 from gptpipe.score import continuations
-from gptpipe.score.continuations import (
-    Continuation,
-    announce_cut,
-    continue_documents,
-    continue_text,
-    overlap_scores,
-    until_stop,
-)
+from gptpipe.score.continuations import Continuation, announce_cut, continue_documents, overlap_scores
+from gptpipe.score.text_batch import continue_text
 from gptpipe.tokenize.tokenizers import train_tokenizer
 
 BYTES = train_tokenizer(["ab " * 50], 257)  # a token for every byte, and the end of text
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
-    """Let the model generate exactly these tokens."""
-
-    def generate(*_: object) -> Iterator[torch.Tensor]:
-        yield from (torch.tensor([i]) for i in ids)
-
-    monkeypatch.setattr(continuations, "generate", generate)
-
-
-def test_a_character_may_span_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = BYTES.encode("é猫🙂")
-    assert len(ids) == 9
-    scripted(monkeypatch, ids)
-    pieces = list(continue_text(tiny.network(257), BYTES, "x", 9, Sampling()))
-    assert [piece for piece in pieces if piece] == ["é", "猫", "🙂"]
-
-
-def test_a_continuation_stops_at_the_end_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, [*BYTES.encode("ab"), BYTES.end_of_text, *BYTES.encode("cd")])
-    assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "ab"
-
-
-def test_an_incomplete_character_at_the_end_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, BYTES.encode("猫")[:2])
-    assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling())) == "\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(
-    ("stop", "text"),
-    [
-        ([], "one two\n\nthree"),
-        (["\n\n"], "one two"),
-        (["zzz", "two"], "one "),
-        (["two", "one"], ""),
-        (["ee", "eex"], "one two\n\nthr"),
-        (["threes"], "one two\n\nthree"),  # held back, and given at the end
-        (["\n\n\n"], "one two\n\nthree"),
-    ],
-)
-@pytest.mark.parametrize("size", [1, 2, 5, 99])
-def test_text_ends_before_the_first_stop_string(stop: list[str], text: str, size: int) -> None:
-    """However the text is divided into pieces."""
-    whole = "one two\n\nthree"
-    pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
-    assert "".join(until_stop(pieces, stop)) == text
-
-
-def test_a_piece_is_given_as_soon_as_no_stop_string_can_begin_in_it() -> None:
-    assert list(until_stop(["a\n", "b", "\n", "\n", "c"], ["\n\n"])) == ["a", "\nb", "", ""]
-
-
-def test_a_continuation_stops_before_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, BYTES.encode("é. Next"))
-    assert "".join(continue_text(tiny.network(257), BYTES, "x", 9, Sampling(), [". "])) == "é"
-
-
-@pytest.mark.parametrize("prompt", ["", "x", "longer than the context of sixteen tokens"])
-def test_any_prompt_can_be_continued(prompt: str) -> None:
-    model = tiny.network(257)
-    texts = ["".join(continue_text(model, BYTES, prompt, 20, Sampling(seed=1))) for _ in range(2)]
-    assert texts[0] == texts[1]
-    assert texts[0]
 
 
 def test_a_prompt_longer_than_the_context_is_announced(

@@ -1,0 +1,1 @@
+"""`gptpipe serve`: models behind the part of OpenAI's HTTP interface that a model without chat has."""
