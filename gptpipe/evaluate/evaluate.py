@@ -13,10 +13,15 @@ from gptpipe.base.files import write_bytes, write_json
 from gptpipe.base.manifest import Manifest, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.charts import length_histogram
+from gptpipe.evaluate.cloze import cloze
 from gptpipe.evaluate.document_scores import score_table
+from gptpipe.evaluate.memorization import memorization
+from gptpipe.evaluate.minimal_pairs import minimal_pairs
 from gptpipe.evaluate.overlapping_windows import overlapping_metrics
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.evaluate.reference_points import reference_bits_per_byte
+from gptpipe.evaluate.result_rows import result_rows
+from gptpipe.evaluate.sentences import sentences_of
 from gptpipe.evaluate.transformers_check import check_with_transformers, is_installed
 from gptpipe.formats.sides import SIDES, Side
 from gptpipe.formats.streams import Stream, open_stream, verify_split
@@ -63,6 +68,9 @@ class Evaluation:
         metrics: Metrics = {}
         for part in (*_HELD_OUT, "continuations"):
             metrics |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
+        for row in result_rows(self.results):
+            values = {row.key: row.value, f"{row.key}_standard_error": row.standard_error}
+            metrics |= {name: value for name, value in values.items() if value is not None}
         for side, references in self.results["reference_bits_per_byte"].items():
             metrics |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
         return metrics
@@ -92,15 +100,15 @@ def evaluate_model(
     model.to(best_device())
     streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in SIDES}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
-    last = streams["test"] if "test" in held_out else streams["val"]
+    last: Side = "test" if "test" in held_out else "val"
 
     compared = None
     if params.check_transformers and is_installed():
-        compared = check_with_transformers(model_folder, model, tokenizer, last.tokens)
+        compared = check_with_transformers(model_folder, model, tokenizer, streams[last].tokens)
     scoring = scoring_of(model_folder, model_manifest, tokenizer.end_of_text)
     scores = _score(model, held_out, scoring)
     continuations = continue_documents(
-        model, tokenizer, last, params.continuation_documents, params.continuation_tokens
+        model, tokenizer, streams[last], params.continuation_documents, params.continuation_tokens
     )
     samples = _sample(model, tokenizer, params, seed)
 
@@ -113,12 +121,17 @@ def evaluate_model(
     }
     results["reference_bits_per_byte"] = reference_bits_per_byte(streams["train"], held_out, tokenizer)
     results["continuations"] = overlap_scores(continuations)
+    results |= _built_in(model, tokenizer, streams["train"], streams[last], scoring, seed)
     results["test_digest"] = documents_digest(streams["test"])
     results["scoring"] = scoring.describe()
 
     trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
     card = render_markdown(
-        _TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out)
+        _TEMPLATES / "model_card.md.jinja",
+        card=trained_card,
+        results=results,
+        sides=list(held_out),
+        rows=result_rows(results),
     )
     page = render_markdown(_TEMPLATES / "samples.md.jinja", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
@@ -156,6 +169,18 @@ def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int)
     return {
         prompt: "".join(continue_text(model, tokenizer, prompt, params.max_new_tokens, sampling))
         for prompt in params.prompts
+    }
+
+
+def _built_in(
+    model: GPT, tokenizer: Tokenizer, train: Stream, held_out: Stream, scoring: Scoring, seed: int
+) -> dict[str, dict[str, Any]]:
+    """The results of the evaluations that need no download, by their names."""
+    sentences = sentences_of(held_out, tokenizer)
+    return {
+        "minimal_pairs": minimal_pairs(model, tokenizer, sentences, scoring, seed),
+        "cloze": cloze(model, tokenizer, sentences, scoring, seed),
+        "memorization": memorization(model, tokenizer.end_of_text, train, held_out, seed),
     }
 
 

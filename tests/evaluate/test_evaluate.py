@@ -62,8 +62,17 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     samples = (tmp_path / "samples.md").read_text()
     assert "**the **" in samples
     assert "--- real" in samples
+    assert results["minimal_pairs"]["n_pairs"] > 0
+    assert results["cloze"]["n_passages"] > 0
+    assert results["memorization"] == {"share": None, "reason": "no generated document has 50 tokens"}
     card = (tmp_path / "model_card.md").read_text()
     assert f"{results['test']['loss']:.4f} ± {results['test']['loss_standard_error']:.4f}" in card
+    accuracy, error = (results["cloze"][name] for name in ("accuracy", "accuracy_standard_error"))
+    assert (
+        f"| last words: accuracy | {accuracy:.4f} ± {error:.4f} | {results['cloze']['n_passages']} passages"
+        in card
+    )
+    assert "| not measured | no generated document has 50 tokens |" in card
     assert card.startswith((project.root / "models/gpt/README.md").read_text())
     documents = evaluation.documents[evaluation.documents["split"] == "test"]
     assert documents["nats"].sum() / documents["n_bytes"].sum() / math.log(2) == pytest.approx(
@@ -120,6 +129,8 @@ def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path
     metrics = evaluation.metrics()
     assert {f"{side}/{name}" for side in ("val", "test") for name in METRICS} <= set(metrics)
     assert {"test/xz_bits_per_byte", "val/unigram_bits_per_byte", "continuations/bleu"} <= set(metrics)
+    assert {"minimal_pairs/accuracy", "cloze/accuracy_standard_error", "cloze/perplexity"} <= set(metrics)
+    assert "memorization/share" not in metrics  # there is no run of 50 tokens in a context of 16
     assert all(math.isfinite(value) for value in metrics.values())
 
 
