@@ -57,7 +57,7 @@ def _batch_size(model: GPT, length: int, target_lengths: list[int]) -> int:
     """How many of the next questions, of at most `length` tokens, fit into one forward pass."""
     most = max(1, _MAX_VALUES // length**2)
     most_targets = max(min(n, length) for n in target_lengths[:most])
-    return min(most, max(1, _MAX_VALUES // (most_targets * model.vocab_size)))
+    return min(most, max(1, _MAX_VALUES // max(1, most_targets * model.vocab_size)))
 
 
 @torch.no_grad()
