@@ -14,26 +14,26 @@ def main() -> None:
     params = load_params()  # before the slow imports, so that bad parameters fail early
     from gptpipe.base.finished_training import discard_finished
     from gptpipe.evaluate.evaluate import evaluate_model
+    from gptpipe.evaluate.model_card import write_model_card
     from gptpipe.evaluate.registry import record_evaluation
     from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
+    from gptpipe.evaluate.training_cost import training_cost
     from gptpipe.model.hf_config import with_shape_of
     from gptpipe.record.store import read_run_id
 
-    raw = Path("data/raw")
-    split = Path("data/split")
-    model = Path("models/gpt")
+    raw, split, model = Path("data/raw"), Path("data/split"), Path("models/gpt")
     if params.train.init_from is not None:  # the shape of the model is that of the one it started from
         params = params.starting_from(params.train.init_from, with_shape_of(params.model, model))
     reports = Path("reports")
     run_id = read_run_id(reports / "mlflow_run.json")
     training = read_training_reports(reports, model)
     check_parent(split, raw)
-    collected = read_manifest(raw).counts
 
     evaluation = evaluate_model(model, split, reports, params.evaluate, params.seed)
+    card = write_model_card(reports, model, params.collect.sources, evaluation, training_cost(run_id))
     charts = draw_charts(reports, training)
-    page = write_report(reports, training, params, evaluation.split, collected, run_id, charts)
-    outcome = record_evaluation(params, params.evaluate, evaluation, run_id, page, charts, model)
+    page = write_report(reports, training, params, evaluation.split, read_manifest(raw).counts, run_id, charts)
+    outcome = record_evaluation(params, params.evaluate, evaluation, run_id, card, page, charts, model)
 
     # After evaluate, DVC has recorded the outputs of train, so its finished checkpoint is not needed any more.
     discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)

@@ -44,7 +44,6 @@ def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None
     results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
     evaluation = Evaluation(
         results,
-        model_card="# card",
         samples="samples",
         step=7,
         split=LINEAGE,
@@ -52,7 +51,7 @@ def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None
     )
     name = run_id or uuid.uuid4().hex  # of a run that the store does not know
     return record_evaluation(
-        params, params.evaluate, evaluation, name, "<html/>", {"Loss by position": "<svg/>"}, model
+        params, params.evaluate, evaluation, name, "# card", "<html/>", {"Loss by position": "<svg/>"}, model
     )
 
 

@@ -26,6 +26,7 @@ from gptpipe.evaluate.transformers_check import check_with_transformers, is_inst
 from gptpipe.formats.sides import SIDES, Side
 from gptpipe.formats.streams import Stream, open_stream, verify_split
 from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.harness.tasks import harness_errors, load_tasks
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
@@ -56,7 +57,6 @@ class Evaluation:
     """The outcome of an evaluation, for the report and the tracking store."""
 
     results: dict[str, Any]  # the content of reports/eval.json
-    model_card: str
     samples: str  # the page reports/samples.md
     step: int  # the training step that the model is from
     split: Manifest
@@ -95,6 +95,7 @@ def evaluate_model(
     Raises IntegrityError, also if transformers computes something else from the model folder.
     """
     keep_freed_memory()
+    tasks = load_tasks(params.tasks, Path(params.task_folder)) if params.tasks else None
     model_manifest, split = _verified(model_folder, split_folder)
     model, tokenizer = load_generator(model_folder)
     model.to(best_device())
@@ -122,25 +123,21 @@ def evaluate_model(
     results["reference_bits_per_byte"] = reference_bits_per_byte(streams["train"], held_out, tokenizer)
     results["continuations"] = overlap_scores(continuations)
     results |= _built_in(model, tokenizer, streams["train"], streams[last], scoring, seed)
+    if tasks is not None:
+        from gptpipe.evaluate.harness_model import HarnessModel, run_tasks  # late: the package is optional
+
+        with harness_errors(", ".join(params.tasks)):
+            results["tasks"] = run_tasks(HarnessModel(model, tokenizer, scoring, seed), tasks, seed)
     results["test_digest"] = documents_digest(streams["test"])
     results["scoring"] = scoring.describe()
 
-    trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
-    card = render_markdown(
-        _TEMPLATES / "model_card.md.jinja",
-        card=trained_card,
-        results=results,
-        sides=list(held_out),
-        rows=result_rows(results),
-    )
     page = render_markdown(_TEMPLATES / "samples.md.jinja", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
     for name, table in _tables(scores, streams, results["by_source"]).items():
         write_bytes(reports / f"eval.{name}.csv", table.to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
-    write_bytes(reports / "model_card.md", card.encode())
     documents = score_table(scores, held_out)
-    return Evaluation(results, card, page, model_manifest.counts["best_step"], split, documents, compared)
+    return Evaluation(results, page, model_manifest.counts["best_step"], split, documents, compared)
 
 
 def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:

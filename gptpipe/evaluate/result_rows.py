@@ -1,5 +1,6 @@
 """The results of built-in evaluations and of tasks as rows, for the report, the model card and the record."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _BUILT_IN = {  # section and metric of reports/eval.json -> the name on pages
@@ -27,7 +28,28 @@ class ResultRow(NamedTuple):
 
 
 def result_rows(results: dict[str, Any]) -> list[ResultRow]:
-    """A row for each metric; `results` is the content of reports/eval.json."""
+    """A row for each metric; `results` is the content of reports/eval.json.
+
+    Of a group of tasks, the row of the group stands for its tasks.
+    """
+    tasks = results.get("tasks", {}).items()
+    return [
+        *_built_in_rows(results),
+        *(row for name, task in tasks if not task["is_part"] for row in _task_rows(name, task)),
+    ]
+
+
+def _task_rows(name: str, task: dict[str, Any]) -> Iterator[ResultRow]:
+    examples = f", {task['n_examples']} examples before each" if task["n_examples"] else ""
+    note = f"{task['n_documents']:,} documents{examples}; digest {task['digest'][:16]}"
+    metrics = task["metrics"]
+    for metric, value in metrics.items():
+        if not metric.endswith("_standard_error"):
+            error = metrics.get(f"{metric}_standard_error")
+            yield ResultRow(f"task/{name}/{metric}", f"{name}: {metric}", value, error, note)
+
+
+def _built_in_rows(results: dict[str, Any]) -> list[ResultRow]:
     return [
         ResultRow(
             f"{section}/{metric}",
