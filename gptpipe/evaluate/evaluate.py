@@ -76,7 +76,7 @@ class Evaluation:
         return metrics
 
     def summary(self) -> list[str]:
-        """A line of headline metrics for each held-out side, and one on transformers if it was compared."""
+        """Lines of headline metrics: of each held-out side, of tasks, and of a comparison with transformers."""
         lines: list[str] = []
         for side in _HELD_OUT:
             if side in self.results:
@@ -84,6 +84,8 @@ class Evaluation:
                 error = metrics["bits_per_byte_standard_error"]
                 bits = f"{metrics['bits_per_byte']:.4f} ± {error:.4f} bits per byte"
                 lines.append(f"{side} {bits} (xz -9e: {xz:.4f}), perplexity {metrics['perplexity']:.2f}")
+        rows = result_rows(self.results)
+        lines += [f"{row.label} {row} on {row.note}" for row in rows if row.key.startswith("task/")]
         return [*lines, self.transformers] if self.transformers else lines
 
 

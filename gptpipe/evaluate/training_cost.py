@@ -24,6 +24,7 @@ def training_cost(name: str) -> list[str]:
 
 def _sentences(client: MlflowClient, run: Run) -> list[str]:
     hours = (run.info.end_time - run.info.start_time) / 3_600_000
+    duration = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     watts = 0.0  # of all GPUs together
     for key in run.data.metrics:
         if key.startswith("system/gpu_") and key.endswith(_POWER):
@@ -33,6 +34,6 @@ def _sentences(client: MlflowClient, run: Run) -> list[str]:
         f"about {watts * hours / 1000:.3g} kWh: the mean power of the GPUs in the record, times the duration"
     )
     return [
-        f"Duration: {hours:.2f} hours from the start to the end of the training, interruptions included.",
+        f"Duration: {duration} from the start to the end of the training, interruptions included.",
         f"Energy: {energy if watts else 'not measured'}.",
     ]

@@ -26,6 +26,7 @@ def load_tasks(names: Sequence[str], folder: Path) -> dict[str, Any]:
     optional_module("lm_eval", "harness")
     from lm_eval.tasks import TaskManager  # late: it takes seconds
 
+    optional_module("datasets", "harness").disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = read_task_files(folder)
     # To index the tasks of the harness takes some ten seconds.

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from harness_tasks import CHOICE, write_task
 from toy_project import Project
 
 from gptpipe.base.files import write_bytes
@@ -123,6 +124,24 @@ def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path
     assert {"minimal_pairs/accuracy", "cloze/accuracy_standard_error", "cloze/perplexity"} <= set(metrics)
     assert "memorization/share" not in metrics  # there is no run of 50 tokens in a context of 16
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_tasks_are_run_and_reported(project: Project, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
+    documents = [{"question": "the cat", "choices": ["sees", "likes"], "answer": i} for i in (0, 1, 1)]
+    write_task(tmp_path / "tasks", CHOICE, documents)
+    params = tiny.params(evaluate__tasks=("choice",), evaluate__task_folder=str(tmp_path / "tasks"))
+    model = project.root / "models/gpt"
+    evaluation = evaluate_model(model, project.split, tmp_path, params.evaluate, params.seed)
+    accuracy = evaluation.results["tasks"]["choice"]["metrics"]["acc"]
+    error = evaluation.results["tasks"]["choice"]["metrics"]["acc_standard_error"]
+    assert accuracy in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert error == pytest.approx(1 / 3)  # of three documents: sqrt(2 / 9 * 3 / 2 / 3)
+    assert evaluation.metrics()["task/choice/acc"] == accuracy
+    assert evaluation.metrics()["task/choice/acc_standard_error"] == error
+    digest = evaluation.results["tasks"]["choice"]["digest"]
+    line = f"choice: acc {accuracy:.4f} ± {error:.4f} on 3 documents; digest {digest[:16]}"
+    assert line in evaluation.summary()
 
 
 def test_a_model_of_another_split_is_refused(project: Project, tmp_path: Path) -> None:

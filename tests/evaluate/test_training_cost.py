@@ -15,7 +15,7 @@ def test_duration_and_energy_come_from_the_record(project: Path) -> None:
     assert experiment is not None
     run = client.create_run(experiment.experiment_id, start_time=1_000_000)
     client.set_terminated(run.info.run_id, end_time=1_000_000 + 2 * 3_600_000)
-    expected = "Duration: 2.00 hours from the start to the end of the training, interruptions included."
+    expected = "Duration: 2.0 hours from the start to the end of the training, interruptions included."
     assert training_cost(run.info.run_id) == [expected, "Energy: not measured."]
     powers = [("0", 200), ("0", 400), ("1", 700)]
     metrics = [
