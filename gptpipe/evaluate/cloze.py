@@ -67,7 +67,7 @@ def _question(sentence: Sentence, tokenizer: Tokenizer, n_tokens: int) -> Questi
     """
     word, text = sentence.words[-1], sentence.text
     space = word.start - 1
-    if not word.is_spaced or text[space] != " " or text[space - 1].isspace():
+    if not word.is_spaced or text[space] != " ":
         return None
     start = max(0, space - _CHARACTERS_PER_TOKEN * n_tokens)
     context, target = tokenizer.encode(text[start:space]), tokenizer.encode(text[space : word.end])

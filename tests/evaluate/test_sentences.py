@@ -165,7 +165,7 @@ def test_the_perplexity_of_a_model_that_knows_nothing(tokenizer: Tokenizer) -> N
     assert cloze(model, tokenizer, sentences, Scoring(), 0)["perplexity"] == pytest.approx(300**n_tokens)
 
 
-@pytest.mark.parametrize("text", [CHINESE, THAI, "a b c d (e)", "a b c d\ne", "one two"])
+@pytest.mark.parametrize("text", [CHINESE, THAI, "a b c d 天。", "a b c d (e)", "a b c d\ne", "one two"])
 def test_cloze_without_a_last_word_after_a_space_has_a_reason(tokenizer: Tokenizer, text: str) -> None:
     sentences = sentences_of(stream_of([text], tokenizer), tokenizer)
     result = cloze(tiny.network(tokenizer.vocab_size), tokenizer, sentences, Scoring(), seed=0)
