@@ -29,7 +29,7 @@ def load_tasks(names: Sequence[str], folder: Path) -> dict[str, Any]:
     optional_module("datasets", "harness").disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = read_task_files(folder)
-    # To index the tasks of the harness takes some ten seconds.
+    # To index the tasks of the harness takes about 15 seconds.
     manager = TaskManager(include_defaults=any(name not in own for name in names))
     _check_names(names, [*own, *manager.all_tasks])
     with harness_errors(", ".join(names)):
