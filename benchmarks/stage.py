@@ -37,7 +37,7 @@ def run_stage(stage: str, folder: Path, encoding: str, dedup: str) -> None:
             encode.tokenize(raw, tokens, section, params.split.fractions, params.seed)
         case "split":
             overlap.report_contamination(
-                raw, folder / "overlap.json", params.split, params.collect, params.seed
+                raw, folder / "overlap.json", params.split, params.collect, params.seed, {}
             )
             splitting.split(tokens, split, params.split, params.seed)
 

@@ -16,12 +16,13 @@ def main() -> None:
     from gptpipe.evaluate.champion import compare_with_champion
     from gptpipe.evaluate.compared_metrics import write_compared_metrics
     from gptpipe.evaluate.evaluate import evaluate_model
+    from gptpipe.evaluate.model_card import write_model_card
     from gptpipe.evaluate.registry import record_evaluation
     from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
+    from gptpipe.evaluate.training_cost import training_cost
     from gptpipe.model.hf_config import with_shape_of
 
-    raw, split = Path("data/raw"), Path("data/split")
-    model = Path("models/gpt")
+    raw, split, model = Path("data/raw"), Path("data/split"), Path("models/gpt")
     if params.train.init_from is not None:  # the shape of the model is that of the one it started from
         params = params.starting_from(params.train.init_from, with_shape_of(params.model, model))
     reports = Path("reports")
@@ -30,13 +31,15 @@ def main() -> None:
 
     evaluation = evaluate_model(model, split, reports, params.evaluate, params.seed)
     write_compared_metrics(reports, evaluation.results, training)
+    run_id = training.run_id
+    card = write_model_card(reports, model, params.collect.sources, evaluation, training_cost(run_id))
     charts, collected = draw_charts(reports, training), read_manifest(raw).counts
-    champion = compare_with_champion(params, evaluation, training.run_id, training.losses(), model)
+    champion = compare_with_champion(params, evaluation, run_id, training.losses(), model)
     page = write_report(reports, training, params, evaluation.split, collected, charts, champion)
-    outcome = record_evaluation(params, params.evaluate, evaluation, training.run_id, page, charts, model)
+    outcome = record_evaluation(params, params.evaluate, evaluation, run_id, card, page, charts, model)
 
     # After evaluate, DVC has recorded the outputs of train, so its finished checkpoint is not needed any more.
-    discard_finished(project_root() / ".gptpipe" / "checkpoints", training.run_id)
+    discard_finished(project_root() / ".gptpipe" / "checkpoints", run_id)
     for line in (*evaluation.summary(), outcome):
         say(f"evaluate: {line}", "quiet")
 

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -56,6 +57,9 @@ SHARED_MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 4 << 30
 if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ENOUGH_BYTES:
     # Where pytest makes its temporary folders.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))
+# Before `datasets` is imported: it copies what it reads to its cache.
+TEMPORARY = os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
+os.environ["HF_DATASETS_CACHE"] = f"{TEMPORARY}/datasets-of-tests"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -24,6 +24,7 @@ LAYERS = (
         "formats",
         "collect",
         "tokenize",
+        "harness",
         "split",
         "model",
         "score",

@@ -80,6 +80,8 @@ EVALUATE: dict[str, Any] = {
     "continuation_documents": 3,
     "continuation_tokens": 4,
     "check_transformers": False,  # importing transformers takes 7 seconds
+    "tasks": (),
+    "task_folder": "data/tasks",
 }
 WORDS = (
     "the",

@@ -44,7 +44,6 @@ def toy_evaluation(bits: float | None, digest: str = "d1", split: Manifest = LIN
     results |= {"test_digest": digest} | ({} if bits is None else {"test": {"bits_per_byte": bits}})
     return Evaluation(
         results,
-        model_card="# card",
         samples="samples",
         step=7,
         n_parameters=1_900_000,
@@ -57,7 +56,7 @@ def evaluate(params: Params, model: Path, run_id: str | None, bits: float | None
     name = run_id or uuid.uuid4().hex  # of a run that the store does not know
     charts = {"Loss by position": "<svg/>"}
     evaluation = toy_evaluation(bits, digest)
-    return record_evaluation(params, params.evaluate, evaluation, name, "<html/>", charts, model)
+    return record_evaluation(params, params.evaluate, evaluation, name, "# card", "<html/>", charts, model)
 
 
 class Fault(KeyboardInterrupt):

@@ -13,9 +13,15 @@ from pathlib import Path
 STAGE_CODE = {
     "collect": ("base", "formats", "collect"),
     "tokenize": ("base", "formats", "tokenize"),
-    "split": ("base", "formats", "collect", "split"),  # benchmarks are read like the sources of collect
+    "split": (
+        "base",
+        "formats",
+        "collect",
+        "harness",
+        "split",
+    ),  # benchmarks are read like the sources of collect
     "train": ("base", "formats", "model", "score", "train"),
-    "evaluate": ("base", "formats", "model", "score", "evaluate"),
+    "evaluate": ("base", "formats", "model", "score", "harness", "evaluate"),
 }
 _PACKAGE = Path(__file__).parents[1]
 _SUFFIXES = {".py", ".jinja"}  # other files come from editors and compilers; .dvcignore lists them for DVC

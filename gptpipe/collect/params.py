@@ -25,6 +25,25 @@ class AnySource(Section):
     max_documents: Positive | None = None  # kept; the source ends after the last of them
     max_bytes: Positive | None = None  # kept, of text; the source ends with the document that reaches it
     weight: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0  # fraction of its documents to keep, chosen by id
+    license: Phrase | None = None  # of the texts, as the model card states it
+
+    @property
+    def description(self) -> str:
+        """Kind and place, for reports."""
+        keys = ("paths", "url", "dataset", "name", "split", "package")
+        values = [getattr(self, key, None) for key in keys]
+        places = [", ".join(value) if isinstance(value, tuple) else value for value in values if value]
+        return " ".join([getattr(self, "kind", ""), *places])
+
+    @property
+    def stated_license(self) -> str | None:
+        """The licence of the texts, if it is known."""
+        return self.license
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """The name of a data set on the Hugging Face hub."""
+        return None
 
 
 class Python(AnySource):
@@ -32,6 +51,11 @@ class Python(AnySource):
 
     kind: Literal["python-docs", "python-code"]
     package: Annotated[str, Field(pattern=r"^\w+$")] | None = None  # as in `import`
+
+    @property
+    def stated_license(self) -> str | None:
+        """By default that of Python, for its standard library and help topics."""
+        return self.license or ("PSF-2.0" if self.package is None else None)
 
 
 def _check_encoding(name: str) -> str:
@@ -123,6 +147,10 @@ class HuggingFace(AnySource):
                 f"{dataset} is not a local folder"
             )
         return revision
+
+    @property
+    def hub_dataset(self) -> str | None:
+        return self.dataset if self.revision else None
 
     @property
     def address(self) -> str:

@@ -146,7 +146,13 @@ def plan_parts(params: CollectParams, files: SourceFiles) -> list[Part]:
         for part in _parts_of(source, files.paths[i], params):
             names = [printable_name(address) for address in part.addresses]
             digests = [files.digests.get(name) for name in names] or list(_digests((source,), []).values())
-            determinants = [source.model_dump(exclude={"paths"}), names, digests, part.start, part.end]
+            determinants = [
+                source.model_dump(exclude={"paths", "license"}),
+                names,
+                digests,
+                part.start,
+                part.end,
+            ]
             name = hashlib.sha256(to_json([shared, determinants])).hexdigest()[:16]
             n_same[name] += 1
             if n_same[name] > 1:  # the same file in two equal sources

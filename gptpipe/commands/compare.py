@@ -23,7 +23,8 @@ from gptpipe.shell.errors import ConfigError, InputError
 
 _CURVES = ("train/loss", "val/loss")  # rows of the figure
 _X_AXES = ("step", "tokens", "minutes")  # its columns
-_HIGHER_IS_BETTER = ("accuracy", "bleu", "rouge_l")  # endings of metrics' names
+# Endings of metrics' names.
+_HIGHER_IS_BETTER = ("accuracy", "acc", "acc_norm", "exact_match", "bleu", "rouge_l")
 _MAX_RUNS = 50_000  # MLflow's limit
 
 

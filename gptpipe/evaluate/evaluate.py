@@ -12,14 +12,20 @@ from gptpipe.base.files import write_bytes, write_json
 from gptpipe.base.manifest import Manifest, verify
 from gptpipe.base.pages import render_markdown
 from gptpipe.evaluate.charts import length_histogram
+from gptpipe.evaluate.cloze import cloze
 from gptpipe.evaluate.document_scores import score_table
+from gptpipe.evaluate.memorization import memorization
+from gptpipe.evaluate.minimal_pairs import minimal_pairs
 from gptpipe.evaluate.overlapping_windows import overlapping_metrics
 from gptpipe.evaluate.params import EvaluateParams
 from gptpipe.evaluate.reference_points import reference_bits_per_byte
+from gptpipe.evaluate.result_rows import result_rows
+from gptpipe.evaluate.sentences import sentences_of
 from gptpipe.evaluate.transformers_check import check_with_transformers, is_installed
 from gptpipe.formats.sides import SIDES, Side
 from gptpipe.formats.streams import Stream, open_stream, verify_split
 from gptpipe.formats.tokenizer import Tokenizer
+from gptpipe.harness.tasks import harness_errors, load_tasks
 from gptpipe.model.device import best_device, keep_freed_memory
 from gptpipe.model.generate import Sampling
 from gptpipe.model.gpt import GPT
@@ -56,7 +62,6 @@ class Evaluation:
     """The outcome of an evaluation, for the report and the tracking store."""
 
     results: dict[str, Any]  # the content of reports/eval.json
-    model_card: str
     samples: str  # the page reports/samples.md
     step: int  # the training step that the model is from
     n_parameters: int
@@ -69,12 +74,15 @@ class Evaluation:
         metrics: Metrics = {}
         for part in (*_HELD_OUT, "continuations"):
             metrics |= {f"{part}/{name}": float(value) for name, value in self.results.get(part, {}).items()}
+        for row in result_rows(self.results):
+            values = {row.key: row.value, f"{row.key}_standard_error": row.standard_error}
+            metrics |= {name: value for name, value in values.items() if value is not None}
         for side, references in self.results["reference_bits_per_byte"].items():
             metrics |= {f"{side}/{name}_bits_per_byte": value for name, value in references.items()}
         return metrics
 
     def summary(self) -> list[str]:
-        """A line of headline metrics for each held-out side, and one on transformers if it was compared."""
+        """Lines of headline metrics: of each held-out side, of tasks, and of a comparison with transformers."""
         lines: list[str] = []
         for side in _HELD_OUT:
             if side in self.results:
@@ -83,6 +91,8 @@ class Evaluation:
                 bits = f"{metrics['bits_per_byte']:.4f} ± {error:.4f} bits per byte"
                 compressors = f"PPMd {references['ppmd']:.4f}, xz {references['xz']:.4f}"
                 lines.append(f"{side} {bits} ({compressors}), perplexity {metrics['perplexity']:.2f}")
+        rows = result_rows(self.results)
+        lines += [f"{row.label} {row} on {row.note}" for row in rows if row.key.startswith("task/")]
         return [*lines, self.transformers] if self.transformers else lines
 
 
@@ -94,20 +104,21 @@ def evaluate_model(
     Raises IntegrityError, also if transformers computes something else from the model folder.
     """
     keep_freed_memory()
+    tasks = load_tasks(params.tasks, Path(params.task_folder)) if params.tasks else None
     model_manifest, split = _verified(model_folder, split_folder)
     model, tokenizer = load_generator(model_folder)
     model.to(best_device())
     streams = {side: open_stream(split_folder, side, tokenizer.vocab_size) for side in SIDES}
     held_out = {side: streams[side] for side in _HELD_OUT if len(streams[side].tokens) > 1}
-    last = streams["test"] if "test" in held_out else streams["val"]
+    last: Side = "test" if "test" in held_out else "val"
 
     compared = None
     if params.check_transformers and is_installed():
-        compared = check_with_transformers(model_folder, model, tokenizer, last.tokens)
+        compared = check_with_transformers(model_folder, model, tokenizer, streams[last].tokens)
     scoring = scoring_of(model_folder, model_manifest, tokenizer.end_of_text)
     scores = _score(model, held_out, scoring)
     continuations = continue_documents(
-        model, tokenizer, last, params.continuation_documents, params.continuation_tokens
+        model, tokenizer, streams[last], params.continuation_documents, params.continuation_tokens
     )
     samples = _sample(model, tokenizer, params, seed)
 
@@ -120,22 +131,23 @@ def evaluate_model(
     }
     results["reference_bits_per_byte"] = reference_bits_per_byte(streams["train"], held_out, tokenizer)
     results["continuations"] = overlap_scores(continuations)
+    results |= _built_in(model, tokenizer, streams["train"], streams[last], scoring, seed)
+    if tasks is not None:
+        from gptpipe.evaluate.harness_model import HarnessModel, run_tasks  # late: the package is optional
+
+        with harness_errors(", ".join(params.tasks)):
+            results["tasks"] = run_tasks(HarnessModel(model, tokenizer, scoring, seed), tasks, seed)
     results["test_digest"] = documents_digest(streams["test"])
     results["scoring"] = scoring.describe()
 
-    trained_card = (model_folder / "README.md").read_text(encoding="utf-8")
-    card = render_markdown(
-        _TEMPLATES / "model_card.md.jinja", card=trained_card, results=results, sides=list(held_out)
-    )
     page = render_markdown(_TEMPLATES / "samples.md.jinja", samples=samples, continuations=continuations)
     write_json(reports / "eval.json", results)
     for name, table in _tables(scores, streams, results["by_source"]).items():
         write_bytes(reports / f"eval.{name}.csv", table.to_csv(index=False).encode())
     write_bytes(reports / "samples.md", page.encode())
-    write_bytes(reports / "model_card.md", card.encode())
     documents = score_table(scores, held_out)
     step, n_parameters = (model_manifest.counts[name] for name in ("best_step", "parameters"))
-    return Evaluation(results, card, page, step, n_parameters, split, documents, compared)
+    return Evaluation(results, page, step, n_parameters, split, documents, compared)
 
 
 def _verified(model_folder: Path, split_folder: Path) -> tuple[Manifest, Manifest]:
@@ -164,6 +176,18 @@ def _sample(model: GPT, tokenizer: Tokenizer, params: EvaluateParams, seed: int)
     sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=seed)
     texts = continue_texts(model, tokenizer, params.prompts, params.max_new_tokens, sampling)
     return dict(zip(params.prompts, texts, strict=True))
+
+
+def _built_in(
+    model: GPT, tokenizer: Tokenizer, train: Stream, held_out: Stream, scoring: Scoring, seed: int
+) -> dict[str, dict[str, Any]]:
+    """The results of the evaluations that need no download, by their names."""
+    sentences = sentences_of(held_out, tokenizer)
+    return {
+        "minimal_pairs": minimal_pairs(model, tokenizer, sentences, scoring, seed),
+        "cloze": cloze(model, tokenizer, sentences, scoring, seed),
+        "memorization": memorization(model, tokenizer.end_of_text, train, held_out, seed),
+    }
 
 
 def _metrics_of_side(scores: Scores, stream: Stream) -> Metrics:

@@ -8,7 +8,7 @@ from gptpipe.base.params import Count, Positive, Section
 
 
 class EvaluateParams(Section):
-    """What to sample from the trained model, and how."""
+    """What to sample from the trained model, and which tasks to run."""
 
     prompts: tuple[str, ...]
     max_new_tokens: Positive
@@ -18,3 +18,5 @@ class EvaluateParams(Section):
     continuation_documents: Count
     continuation_tokens: Positive
     check_transformers: bool
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...]
+    task_folder: Annotated[str, Field(min_length=1)]

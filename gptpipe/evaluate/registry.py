@@ -78,11 +78,12 @@ def record_evaluation(
     evaluate_params: EvaluateParams,
     evaluation: Evaluation,
     run_id: str,
+    card: str,
     page: str,
     charts: dict[str, str],
     model: Path,
 ) -> str:
-    """Log metrics, report and charts (title -> SVG) to the run of the training, and register `model`.
+    """Log metrics, card, report and charts (title -> SVG) to the run of the training, and register `model`.
 
     Returns a line that says which version is the champion. Metrics are logged at the model's step, so that they
     lie on the curves of the training. If the store does not know the run (in a fresh clone), a new run is
@@ -96,9 +97,9 @@ def record_evaluation(
             store = sqlite_file(tracking_uri())
             with store_lock(store, "registry", _LOCK_SECONDS):  # two evaluations must not both create a version
                 run = _finished_run(client, all_params, evaluation, run_id)
-                _log_evaluation(client, run.info.run_id, evaluation, page, charts)
+                _log_evaluation(client, run.info.run_id, evaluation, card, page, charts)
                 number = _ensure_version(client, run, model, evaluate_params, evaluation.documents)
-                client.update_model_version(MODEL_NAME, number, description=evaluation.model_card)
+                client.update_model_version(MODEL_NAME, number, description=card)
                 return _choose_champion(client, number, evaluation)
     except RefusedError as error:
         return (
@@ -124,11 +125,11 @@ def _finished_run(client: MlflowClient, all_params: Section, evaluation: Evaluat
 
 
 def _log_evaluation(
-    client: MlflowClient, run_id: str, evaluation: Evaluation, page: str, charts: dict[str, str]
+    client: MlflowClient, run_id: str, evaluation: Evaluation, card: str, page: str, charts: dict[str, str]
 ) -> None:
     """Log the metrics and all pages of an evaluation to a run, and update the run's description."""
     _log_new_metrics(client, run_id, evaluation.step, evaluation.metrics())
-    texts = {"samples.md": evaluation.samples, "model_card.md": evaluation.model_card, "report.html": page}
+    texts = {"samples.md": evaluation.samples, "model_card.md": card, "report.html": page}
     for title, svg in charts.items():
         texts[f"figures/{title.lower().replace(' ', '_')}.svg"] = svg
     if _LOCK_FILE.exists():

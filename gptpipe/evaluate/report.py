@@ -16,6 +16,7 @@ from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
 from gptpipe.evaluate.champion import Comparison
 from gptpipe.evaluate.charts import Line, bar_chart, error_bar_chart, line_chart
+from gptpipe.evaluate.result_rows import result_rows
 from gptpipe.record.store import RUN_FILE, read_run_id, read_training_seconds
 from gptpipe.score.scoring import scoring_in_words
 from gptpipe.shell.errors import IntegrityError
@@ -136,6 +137,7 @@ def write_report(
     page = render_html(
         _TEMPLATE,
         results=results,
+        rows=result_rows(results),
         trained=training.summary,
         scoring=scoring_in_words(results["scoring"]),
         samples=training.samples,

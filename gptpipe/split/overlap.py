@@ -1,7 +1,8 @@
 """Contamination: documents that share a run of `split.ngram` words between train and the held-out texts.
 
-The held-out texts are val, test and the benchmarks of `split.benchmarks`. The measure is that of GPT-3 (Brown
-et al., 2020, arXiv:2005.14165, appendix C), in words, so it does not depend on the tokenizer:
+The held-out texts are val, test, the benchmarks of `split.benchmarks` and the tasks of `evaluate.tasks`. The
+measure is that of GPT-3 (Brown et al., 2020, arXiv:2005.14165, appendix C), in words, so it does not depend on
+the tokenizer:
 
 - A held-out document is contaminated if one of its n-grams occurs in a train document. One of fewer than n
   words is contaminated if all of it occurs in a train document, as a run of words.
@@ -41,7 +42,7 @@ from gptpipe.collect.words import Hashes, Indices
 from gptpipe.formats.corpus import shard_paths, verify_corpus
 from gptpipe.formats.sides import SIDES, sides_of
 from gptpipe.shell.errors import InputError
-from gptpipe.split.benchmarks import Benchmark, collected
+from gptpipe.split.benchmarks import Benchmark, Tasks, collected
 from gptpipe.split.ngrams import MIN_WORDS, Lookup, Runs
 from gptpipe.split.params import SplitParams
 
@@ -84,16 +85,19 @@ class _Matches:
             self.ids[group] = [*self.ids.get(group, []), *ids][:most]
 
 
-def report_contamination(raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int) -> None:
+def report_contamination(
+    raw: Path, path: Path, params: SplitParams, collect: CollectParams, seed: int, tasks: Tasks
+) -> list[str]:
     """Write to `path` how many documents of each group are contaminated; `raw` is the corpus.
 
+    Returns a line for each benchmark and task of which an item is contaminated.
     Raises InputError if a held-out group has a larger share than `split.max_contamination` or, with this limit,
     an unknown share; and if a benchmark has no text.
     """
     is_small = verify_corpus(raw).counts["bytes"] < _SMALL_BYTES
     shards = shard_paths(raw)
-    with collected(params.benchmarks, collect, raw) as benchmarks:
-        groups = [*SIDES, *(f"benchmark-{i}" for i in range(len(benchmarks)))]
+    with collected(params.benchmarks, tasks, collect, raw) as benchmarks:
+        groups = [*SIDES, *(benchmark.group for benchmark in benchmarks)]
 
         def train() -> Iterator[ReadBlocks]:
             return (partial(_shard_blocks, shard, params, seed, is_train=True) for shard in shards)
@@ -109,7 +113,7 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
         in_held_out = _search(held_out(), runs.only(in_train.occurs), params.ngram, len(groups), run)
 
     report = _report(groups, in_train.counts + in_held_out.counts)
-    named = dict(zip(groups[len(SIDES) :], benchmarks, strict=True))
+    named = {benchmark.group: benchmark for benchmark in benchmarks}
     report |= {f"{group}_rejected": benchmark.n_rejected for group, benchmark in named.items()}
     report["ids"] = {groups[group]: ids for group, ids in in_held_out.ids.items()}
     report["unlisted"] = {
@@ -120,6 +124,16 @@ def report_contamination(raw: Path, path: Path, params: SplitParams, collect: Co
         report["benchmarks"] = {group: benchmark.description for group, benchmark in named.items()}
     write_json(path, report)
     _check_shares(report, params)
+    return _overlapping(report, named)
+
+
+def _overlapping(report: dict[str, Any], named: dict[str, Benchmark]) -> list[str]:
+    return [
+        f"{report[f'{group}_contaminated']} of {report[f'{group}_examined']} examined items of "
+        f"{benchmark.description} overlap with train: {', '.join(report['ids'][group])}"
+        for group, benchmark in named.items()
+        if group in report["ids"]
+    ]
 
 
 def _report(groups: list[str], counts: Indices) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from harness_tasks import CHOICE, write_task
 from toy_project import Project
 
 from gptpipe.base.files import write_bytes
@@ -66,9 +67,9 @@ def test_the_reports_of_an_evaluation(project: Project, tmp_path: Path) -> None:
     samples = (tmp_path / "samples.md").read_text()
     assert "**the **" in samples
     assert "--- real" in samples
-    card = (tmp_path / "model_card.md").read_text()
-    assert f"{results['test']['loss']:.4f} ± {results['test']['loss_standard_error']:.4f}" in card
-    assert card.startswith((project.root / "models/gpt/README.md").read_text())
+    assert results["minimal_pairs"]["n_pairs"] > 0
+    assert results["cloze"]["n_passages"] > 0
+    assert results["memorization"] == {"share": None, "reason": "no generated document has 50 tokens"}
     documents = evaluation.documents[evaluation.documents["split"] == "test"]
     assert documents["nats"].sum() / documents["n_bytes"].sum() / math.log(2) == pytest.approx(
         results["test"]["bits_per_byte"]
@@ -103,7 +104,7 @@ def test_a_model_is_scored_as_it_was_trained(
         abs(score(model, stream, other).by_document[0].sum() / nats.sum() - 1) > 1e-6 for other in others
     )
     assert project.records[0].tagged["scoring"] == words
-    assert words in unescape(evaluation.model_card)
+    assert words in unescape((project.root / "models/gpt/README.md").read_text())
 
 
 def test_a_model_that_does_not_say_how_it_was_scored_is_refused(project: Project, tmp_path: Path) -> None:
@@ -129,7 +130,27 @@ def test_metrics_have_the_names_of_the_tracking_store(project: Project, tmp_path
         "val/unigram_bits_per_byte",
         "continuations/bleu",
     } <= set(metrics)
+    assert {"minimal_pairs/accuracy", "cloze/accuracy_standard_error", "cloze/perplexity"} <= set(metrics)
+    assert "memorization/share" not in metrics  # there is no run of 50 tokens in a context of 16
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_tasks_are_run_and_reported(project: Project, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -e '.[harness]'")
+    documents = [{"question": "the cat", "choices": ["sees", "likes"], "answer": i} for i in (0, 1, 1)]
+    write_task(tmp_path / "tasks", CHOICE, documents)
+    params = tiny.params(evaluate__tasks=("choice",), evaluate__task_folder=str(tmp_path / "tasks"))
+    model = project.root / "models/gpt"
+    evaluation = evaluate_model(model, project.split, tmp_path, params.evaluate, params.seed)
+    accuracy = evaluation.results["tasks"]["choice"]["metrics"]["acc"]
+    error = evaluation.results["tasks"]["choice"]["metrics"]["acc_standard_error"]
+    assert accuracy in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert error == pytest.approx(1 / 3)  # of three documents: sqrt(2 / 9 * 3 / 2 / 3)
+    assert evaluation.metrics()["task/choice/acc"] == accuracy
+    assert evaluation.metrics()["task/choice/acc_standard_error"] == error
+    digest = evaluation.results["tasks"]["choice"]["digest"]
+    line = f"choice: acc {accuracy:.4f} ± {error:.4f} on 3 documents; digest {digest[:16]}"
+    assert line in evaluation.summary()
 
 
 def test_a_model_of_another_split_is_refused(project: Project, tmp_path: Path) -> None:

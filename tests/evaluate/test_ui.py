@@ -67,7 +67,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path, fresh_st
         training, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
         charts = draw_charts(reports, training)
         page = write_report(reports, training, params, evaluation.split, counts, run_id, charts)
-        record_evaluation(params, params.evaluate, evaluation, run_id, page, charts, model)
+        record_evaluation(params, params.evaluate, evaluation, run_id, "# card", page, charts, model)
     return root, run_id
 
 

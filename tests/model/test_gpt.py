@@ -56,14 +56,24 @@ def test_gelu_and_its_gradient_equal_those_of_torch() -> None:
 
 
 @every_architecture
-def test_no_position_depends_on_later_tokens(switches: dict[str, Any]) -> None:
+@pytest.mark.parametrize("masking", [False, True], ids=["causal", "document masking"])
+def test_no_position_depends_on_later_tokens(switches: dict[str, Any], masking: bool) -> None:
+    """The gradient of its logits is exactly zero there, and with a document mask also in other documents."""
     model = tiny.network(**switches)
+    tokens = tiny.token_ids(1, 12)
+    tokens[0, [3, 4, 8]] = 7  # ends of documents; 4 is a document of one token
+    document = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3])
     embedded: list[torch.Tensor] = []
-    model.embedding.register_forward_hook(lambda _, __, out: (out.retain_grad(), embedded.append(out))[0])
-    logits = model(tiny.token_ids(1, 8))
-    logits[0, 4].square().sum().backward()
-    reached = embedded[0].grad[0].abs().sum(dim=-1) > 0
-    assert reached.tolist() == [True] * 5 + [False] * 3
+    model.embedding.register_forward_hook(lambda *call: embedded.append(call[-1]))
+    mask = document_mask(tokens, 7) if masking else None
+    logits = model.head(model.hidden(tokens, mask=mask))
+    weights = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    for t in range(12):
+        gradient, *_ = torch.autograd.grad((logits[0, t] * weights).sum(), embedded, retain_graph=True)
+        is_seen = torch.arange(12) <= t
+        if masking:
+            is_seen &= document == document[t]
+        assert torch.equal(gradient[0].abs().sum(-1) > 0, is_seen)
 
 
 @every_architecture

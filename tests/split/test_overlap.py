@@ -36,8 +36,9 @@ def report_on(tmp_path: Path, collect_params: Callable[..., CollectParams]) -> C
         source = {"kind": "jsonl", "paths": (f"{tmp_path}/corpus.jsonl",)}
         params = collect_params(source, **(collect_changed or {}))
         collect(params, tmp_path / "raw")
+        tasks = changed.pop("tasks", {})
         split = split_params(**{**FIFTHS, **changed})
-        report_contamination(tmp_path / "raw", tmp_path / "split.json", split, params, SEED)
+        report_contamination(tmp_path / "raw", tmp_path / "split.json", split, params, SEED, tasks)
         return json.loads((tmp_path / "split.json").read_text())
 
     return run
@@ -342,3 +343,29 @@ def test_without_held_out_documents_no_train_document_is_contaminated(
 ) -> None:
     report = report_on([on_side("train", RUN)], val_fraction=0.2, test_fraction=0.0)
     assert report["share"] == {"train": 0.0}
+
+
+def test_tasks_are_benchmarks_and_their_items_that_overlap_are_named(
+    report_on: Callable[..., dict[str, Any]], tmp_path: Path, collect_params: Callable[..., CollectParams]
+) -> None:
+    train = [on_side("train", [f"t{i}", *RUN]) for i in range(4)]
+    tasks = {
+        "blimp": [" ".join(f"x{i}" for i in range(20)), "yes", "No: " + ", ".join(RUN).upper() + "?"],
+        "piqa": ["none of these words are in the training text at all, not one of them"],
+    }
+    report = report_on(train, tasks=tasks)
+    assert report["ids"]["task-blimp"] == ["item 3"]
+    assert (report["task-blimp_documents"], report["task-blimp_examined"]) == (3, 2)
+    assert report["share"]["task-blimp"] == 0.5
+    assert report["share"]["task-piqa"] == 0
+    assert report["benchmarks"] == {"task-blimp": "task blimp", "task-piqa": "task piqa"}
+    split, params = split_params(**FIFTHS), collect_params({"kind": "jsonl", "paths": ("unused",)})
+    lines = report_contamination(tmp_path / "raw", tmp_path / "split.json", split, params, SEED, tasks)
+    assert lines == ["1 of 2 examined items of task blimp overlap with train: item 3"]
+    with pytest.raises(InputError, match="1 of 2 examined documents of task-blimp"):
+        report_on(train, tasks=tasks, max_contamination=0.1)
+
+
+def test_a_task_without_text_is_an_error(report_on: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match=r"evaluate\.tasks: empty: no document has a text"):
+        report_on([on_side("train", RUN)], tasks={"empty": [" "]})

@@ -26,7 +26,7 @@ if sys.argv[1] == "tokenize":
     gpt2 = params.tokenize.model_copy(update={"encoding": "gpt2"})
     tokenize(folder / "raw", folder / "tokens", gpt2, params.split.fractions, 0)
 else:
-    report_contamination(folder / "raw", folder / "split.json", params.split, params.collect, 0)
+    report_contamination(folder / "raw", folder / "split.json", params.split, params.collect, 0, {})
     split(folder / "tokens", folder / "split", params.split, 0)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
