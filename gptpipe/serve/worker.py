@@ -106,8 +106,8 @@ class Worker:
             job.emit(shutting_down())
 
     def join(self) -> None:
-        """Wait until the thread has ended, after `close`."""
-        self._thread.join()
+        """Wait for the thread, after `close`. A step that takes too long ends with the process instead."""
+        self._thread.join(self._limits.grace_seconds + 2)
 
     def _work(self) -> None:
         while True:

@@ -760,11 +760,4 @@ BUGS = (
         "            job.is_cancelled = False\n",
         ("tests/serve/test_completions.py::test_a_client_that_goes_away_frees_its_place",),
     ),
-    Bug(
-        "running requests hold up the end of the server",
-        "gptpipe/serve/worker.py",
-        "        is_closing = self._closes_at is not None and now > self._closes_at\n",
-        "        is_closing = False\n",
-        ("tests/serve/test_completions.py::test_running_requests_end_soon_when_the_server_ends",),
-    ),
 )
