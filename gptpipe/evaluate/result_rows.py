@@ -9,6 +9,7 @@ _BUILT_IN = {  # section and metric of reports/eval.json -> the name on pages
     ("cloze", "perplexity"): "last words: perplexity per word",
     ("memorization", "share"): "memorization: share of runs of 50 tokens",
 }
+_WHOLES = ("n_documents", "n_texts")  # which contain what is counted before them
 
 
 class ResultRow(NamedTuple):
@@ -65,7 +66,8 @@ def _built_in_rows(results: dict[str, Any]) -> list[ResultRow]:
 
 def _basis(values: dict[str, Any]) -> str:
     """What a built-in evaluation is based on, such as `256 pairs of 200 documents`."""
-    counts = [f"{n:,} {name.removeprefix('n_')}" for name, n in values.items() if name.startswith("n_")]
+    names = sorted((name for name in values if name.startswith("n_")), key=_WHOLES.__contains__)
+    counts = [f"{values[name]:,} {name.removeprefix('n_')}" for name in names]
     reference = values.get("share_of_held_out")
     of_held_out = "" if reference is None else f"; of the held-out text {reference:.4f}"
     return " of ".join(counts) + of_held_out

@@ -56,6 +56,8 @@ def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Pa
         for name in ("loss", "bits_per_byte", "bits_per_byte_overlapping"):
             assert f"{results[side][name]:.4f} ± {results[side][f'{name}_standard_error']:.4f}" in page
     assert f"<td>minimal pairs: accuracy</td><td>{results['minimal_pairs']['accuracy']:.4f} ± " in page
+    n_pairs, n_documents = (results["minimal_pairs"][name] for name in ("n_pairs", "n_documents"))
+    assert f"<td>{n_pairs} pairs of {n_documents} documents</td>" in page
     assert "<td>not measured</td><td>no generated document has 50 tokens</td>" in page
     assert page.count("<svg ") == len(TITLES)
     assert "lower train.lr" in page  # the red flag's words

@@ -18,10 +18,13 @@ import pytest
 import tiny
 from browser import browser  # noqa: F401  (a fixture)
 
+from gptpipe.base.files import write_json
 from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate.evaluate import evaluate_model
+from gptpipe.evaluate.model_card import write_model_card
 from gptpipe.evaluate.registry import record_evaluation
 from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
+from gptpipe.evaluate.training_cost import training_cost
 from gptpipe.record.run import training_run
 from gptpipe.record.store import connect
 from gptpipe.train.session import train_model
@@ -67,7 +70,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path, fresh_st
         training, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
         charts = draw_charts(reports, training)
         page = write_report(reports, training, params, evaluation.split, counts, run_id, charts)
-        record_evaluation(params, params.evaluate, evaluation, run_id, "# card", page, charts, model)
+        write_json(reports / "split.json", {"share": {}})
+        card = write_model_card(reports, model, params.collect.sources, evaluation, training_cost(run_id))
+        record_evaluation(params, params.evaluate, evaluation, run_id, card, page, charts, model)
     return root, run_id
 
 
