@@ -222,9 +222,11 @@ class _HeldOutRuns:
 
 
 def _held_out_runs(work: Iterator[ReadBlocks], n: int, run: Map) -> _HeldOutRuns:
+    """Workers sample with the latest `every_nth` when they start, so what arrives here does not grow."""
     samples = [np.empty((3, 0), np.uint64)]
     every_nth = 1
-    for ranked in run(partial(_ranked_runs, n=n), work):
+    sampled_work = ((read_blocks, every_nth) for read_blocks in work)
+    for ranked in run(partial(_ranked_runs, n=n), sampled_work):
         samples.append(ranked[:, _is_sampled(ranked[0], every_nth)])
         if sum(sample.shape[1] for sample in samples) > 3 * _MAX_RUNS // 2:  # sorting takes longer than hashing
             sample, every_nth = _shrink(np.concatenate(samples, axis=1), every_nth)
@@ -233,12 +235,14 @@ def _held_out_runs(work: Iterator[ReadBlocks], n: int, run: Map) -> _HeldOutRuns
     return _HeldOutRuns(sample[1], sample[2], every_nth)
 
 
-def _ranked_runs(read_blocks: ReadBlocks, *, n: int) -> Hashes:
-    """Rank of the document, hash, and prefix (3, runs) of each distinct run."""
+def _ranked_runs(work: tuple[ReadBlocks, int], *, n: int) -> Hashes:
+    """Rank of the document, hash, and prefix (3, runs) of each distinct run of every n-th document."""
+    read_blocks, every_nth = work
     ranked = [np.empty((3, 0), np.uint64)]
     for block in read_blocks():
         runs = Runs(block.texts, n)
-        ranked.append(np.stack([_document_ranks(runs), runs.hashes, runs.prefixes]))
+        of_block = np.stack([_document_ranks(runs), runs.hashes, runs.prefixes])
+        ranked.append(of_block[:, _is_sampled(of_block[0], every_nth)])
     return _distinct(np.concatenate(ranked, axis=1))
 
 
