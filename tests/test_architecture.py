@@ -191,4 +191,4 @@ def test_every_section_of_params_belongs_to_a_stage() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_script_is_short(stage: str) -> None:
-    assert len((ROOT / "stages" / f"{stage}.py").read_text().splitlines()) <= 45
+    assert len((ROOT / "stages" / f"{stage}.py").read_text().splitlines()) <= 50

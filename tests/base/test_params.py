@@ -168,7 +168,7 @@ def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, lines: dict[s
         (
             "{kind: huggingface, dataset: a/b}",
             "collect.sources.0.huggingface.revision: is required for a dataset of the hub: "
-            "the 40 hex digits of a commit",
+            "the 40 hex digits of a commit; a/b is not a local folder",
         ),
         ("{kind: text}", "collect.sources.0.text.paths: missing"),
         ("{kind: text, path: [a]}", "collect.sources.0.text.path: unknown key; did you mean `paths`?"),
@@ -204,7 +204,7 @@ def test_an_invalid_item_is_reported_and_its_list_is_not(tmp_path: Path) -> None
     text = SHIPPED.replace("- kind: python-docs ", "- {kind: huggingface, dataset: a/b} ")
     assert faults(tmp_path, text) == [
         "collect.sources.0.huggingface.revision: is required for a dataset of the hub: "
-        "the 40 hex digits of a commit"
+        "the 40 hex digits of a commit; a/b is not a local folder"
     ]
 
 

@@ -289,6 +289,7 @@ def kill(folder: Path, params: CollectParams, kind: str, number: int) -> None:
     assert not (folder / "raw").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dedup", ["exact", "near"])
 @pytest.mark.parametrize(("kind", "number"), [("part", 7), ("shard", 4), ("end", 0)])
 def test_after_a_kill_finished_parts_and_shards_are_kept(
@@ -467,6 +468,7 @@ print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])  # ru
     assert peaks[1] <= 1.1 * peaks[0]
 
 
+@pytest.mark.slow
 def test_python_docs_are_thousands_of_real_texts_and_the_same_in_every_process(tmp_path: Path) -> None:
     """The other process has another hash seed, and a foreign function replaces one of Python's own."""
     program = """

@@ -283,6 +283,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"kind": "huggingface", "dataset": str(folder), "revision": "a" * 40}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of datasets
 def test_a_huggingface_source_is_read(
     tmp_path: Path, dataset: dict[str, Any], collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch

@@ -231,6 +231,7 @@ def test_a_parquet_file_with_a_column_name_that_is_not_utf8(collected, tmp_path:
         collected(True, "parquet")
 
 
+@pytest.mark.slow
 def test_a_parquet_file_whose_rows_share_one_long_text_is_read_in_small_batches(
     tmp_path: Path, collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:

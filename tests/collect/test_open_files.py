@@ -285,6 +285,7 @@ def test_zeros_after_gzip_are_padding(tmp_path: Path, texts) -> None:
     assert texts(str(tmp_path / "file")) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_decompressed_size(tmp_path: Path) -> None:
     """One line of 300 MB in a small file is read in pieces, under a limit of the address space."""
     with gzip.open(tmp_path / "line.gz", "wb", 1) as file:

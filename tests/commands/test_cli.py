@@ -78,6 +78,7 @@ def test_generate_ends_before_a_stop_string(model: str, capsys: pytest.CaptureFi
     assert generate("--repetition-penalty", "2", "--min-p", "0.5") != whole
 
 
+@pytest.mark.slow
 def test_generate_answers_prompts_on_a_terminal(model: str) -> None:
     """Ctrl-C ends a continuation, the up arrow brings back the last prompt, Ctrl-D ends the program."""
     controller, terminal = pty.openpty()

@@ -78,6 +78,7 @@ def test_runs_of_different_seeds_are_not_paired() -> None:
     assert rows()[2][-4:] == ["0.1300", f"{error:.4f}", f"{welch.pvalue:.4f}", "nothing"]
 
 
+@pytest.mark.slow
 def test_single_runs_are_paired_by_document_if_their_test_documents_are_equal(
     params: Params, project: Path
 ) -> None:
@@ -139,6 +140,7 @@ def runs_with_curves(project: Path) -> None:
                 client.log_metric(run_id, metric, loss, timestamp=start + milliseconds, step=step)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("runs_with_curves")
 def test_curves_are_drawn_into_a_file(tmp_path: Path) -> None:
     page = tmp_path / "curves.html"

@@ -169,6 +169,7 @@ def run_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_page_is_printed_and_logged_to_the_run(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -225,6 +225,7 @@ FILES_READ = (
 )
 
 
+@pytest.mark.slow
 def test_no_damage_makes_a_check_fail(made: Path, examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file that the doctor reads is replaced by noise, then by a folder."""
     tiny.make_model(made / "models/gpt")

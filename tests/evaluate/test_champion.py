@@ -87,6 +87,7 @@ def test_the_difference_both_curves_and_what_changed(project: Path, params: Para
     ]
 
 
+@pytest.mark.slow
 def test_what_the_difference_shows_is_said_in_words(params: Params, model: Path) -> None:
     evaluate(params, model, None, 2.0)
     make_model(model, seed=1)

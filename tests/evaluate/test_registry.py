@@ -128,6 +128,7 @@ def test_the_run_of_an_evaluated_model_becomes_finished(params: Params, model: P
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_two_evaluations_at_once_register_one_version(params: Params, model: Path, project: Path) -> None:
     connect()
     children = []

@@ -199,6 +199,7 @@ def test_a_wrong_clock_that_jumps_back_changes_nothing(
     assert times.items() <= again.items()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_training_within_seconds_with_its_state_saved(project: Project) -> None:
     params = tiny.params(train__max_steps=100_000, train__save_every=100_000, train__eval_every=100_000)
     process = start(params, project)
@@ -210,6 +211,7 @@ def test_a_signal_ends_a_training_within_seconds_with_its_state_saved(project: P
     assert [name for name in project.checkpoints() if name.startswith("step-")]
 
 
+@pytest.mark.slow
 def test_a_second_training_of_the_same_run_is_refused(project: Project) -> None:
     params = tiny.params(train__max_steps=100_000, train__eval_every=100_000)
     process = start(params, project)
