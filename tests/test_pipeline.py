@@ -128,8 +128,8 @@ def test_evaluate_refuses_reports_that_stage_train_did_not_write(project_copy: P
     """It prints one line and exits with code 4. The recommended command helps, and trains nothing again."""
     outputs = digests(project_copy)
     for name, content in (
-        ("train.steps.csv", b"step,loss\n1,0.1\n"),
         ("mlflow_run.json", b'{"run_id": "' + b"0" * 20),
+        ("train.steps.csv", b"step,loss\n1,0.1\n"),
     ):
         path = project_copy / "reports" / name
         path.unlink()  # it may be a hard link into DVC's cache
