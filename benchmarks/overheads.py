@@ -149,7 +149,7 @@ def beside_a_record(step: Callable[[], Any]) -> dict[str, float]:
                 }
                 with (
                     mock.patch.dict(os.environ, environment),
-                    training_run(params, None, lineage, {}) as record,
+                    training_run(params, None, lineage, {}, n_parameters=0) as record,
                 ):
                     slower.setdefault(name, []).append(block(record) / alone - 1)
                 for left in Path(folder).glob(".gptpipe/outbox/*"):

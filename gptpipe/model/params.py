@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
 from gptpipe.base.params import Positive, PositiveFloat, Section, Share
 
@@ -19,7 +19,7 @@ class ModelParams(Section):
     head_dim: Positive | None
     n_inner: Positive
     dropout: Share
-    rope_theta: PositiveFloat
+    rope_theta: Annotated[FiniteFloat, Field(ge=1)]  # smaller ones give NaN
     norm_eps: PositiveFloat
     tie_embeddings: bool
 
