@@ -95,11 +95,13 @@ def _damages(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
 
 
 def _leftovers(hello: dict[str, Any], chance: random.Random) -> Iterator[Trial]:
-    stages = [stage for stage in hello["operations"] if stage in ("collect", "tokenize", "train")]
+    places = [stage for stage in hello["operations"] if stage in ("collect", "tokenize", "train")]
+    if "train" in places:  # a training makes the record
+        places.append("outbox")
     number = 0
-    while stages:
+    while places:
         number += 1
-        stage = chance.choice([*stages, "outbox"])
+        stage = chance.choice(places)
         way = chance.choice(("flip", "cut", "empty", "zeros", "gone", "all"))
         if stage == "outbox":
             way = chance.choice(("flip", "cut", "empty", "zeros", "edit"))
