@@ -100,7 +100,7 @@ def new_folder(target: Path, made_from: dict[str, str], key: str = "") -> Iterat
 
 
 def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
-    """Write the manifest, sync all names to disk, and remove what only an interrupted build needs."""
+    """Write the manifest, remove what only an interrupted build needs, and sync all names to disk."""
     recorded = recorded_digests(folder.path)
     files: dict[str, FileEntry] = {}
     for name in filter(_is_content, _files_below(folder.path)):
@@ -108,11 +108,12 @@ def _finish_folder(folder: NewFolder, made_from: dict[str, str]) -> None:
         files[name] = FileEntry(sha256=recorded.get(name) or sha256_of(path), n_bytes=path.stat().st_size)
     manifest = Manifest(schema_version=SCHEMA, made_from=made_from, counts=folder.counts, files=files)
     write_bytes(folder.path / MANIFEST, manifest.to_bytes())
+    for path in sorted(folder.path.rglob(".*")):
+        _remove(path)
     for path in sorted(folder.path.rglob("*")):
         if path.is_dir():
             sync_folder(path)
-    for path in sorted(folder.path.rglob(".*")):
-        _remove(path)
+    sync_folder(folder.path)  # after a power cut, what was removed would be back
 
 
 def _is_content(name: str) -> bool:

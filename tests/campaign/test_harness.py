@@ -14,7 +14,7 @@ from campaign.damage import WAYS, damage
 from campaign.faults import Counters, Fault, install, read_trace
 from campaign.powercut import MODES, cut_power
 from gptpipe.base.files import write_bytes
-from gptpipe.base.manifest import new_folder
+from gptpipe.base.manifest import new_folder, verify
 
 WRITERS = {
     "as the project does": lambda path: write_bytes(path, b"content"),
@@ -94,6 +94,31 @@ def test_a_power_cut_reveals_each_wrong_way_to_write_a_file(root: Path, file: st
     assert outcomes["without fsync of the folder"] == (True, {None, b"content"})
     assert not outcomes["without fsync"][0]
     assert not outcomes["under its final name"][0]
+
+
+def test_a_finished_folder_verifies_after_a_power_cut(root: Path) -> None:
+    """Records and half-written files were removed without a sync, and were back in the finished folder."""
+
+    def build() -> None:
+        with new_folder(root / "data/raw", {}, "key") as folder:
+            write_bytes(folder.path / "text", b"content")
+            for name in (".text.done", ".parts/one"):
+                write_bytes(folder.path / name, b"what only an interrupted build needs")
+
+    before, trace = root.parent / "before", root.parent / "trace"
+    shutil.copytree(root, before)
+    _, n_operations = in_a_fork(build, Fault(), root)
+    n_finished = 0
+    for at in range(1, n_operations + 1):
+        for mode in MODES:
+            shutil.rmtree(root)
+            shutil.copytree(before, root)
+            in_a_fork(build, Fault("cut", at), root, trace)
+            cut_power(root, before, read_trace(trace), mode, random.Random(at))
+            if (root / "data/raw").exists():
+                n_finished += 1
+                assert list(verify(root / "data/raw").files) == ["text"]
+    assert n_finished > 0
 
 
 def test_every_operation_is_counted_once(root: Path) -> None:
