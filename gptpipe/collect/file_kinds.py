@@ -72,7 +72,7 @@ _UNREADABLE_NAMES = {
     ".zz": "compressed by zlib",
     ".deflate": "compressed by zlib",
 }
-_PDF = re.compile(rb"%PDF-\d\.\d\s*[\r\n]\s*(%|\d+\s+\d+\s+obj)")  # a comment or an object follows
+_PDF = re.compile(rb"%PDF-\d\.\d[ \t\f\0]*[\r\n]\s*(%|\d+\s+\d+\s+obj)")  # a comment or an object follows
 _RTF = b"{\\rtf1"
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 

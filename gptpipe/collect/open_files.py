@@ -126,7 +126,7 @@ def _unpacked(
     An archive is opened even if it is not wanted itself, because its members may be.
     """
     file = _decompressed(name, file, rules.on_read)
-    head = file.peek(_HEAD_BYTES)
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
     if archives.is_tar(head) or archives.is_zip(head):
         yield from _unpacked_archive(name, file, rules, depth)
     elif not is_wanted:
@@ -164,7 +164,7 @@ def _members(name: str, members: archives.Members, rules: _Rules, on_read: OnRea
 
 def _decompressed(name: str, file: io.BufferedReader, on_read: OnRead) -> io.BufferedReader:
     """The decompressed content of a file, or the file itself if it is not compressed."""
-    head = file.peek(_HEAD_BYTES)
+    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES]
     decompressor = None if file_kinds.is_text(head) else compression.decompressor(head)
     return buffered(name, decompressor(name, file), on_read) if decompressor else file
 

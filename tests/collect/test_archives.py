@@ -16,7 +16,7 @@ from reading import read_source
 
 from gptpipe.collect import open_files as opening
 from gptpipe.collect.archives import is_tar
-from gptpipe.collect.file_kinds import Format, is_other_file
+from gptpipe.collect.file_kinds import Format, document_kind, is_other_file
 from gptpipe.collect.open_files import open_files
 from gptpipe.collect.texts import Rejected
 from gptpipe.shell.errors import InputError
@@ -183,6 +183,11 @@ def test_ordinary_files_that_look_like_documents_are_read(opened) -> None:
     assert opened(zip_({"mimetype": b"a word", "b": b"text"})) == {"mimetype": "a word", "b": "text"}
     for text in ("%PDF-1.4 is a version", "%PDF-1.4\nis a version", "%PDF is not a magic number"):
         assert opened(text.encode()) == {"": text}
+
+
+def test_the_kind_of_a_document_takes_time_in_proportion_to_its_length() -> None:
+    """A file of line feeds after a PDF's magic number once took hours, found by fuzzing."""
+    assert document_kind(b"%PDF-1.4" + b"\n" * 1_000_000) is None
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,8 @@ def json_tree(content: bytes, random: Random) -> bytes:
         else:
             try:
                 changed = _dump(_changed(tree, random), random)
-            except RecursionError:  # json.dumps has less room than json.loads
+            # json.dumps has less room than json.loads; a long integer has no float, and maybe no string.
+            except (RecursionError, OverflowError, ValueError):
                 return content
         return before + changed + after
     return content
@@ -268,7 +269,7 @@ def sealed(content: bytes, random: Random) -> bytes:
         tree = json.loads(content)
         tree.pop("sha256", None)
         return seal(_changed(tree, random))
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return content
 
 

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from fuzz import engine
+from fuzz import engine, mutations
 from fuzz.engine import Fuzzer, Target
 from fuzz.targets import TARGETS
 
@@ -73,6 +74,13 @@ def test_the_engine_reports_each_kind_of_finding(
         assert made.tallies["planted"].executions == 2
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("mutation", [mutations.json_tree, mutations.sealed])
+def test_json_with_long_integers_is_mutated(mutation: mutations.Mutation) -> None:
+    """A mutation that raised an error once ended a worker, which looked like a finding."""
+    content = b'{"a": 1%s, "b": 9%s}' % (b"0" * 400, b"0" * 4299)
+    assert len({mutation(content, Random(i)) for i in range(200)}) > 20
 
 
 def test_equal_seeds_try_equal_inputs(tmp_path: Path) -> None:
