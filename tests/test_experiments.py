@@ -1,5 +1,9 @@
-"""`dvc exp run` as users run it: in place, with `--temp`, with `--queue`; experiments resumed and restored."""
+"""`dvc exp run` as users run it: in place, with `--temp`, with `--queue`; experiments resumed and restored.
 
+The MLflow run id of a result follows it wherever DVC and git take the result.
+"""
+
+import json
 import os
 import signal
 import sqlite3
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from toy_pipeline import copy_project, digests, environment, finished_runs, run
+from toy_pipeline import commit, copy_project, digests, environment, finished_runs, run, set_params
 
 pytestmark = pytest.mark.slow  # each test runs stages train and evaluate, mostly more than once
 
@@ -24,19 +28,35 @@ EDIT = "# a change that is in no commit\n"
 class Experiment(NamedTuple):
     """A project after an experiment in place that was not interrupted."""
 
-    project: Path
+    project: Path  # its result is in the workspace and not committed; tests copy it
     output: str  # of `dvc exp run`
     digests: dict[str, str]
-    new_runs: set[str]  # ids of the finished runs that it added to the store
+    of_the_commit: str  # run id of the result in the commit
+    run_id: str  # of the experiment's result
 
 
 @pytest.fixture(scope="module")
 def in_place(reproduced: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     project = copy_project(reproduced, tmp_path_factory.mktemp("in_place") / "copy")
     edit_without_commit(project)
-    before = finished_runs(project)
+    before = run_id(project)
     output = run(project, "dvc", "exp", "run", "-n", "tried", *CHANGE).stdout
-    return Experiment(project, output, digests(project), finished_runs(project) - before)
+    return Experiment(project, output, digests(project), before, run_id(project))
+
+
+@pytest.fixture
+def tried(in_place: Experiment, tmp_path: Path) -> Path:
+    """A copy of the project that the test may change."""
+    return copy_project(in_place.project, tmp_path / "copy")
+
+
+def run_id(project: Path) -> str:
+    """The run id in the workspace, which the metrics that DVC shows must name too."""
+    content = json.loads((project / "reports/mlflow_run.json").read_bytes())
+    shown = json.loads((project / "reports/metrics.json").read_bytes())["run"]
+    assert content["run_id"].startswith(shown)
+    assert len(shown) == 8
+    return str(content["run_id"])
 
 
 def edit_without_commit(project: Path) -> None:
@@ -45,16 +65,45 @@ def edit_without_commit(project: Path) -> None:
 
 
 def test_an_experiment_in_place_reruns_train_and_evaluate_only_and_can_be_restored(
-    in_place: Experiment,
+    in_place: Experiment, tried: Path
 ) -> None:
     check_only_train_and_evaluate_ran(in_place.output)
     assert len(in_place.digests) > 20
-    (run_id,) = in_place.new_runs
-    assert tags_of_run(in_place.project, run_id)["dvc.exp_name"] == "tried"
-    check_restore(in_place.project, run_id, in_place.digests)
+    assert finished_runs(tried) == {in_place.of_the_commit, in_place.run_id}
+    assert tags_of_run(tried, in_place.run_id)["dvc.exp_name"] == "tried"
+    check_restore(tried, in_place.run_id, in_place.digests)
 
 
-def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill_and_can_be_restored(
+def test_the_run_id_follows_checkout_and_apply(in_place: Experiment, tried: Path) -> None:
+    go_to_the_commit(tried)
+    assert run_id(tried) == in_place.of_the_commit
+    run(tried, "dvc", "exp", "apply", "tried")
+    assert run_id(tried) == in_place.run_id
+
+
+def test_the_run_id_follows_branches(in_place: Experiment, tried: Path) -> None:
+    run(tried, "git", "checkout", "-q", "-b", "another")
+    commit(tried)
+    run(tried, "git", "checkout", "-q", "-")
+    run(tried, "dvc", "checkout")
+    assert run_id(tried) == in_place.of_the_commit
+    run(tried, "git", "checkout", "-q", "another")
+    run(tried, "dvc", "checkout")
+    assert run_id(tried) == in_place.run_id
+
+
+def test_the_run_id_follows_the_run_cache(in_place: Experiment, tried: Path) -> None:
+    """The same parameters again: DVC takes the result from its cache, and nothing is trained or recorded."""
+    go_to_the_commit(tried)
+    set_params(tried, {"train.max_steps": 60})
+    output = run(tried, "dvc", "repro").stdout
+    assert "Stage 'train' is cached" in output
+    assert "Stage 'evaluate' is cached" in output
+    assert run_id(tried) == in_place.run_id
+    assert finished_runs(tried) == {in_place.of_the_commit, in_place.run_id}
+
+
+def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill(
     project_copy: Path, in_place: Experiment
 ) -> None:
     """DVC removes the workspace of a failed experiment; the checkpoints and the store are in the project."""
@@ -64,36 +113,40 @@ def test_an_experiment_in_a_temporary_workspace_resumes_bit_for_bit_after_a_kill
     checkpoints = kill_in_training(project_copy, [*command, "first"])
     check_only_train_and_evaluate_ran(run(project_copy, *command, "again").stdout)
     assert not checkpoints.exists()  # stage evaluate removes those of a finished training
-    (run_id,) = finished_runs(project_copy) - before
-    assert tags_of_run(project_copy, run_id)["dvc.exp_name"] == "first"  # the killed run, which was resumed
+    (resumed,) = finished_runs(project_copy) - before
+    assert tags_of_run(project_copy, resumed)["dvc.exp_name"] == "first"  # of the killed run
     run(project_copy, "dvc", "exp", "apply", "again")
     assert digests(project_copy) == in_place.digests
-    check_restore(project_copy, run_id, in_place.digests)
 
 
 def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(
     project_copy: Path, in_place: Experiment
 ) -> None:
-    """The queue runs again with two jobs: they resume the killed experiment and sweep two learning rates."""
+    """The queue runs again with two jobs: they resume the killed experiment and try another learning rate."""
     queue, run_all = ["dvc", "exp", "run", "--queue"], ["dvc", "exp", "run", "--run-all"]
     run(project_copy, *queue, "-n", "first", "train", *CHANGE)
     checkpoints = kill_in_training(project_copy, run_all)
     wait_until_no_worker_runs(project_copy)
     run(project_copy, *queue, "-n", "again", "train", *CHANGE)
-    run(project_copy, *queue, "-S", "train.lr=choice(1e-4,2e-4)")
+    run(project_copy, *queue, "-S", "train.lr=1e-4")
     run(project_copy, *run_all, "-j", "2")
     assert (checkpoints / "finished.json").exists()
     runs = finished_runs(project_copy)
-    assert len(runs) == 4  # the run of `reproduced`, the resumed one, and two of the sweep
+    assert len(runs) == 3  # the run of `reproduced`, the resumed one, and that with another learning rate
     shown = run(project_copy, "dvc", "exp", "show", "--json").stdout
     # Stage evaluate writes what DVC compares; only stage train of the resumed experiment ran.
-    assert sum(f'"{run_id[:8]}"' in shown for run_id in runs) == 3
+    assert sum(f'"{each[:8]}"' in shown for each in runs) == 2
     # Without the hashes of folders, which come after the rest, and a column that only the queue fills.
     table = run(project_copy, "dvc", "exp", "show", "--only-changed", "--drop", ".*/|Executor").stdout
     assert max(len(line) for line in table.splitlines()) <= 160
     assert "train.lr" in table
     run(project_copy, "dvc", "exp", "apply", "again")
     assert of_stages_up_to_train(digests(project_copy)) == of_stages_up_to_train(in_place.digests)
+
+
+def go_to_the_commit(project: Path) -> None:
+    run(project, "git", "checkout", "-q", "--", ".")
+    run(project, "dvc", "checkout")
 
 
 def check_only_train_and_evaluate_ran(output: str) -> None:
@@ -103,9 +156,9 @@ def check_only_train_and_evaluate_ran(output: str) -> None:
         assert f"Running stage '{stage}'" in output
 
 
-def check_restore(project: Path, run_id: str, outputs: dict[str, str]) -> None:
+def check_restore(project: Path, of_run: str, outputs: dict[str, str]) -> None:
     """The command in a run's description restores code, parameters, data and model, whatever has changed."""
-    tags = tags_of_run(project, run_id)
+    tags = tags_of_run(project, of_run)
     assert tags["changed"] == "train.max_steps=60"
     assert tags["sweep"].endswith(": train.max_steps")
     arguments = tags["mlflow.note.content"].split("    gptpipe restore ")[1].split()
@@ -129,9 +182,9 @@ def of_stages_up_to_train(outputs: dict[str, str]) -> dict[str, str]:
     return others
 
 
-def tags_of_run(project: Path, run_id: str) -> dict[str, str]:
+def tags_of_run(project: Path, of_run: str) -> dict[str, str]:
     with closing(sqlite3.connect(project / "mlflow.db")) as database:
-        return dict(database.execute("select key, value from tags where run_uuid = ?", (run_id,)).fetchall())
+        return dict(database.execute("select key, value from tags where run_uuid = ?", (of_run,)).fetchall())
 
 
 def kill_in_training(project: Path, command: list[str]) -> Path:
