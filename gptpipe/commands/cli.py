@@ -68,6 +68,14 @@ def _enter_project(options: argparse.Namespace) -> None:
         os.chdir(root)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of an option that has a value without being given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_value = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_value else action.help
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gptpipe",
@@ -85,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=function.__doc__,
             description=function.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         command.set_defaults(run=function)
         return command
@@ -147,7 +155,11 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = add_command("serve", _serve)
     serve.add_argument(
-        "models", nargs="*", metavar="MODEL", type=_model, help="model folders, or models:/NAME@ALIAS"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        type=_model,
+        help=f"model folders, or models:/NAME@ALIAS; default: {_DEFAULT_MODEL}",
     )
     serve.add_argument("--host", default="127.0.0.1", help="for another one, set GPTPIPE_SERVE_KEY")
     serve.add_argument("--port", type=int, default=8000, help="port to listen at; 0: any free one")

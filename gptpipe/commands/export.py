@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gptpipe.base.manifest import verify
+from gptpipe.commands.gguf_card import card_fields
 from gptpipe.commands.llama_cpp_runner import Answer, Request, is_installed, llama_cpp_version, run_llama_cpp
 from gptpipe.evaluate.difficult_text import difficult_texts
 from gptpipe.formats.tokenizer import GPT4_PATTERN, GPT4O_PATTERN, Tokenizer
@@ -50,10 +51,16 @@ def export(options: argparse.Namespace) -> None:
     model, tokenizer = load_generator(options.model)
     from gptpipe.commands.gguf_file import write_gguf  # late: the package may be missing
 
-    write_gguf(out, model, tokenizer, options.type)
+    card = card_fields(options.model)
+    write_gguf(out, model, tokenizer, options.type, card)
     size = out.stat().st_size / 1e6
     summary = f"{out}: {size:,.1f} MB, {model.n_parameters():,} parameters; it reads back as it was written"
     print(printable(summary))
+    if card and not any(key.startswith("general.dataset") for key in card):
+        complain(
+            "warning: the file does not name the training data: reports/model_card.md is missing or of another "
+            "model; run `dvc repro evaluate`, and export again"
+        )
     if is_installed():
         print(compare_with_llama_cpp(out, model, tokenizer, options.type))
     else:

@@ -2,7 +2,7 @@
 its configuration and its vocabulary. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +85,16 @@ class GGUFTensor:
     kind: gguf.GGMLQuantizationType
 
 
-def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, number_type: NumberType) -> None:
+def write_gguf(
+    path: Path, model: GPT, tokenizer: Tokenizer, number_type: NumberType, card: Mapping[str, Any] | None = None
+) -> None:
     """Write the model, read the file back, and let it appear under `path` only if it contains what it should.
 
-    Memory: the model, and one more tensor. Raises InputError for a model that the format cannot express,
-    IntegrityError for a file that reads back differently, ResourceError for a full disk.
+    `card` are keys that describe the model in words (`gguf_card.card_fields`). Memory: the model, and one more
+    tensor. Raises InputError for a model that the format cannot express, IntegrityError for a file that reads
+    back differently, ResourceError for a full disk.
     """
-    fields = {**_configuration(model, number_type), **_vocabulary(tokenizer)}
+    fields = {**_configuration(model, number_type), **_vocabulary(tokenizer), **(card or {})}
     tensors = list(gguf_tensors(model, number_type))
     with new_file(path) as file:
         # The writer opens the unfinished file a second time.
@@ -133,6 +136,7 @@ def _configuration(model: GPT, number_type: NumberType) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "general.type": "model",
         "general.name": "gpt",
+        "general.size_label": gguf.size_label(model.n_parameters(), 0, 0, expert_count=0),
         "general.file_type": int(_FILE_TYPES[number_type]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         f"{name}.vocab_size": model.vocab_size,

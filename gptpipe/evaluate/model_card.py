@@ -61,9 +61,15 @@ def write_model_card(
 
 
 def _header(trained: str, sources: Sequence[DataSource], results: dict[str, Any]) -> str:
-    """The lines of the trained model's header, and those about data sets and results."""
+    """The lines of the trained model's header, and those about data sets and results.
+
+    The hub ignores `training_data`, which `gptpipe export` reads: the sources as in the table of the card.
+    """
     datasets = sorted({source.hub_dataset for source in sources if source.hub_dataset})
     header: dict[str, Any] = {"datasets": datasets} if datasets else {}
+    header["training_data"] = [
+        {"name": source.description, "license": source.stated_license or "not stated"} for source in sources
+    ]
     header["model-index"] = [{"name": "gpt", "results": list(_index(results))}]
     text = io.StringIO()
     YAML(typ="safe").dump(json.loads(json.dumps(header)), text)

@@ -47,9 +47,13 @@ def test_help_lists_every_command_in_one_line(
         return capsys.readouterr().out
 
     text = help_of()
-    for command in ("plan", "data", "doctor", "compare", "generate", "serve", "export", "restore"):
+    commands = ("plan", "data", "doctor", "compare", "generate", "score", "serve", "export", "restore")
+    for command in commands:
         assert re.search(rf"^ +{command}  +[A-Z].*\.$", text, re.MULTILINE)
-        assert f"gptpipe {command} [-h]" in help_of(command)
+        help_of_command = help_of(command)
+        assert f"gptpipe {command} [-h]" in help_of_command
+        assert "default: None" not in help_of_command
+        assert "default: False" not in help_of_command
     for command in ("dvc repro", "dvc exp run", "dvc plots show", "dvc push", "mlflow ui"):
         assert f"  {command} " in text
     assert max(map(len, text.splitlines())) <= 80

@@ -52,8 +52,23 @@ def network(tokenizer: Tokenizer, **changes: Any) -> GPT:
     return tiny.network(tokenizer.vocab_size, **{"context_length": 64, **changes})
 
 
-def save(folder: Path, model: GPT, tokenizer: Tokenizer) -> Path:
+CARD = """\
+---
+tags: [gptpipe]
+training_data: [{name: "text a|b.txt", license: CC0-1.0}]
+---
+# gpt
+
+A model.
+
+- Network
+"""
+
+
+def save(folder: Path, model: GPT, tokenizer: Tokenizer, card: str | None = None) -> Path:
     with new_folder(folder, {}) as new:
+        if card is not None:
+            (new.path / "README.md").write_text(card)
         weights = dict(model.named_parameters())
         save_model(new.path, model.params, tokenizer.vocab_size, tokenizer.end_of_text, weights)
         tokenizer.save(new.path)
@@ -171,6 +186,34 @@ def test_the_command_writes_beside_the_model_and_says_how_to_run_it(
     assert f"FROM {out}" in printed.out
     assert "ollama create gpt -f Modelfile" in printed.out
     assert printed.err.strip().startswith("warning: llama.cpp has not run the file")
+
+
+def test_the_file_carries_the_card(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export_module, "is_installed", lambda: True)
+    monkeypatch.setattr(export_module, "compare_with_llama_cpp", lambda *_: "")
+    trained = "".join(line for line in CARD.splitlines(keepends=True) if not line.startswith("training"))
+    folder = save(tmp_path / "models/gpt", network(tokenizer), tokenizer, card=trained)
+    _dispatch(["export", "--model", str(folder)])
+    assert capsys.readouterr().err.startswith("warning: the file does not name the training data: ")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/model_card.md").write_text(CARD)
+    _dispatch(["export", "--model", str(folder)])
+    assert capsys.readouterr().err == ""
+    reader = gguf.GGUFReader(tmp_path / "models/gpt-f16.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith("general.")}
+    n_thousands = round(network(tokenizer).n_parameters() / 1000)
+    assert fields == fields | {
+        "general.name": "gpt",
+        "general.description": "A model.",
+        "general.size_label": f"{n_thousands}K",
+        "general.tags": ["gptpipe", "text-generation"],
+        "general.license.name": "of the training data: CC0-1.0",
+        "general.dataset.count": 1,
+        "general.dataset.0.name": "text a|b.txt",
+        "general.dataset.0.description": "licence: CC0-1.0",
+    }
 
 
 def test_wrong_use_is_one_line(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

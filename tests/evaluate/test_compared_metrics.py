@@ -55,6 +55,18 @@ def test_ten_values_of_both_splits(reports: Path) -> None:
     }
 
 
+def test_a_table_of_these_values_fits_a_terminal_of_160_columns(reports: Path) -> None:
+    """`dvc exp show` without folders, date, executor and tokens, for a sweep of two parameters.
+
+    Each column is as wide as its name or its values, and has three spaces. DVC shows five significant digits:
+    `0.026588` has 8 characters. The overlap is the same in all experiments. Before the first column there are
+    two spaces, after the last none more.
+    """
+    metrics = set(written(reports, {"val": side(2.0), "test": side(3.0)})) - {"tokens", "overlap"}
+    names = ["  ├── 7f642fc [hated-flea]", "Success", *metrics, "train.lr", "train.max_steps"]
+    assert sum(max(len(name), 8) + 3 for name in names) <= 160
+
+
 def test_without_a_test_split_all_values_are_of_the_validation_split(reports: Path) -> None:
     metrics = written(reports, {"val": side(2.0)})
     assert (metrics["val_bpb_se"], metrics["val_acc"], metrics["overlap"]) == (0.02, 0.2, 0.25)

@@ -12,6 +12,7 @@ from toy_project import Project
 from gptpipe.base.files import write_json
 from gptpipe.base.manifest import verify
 from gptpipe.collect.params import CollectParams
+from gptpipe.commands.gguf_card import card_fields
 from gptpipe.evaluate.evaluate import Evaluation, evaluate_model
 from gptpipe.evaluate.model_card import write_model_card
 from gptpipe.shell.errors import IntegrityError
@@ -109,6 +110,28 @@ def test_the_card_says_what_the_record_knows(card: str, project: Project, evalua
     accuracy, error = (results["cloze"][name] for name in ("accuracy", "accuracy_standard_error"))
     passages = f"{results['cloze']['n_passages']} passages"
     assert f"| last words: accuracy | {accuracy:.4f} ± {error:.4f} | {passages}" in card
+
+
+def test_an_exported_file_names_the_data_of_the_card(card: str, project: Project) -> None:
+    fields = card_fields(project.root / "models/gpt")
+    assert fields["general.name"] == "gpt"
+    assert fields["general.description"].startswith("A qwen3 language model with ")
+    assert fields["general.description"].endswith("trained from scratch by gptpipe.")
+    assert fields["general.tags"] == ["gptpipe", "qwen3", "text-generation"]
+    assert fields["general.dataset.count"] == 4
+    assert fields["general.dataset.2.name"] == "text data/sources/[a].txt"
+    assert fields["general.dataset.2.description"] == "licence: CC-BY-4.0"
+    licenses = "of the training data: CC-BY-4.0, PSF-2.0, odc-by, not stated"
+    assert fields["general.license.name"] == licenses
+
+
+def test_the_card_of_another_model_says_nothing_about_the_data(card: str, project: Project) -> None:
+    path = project.root / "reports/model_card.md"
+    path.write_text(card.replace("- Training:", "- Another training:"))
+    assert "general.dataset.count" not in card_fields(project.root / "models/gpt")
+    path.write_text(card.replace("model-index:", "model-index: ]"))
+    with pytest.raises(IntegrityError, match=r"model_card\.md: its header is not YAML"):
+        card_fields(project.root / "models/gpt")
 
 
 def test_a_missing_or_other_overlap_report_is_an_error(
