@@ -4,7 +4,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gptpipe.collect.decide import Decider
-from gptpipe.collect.params import CollectParams, FilterParams, HuggingFace, Source
+from gptpipe.collect.params import (
+    CollectParams,
+    FilterParams,
+    HuggingFace,
+    Jsonl,
+    Parquet,
+    Python,
+    Source,
+    Text,
+)
+from gptpipe.collect.paths import place_of
+from gptpipe.collect.tables import is_remote
 from gptpipe.collect.tally import Tally
 from gptpipe.shell.console import complain
 from gptpipe.shell.errors import InputError
@@ -24,23 +35,35 @@ _ADVICE = {  # how to keep texts that were rejected for a reason
 
 
 def warn_about_files(paths: Iterable[list[str]], sources: Iterable[Source], stage: str) -> None:
-    """Warn about files that DVC does not watch, because they are outside data/sources. `stage` reads them."""
+    """Warn about everything that DVC does not watch, because it is outside data/sources. `stage` reads it.
+
+    Sources with a SHA-256 or a revision cannot change unnoticed.
+    """
     watched = _WATCHED.resolve()
-    distinct = {path for paths_of_source in paths for path in paths_of_source}
-    distinct |= {
-        source.dataset for source in sources if isinstance(source, HuggingFace) and not source.revision
-    }
-    outside = sorted(path for path in distinct if not _is_below(path, watched))
+    local = {path for paths_of_source in paths for path in paths_of_source}
+    elsewhere: set[str] = set()
+    for source in sources:
+        match source:
+            case HuggingFace(is_local=True):
+                local.add(source.dataset)
+            case Python(package=str(package)):
+                elsewhere.add(f"the installed package {package}")
+            case Text() | Jsonl() | Parquet():
+                elsewhere.update(filter(is_remote, source.paths))
+    outside = sorted(elsewhere.union(path for path in local if not _is_below(path, watched)))
     if outside:
         others = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
         complain(
             f"{stage}: warning: {outside[0]}{others}: outside {_WATCHED}, so `dvc repro` does not notice "
-            f"changes; move the files there, or run `dvc repro -f {stage}` after a change"
+            f"changes; copy the files there, or run `dvc repro -f {stage} && dvc repro` after a change"
         )
 
 
 def _is_below(path: str, folder: Path) -> bool:
-    return Path(path).absolute().is_relative_to(folder) or Path(path).resolve().is_relative_to(folder)
+    """Whether DVC finds a file or dataset folder in `folder`. It follows links to files, not to folders."""
+    real = Path(path).resolve()
+    place = real if real.is_dir() else Path(place_of(path))
+    return place.is_relative_to(folder) or real.is_relative_to(folder)
 
 
 def check_bad_records(decider: Decider, params: CollectParams) -> None:

@@ -149,8 +149,13 @@ class HuggingFace(AnySource):
         return revision
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is a folder. `datasets` prefers a folder to a dataset of the hub with the same name."""
+        return Path(self.dataset).is_dir()
+
+    @property
     def hub_dataset(self) -> str | None:
-        return self.dataset if self.revision else None
+        return None if self.is_local else self.dataset
 
     @property
     def address(self) -> str:

@@ -20,7 +20,7 @@ from gptpipe.collect.downloads import download
 from gptpipe.collect.file_kinds import is_other_file
 from gptpipe.collect.open_files import remote_addresses
 from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, Python, Source, Text, Url
-from gptpipe.collect.paths import is_file_name, matching_files
+from gptpipe.collect.paths import is_file_name, matching_files, place_of
 from gptpipe.collect.python_text import module_files
 from gptpipe.collect.ranges import can_be_divided
 from gptpipe.collect.readers import n_dataset_shards, needs_worker
@@ -85,9 +85,9 @@ def _files_of(source: Source) -> tuple[list[str], list[str]]:
     if not isinstance(source, Text | Jsonl | Parquet):
         return [], []
     patterns = _local_patterns(source)
-    named = {os.path.normpath(pattern) for pattern in patterns if is_file_name(pattern)}
+    named = {place_of(pattern) for pattern in patterns if is_file_name(pattern)}
     matched = map(str, matching_files(patterns))
-    is_other = {path: path not in named and is_other_file(path, source.format) for path in matched}
+    is_other = {path: place_of(path) not in named and is_other_file(path, source.format) for path in matched}
     return [path for path in is_other if not is_other[path]], [path for path in is_other if is_other[path]]
 
 
@@ -105,19 +105,39 @@ def _local_patterns(source: Source) -> list[str]:
 def _digests(sources: tuple[Source, ...], paths: list[list[str]]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for source in sources:
-        if isinstance(source, Python) and source.package is None:
-            digests[source.kind] = f"{platform.python_implementation()} {platform.python_version()}"
-        elif isinstance(source, Python):
-            digests[f"{source.kind} {source.package}"] = _digest_of(module_files(source.package))
-        elif isinstance(source, HuggingFace):
-            digests[source.address] = source.revision or _digest_of_folder(Path(source.dataset))
-        elif isinstance(source, Url):
-            digests[source.url] = source.sha256
+        name = _name_of_digest(source)
+        match source:
+            case Python(package=None):
+                digests[name] = f"{platform.python_implementation()} {platform.python_version()}"
+            case Python(package=str(package)):
+                digests[name] = _digest_of(module_files(package))
+            case HuggingFace():
+                folder = Path(source.dataset)
+                digests[name] = _digest_of_folder(folder) if source.is_local else str(source.revision)
+            case Url():
+                digests[name] = source.sha256
     local = sorted({path for paths_of_source in paths for path in paths_of_source})
-    is_small = sum(Path(path).stat().st_size for path in local) < _HASHED_HERE
-    for path, digest in zip(local, map_in_order(_sha256, local, small=is_small), strict=True):
+    for path, digest in zip(local, _sha256_of_all(local), strict=True):
         digests[printable_name(path)] = digest
     return digests
+
+
+def _name_of_digest(source: Source) -> str:
+    """The name of the digest of a whole source; "" for one whose files have digests of their own."""
+    match source:
+        case Python():
+            return source.kind + (f" {source.package}" if source.package else "")
+        case HuggingFace():
+            return source.address
+        case Url():
+            return source.url
+        case _:
+            return ""
+
+
+def _sha256_of_all(paths: list[str]) -> list[str]:
+    is_small = sum(Path(path).stat().st_size for path in paths) < _HASHED_HERE
+    return list(map_in_order(_sha256, paths, small=is_small))
 
 
 def _sha256(path: str) -> str:
@@ -126,7 +146,7 @@ def _sha256(path: str) -> str:
 
 
 def _digest_of(files: list[Path]) -> str:
-    return hashlib.sha256("".join(map(_sha256, map(str, files))).encode()).hexdigest()
+    return hashlib.sha256("".join(_sha256_of_all(list(map(str, files)))).encode()).hexdigest()
 
 
 def _digest_of_folder(folder: Path) -> str:
@@ -145,7 +165,7 @@ def plan_parts(params: CollectParams, files: SourceFiles) -> list[Part]:
     for i, source in enumerate(params.sources):
         for part in _parts_of(source, files.paths[i], params):
             names = [printable_name(address) for address in part.addresses]
-            digests = [files.digests.get(name) for name in names] or list(_digests((source,), []).values())
+            digests = [files.digests.get(name) for name in names or [_name_of_digest(source)]]
             determinants = [
                 source.model_dump(exclude={"paths", "license"}),
                 names,

@@ -13,14 +13,19 @@ from gptpipe.shell.errors import InputError
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
-    """The regular files that match the globs, sorted, each once. Raises one InputError for all problems."""
-    names: set[str] = set()
+    """The regular files that match the globs, sorted, each once. Raises one InputError for all problems.
+
+    A file that matches under several names has the first relative one.
+    """
+    names: dict[str, str] = {}  # by place
     problems: list[str] = []
     for pattern in patterns:
         matches, problems_of_pattern = _match(pattern)
-        names.update(map(os.path.normpath, matches))
+        for name in map(_simplified, matches):
+            place = place_of(name)
+            names[place] = min(names.get(place, name), name, key=lambda one: (Path(one).is_absolute(), one))
         problems += problems_of_pattern
-    paths = sorted(map(Path, names))
+    paths = sorted(map(Path, names.values()))
     for path in paths:
         try:
             if stat.S_ISREG(path.stat().st_mode):
@@ -32,6 +37,22 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     if problems:
         raise InputError("; ".join(problems) + "; fix collect.sources in params.yaml, or the files")
     return paths
+
+
+def place_of(name: str) -> str:
+    """What all names of a file have in common: its folder, without links, and its name there.
+
+    A link to a file is a file of its own, as a copy would be: with `cache.type symlink`, DVC links all equal
+    files to one.
+    """
+    folder, last = os.path.split(name)
+    return os.path.join(os.path.realpath(folder), last)  # noqa: PTH118
+
+
+def _simplified(name: str) -> str:
+    """The name without `.` and `..`. Where `..` leaves a folder that is a link, it becomes absolute."""
+    short = os.path.normpath(name)
+    return short if place_of(short) == place_of(name) else place_of(name)
 
 
 def is_file_name(pattern: str) -> bool:

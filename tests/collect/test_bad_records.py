@@ -285,6 +285,54 @@ def test_files_outside_of_data_sources_are_a_warning(
     )
 
 
+def warning_about(params: CollectParams, capsys: pytest.CaptureFixture[str]) -> str:
+    warn_about_files(parts.find_files(params.sources).paths, params.sources, "collect")
+    return capsys.readouterr().err
+
+
+def test_remote_files_and_packages_are_one_warning(
+    collect_params: MakeParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC does not watch them, so a rerun says that nothing has changed."""
+    remote = [
+        {"kind": "jsonl", "paths": ("s3://bucket/a.jsonl", "https://example.com/*.jsonl")},
+        {"kind": "python-code", "package": "packaging"},
+    ]
+    warning = warning_about(collect_params(*remote), capsys)
+    assert warning == (
+        "collect: warning: https://example.com/*.jsonl and 2 more: outside data/sources, so `dvc repro` does "
+        "not notice changes; copy the files there, or run `dvc repro -f collect && dvc repro` after a change\n"
+    )
+    pinned = [
+        {"kind": "url", "url": "https://example.com/a.txt", "sha256": "0" * 64},
+        {"kind": "huggingface", "dataset": "someone/stories", "revision": "a" * 40},
+        {"kind": "python-docs"},
+    ]
+    assert warning_about(collect_params(*pinned), capsys) == ""
+
+
+def test_a_link_to_a_folder_is_outside_of_data_sources(
+    tmp_path: Path,
+    collect_params: MakeParams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """DVC does not follow it. It does follow a link to a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("data/sources").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    inside = write(Path("elsewhere/a.txt"), b"text", "text")
+    Path("data/sources/link.txt").symlink_to(tmp_path / "elsewhere/a.txt")
+    Path("data/sources/folder").symlink_to(tmp_path / "elsewhere")
+    linked = {**inside, "paths": ("data/sources/link.txt",)}
+    assert warning_about(collect_params(linked), capsys) == ""
+    for source in (
+        {**inside, "paths": ("data/sources/folder/*.txt",)},
+        {"kind": "huggingface", "dataset": "data/sources/folder"},
+    ):
+        assert "warning: data/sources/folder" in warning_about(collect_params(source), capsys)
+
+
 def test_a_local_dataset_outside_of_data_sources_is_a_warning(
     tmp_path: Path,
     collect_params: MakeParams,
@@ -311,6 +359,21 @@ def test_the_digest_of_a_local_dataset_includes_names(
     Path("ds/train.jsonl").rename("ds/validation.jsonl")
     Path("ds/test.jsonl").rename("ds/train.jsonl")
     assert parts.find_files(params.sources).digests != before
+
+
+def test_a_local_dataset_is_hashed_once_for_all_shards(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` reads the folder whatever the revision says, so its files are hashed."""
+    monkeypatch.chdir(tmp_path)
+    Path("ds").mkdir()
+    Path("ds/train.jsonl").write_bytes(json_lines({"text": "one"}))
+    params = collect_params({"kind": "huggingface", "dataset": "ds", "revision": "a" * 40})
+    hashed: list[str] = []
+    monkeypatch.setattr(parts, "n_dataset_shards", lambda _: 9)
+    monkeypatch.setattr(parts, "_sha256", lambda path: hashed.append(path) or "0" * 64)
+    assert len(parts.plan_parts(params, parts.find_files(params.sources))) == 9
+    assert hashed == ["ds/train.jsonl"]
 
 
 def test_a_filter_that_rejects_nearly_all_is_a_warning(

@@ -1,6 +1,7 @@
 """Near-duplicates, of which one document in each cluster is kept."""
 
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from gptpipe.collect import parts, shards
 from gptpipe.collect.collect import collect
 from gptpipe.collect.near_duplicates import SignatureWriter, SignedPart, near_duplicates
 from gptpipe.collect.params import CollectParams
+from gptpipe.collect.words import split_words
 from gptpipe.formats.corpus import shard_paths
 
 MakeParams = Callable[..., CollectParams]
@@ -183,6 +185,55 @@ def test_operators_and_brackets_are_compared_too(tmp_path: Path) -> None:
     assert repeats(tmp_path / "formulas", formulas) == [False] * 4
     spaced = functions[0].replace(" ", "  ").replace("a, b", "a,b")
     assert repeats(tmp_path / "spaces", [functions[0], spaced]) == [False, True]
+
+
+DIFFERENT = (  # texts that differ in marks that are both operators and punctuation
+    ("i--; s += a[i];", "--i; s += a[i];", "i++; s += a[i];", "i; s += a[i];"),
+    ("*p--", "*--p"),
+    ("f(x) = 0", "f'(x) = 0", "f''(x) = 0", "f\u2032(x) = 0"),
+    ("(u v)' = u' v + u v'", "(u v) = u' v + u v'"),
+    ("go' xs ys", "go xs ys"),
+    ("a ? b : c", "a, b : c", "a ?? b : c"),
+    ("a?.b()", "a.b()", "a!.b()", "a!!.b()"),
+    ("f()?;", "f();"),
+    ("n! / k!", "n / k"),
+    ("x := y", "x = y"),
+    ("a::b", "a.b", "a..b"),
+    ("A .* B", "A * B"),
+    ("⌊x⌋", "⌈x⌉", "‖x‖", "x"),
+    ("f $ g x", "f . g x"),
+)
+EQUAL = (  # texts that differ in spaces, quotation marks or punctuation of prose only
+    ("a-b*c", "a - b * c", "a  -  b\n* c"),
+    ("x=a?b:c;", "x = a ? b : c;"),
+    ("for(;i-->0;){s+=f'(a[i]);}", "for ( ; i-- > 0 ; ) { s += f' ( a[i] ) ; }"),
+    ("if(!x&&--y){n!/k!}", "if ( !x && --y ) { n! / k! }"),
+    ("x:=a::b??c.*d", "x := a :: b ?? c .* d"),
+    ("print('it', b'a b', r'')", 'print("it", b"a b", r"")'),
+    ("Why? It's 'so'... No -- not so.", 'Why! It\'s "so", no — not so', "Why. It's so: no--not so!!"),
+)
+
+
+def words_and_signs(text: str) -> list[int]:
+    hashes: list[int] = split_words([text], signs=True).hashes.tolist()
+    return hashes
+
+
+@pytest.mark.parametrize("texts", DIFFERENT)
+def test_marks_are_compared_where_they_are_operators(texts: tuple[str, ...]) -> None:
+    assert len({tuple(words_and_signs(text)) for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize("texts", EQUAL)
+def test_spaces_and_punctuation_of_prose_are_not_compared(texts: tuple[str, ...]) -> None:
+    assert len({tuple(words_and_signs(text)) for text in texts}) == 1
+
+
+@pytest.mark.parametrize("text", ["b'", " 'a", "'", "?", "ab?", "- ", "--", "f'", ". :"])
+def test_telling_operators_from_punctuation_takes_linear_time(text: str) -> None:
+    start = time.process_time()
+    words_and_signs(text * 30_000)
+    assert time.process_time() - start < 1  # takes 0.05; with a search to the end of the text for each mark 20
 
 
 def test_prose_with_other_punctuation_is_a_duplicate(tmp_path: Path) -> None:

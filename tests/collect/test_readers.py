@@ -259,6 +259,33 @@ def test_matching_files_are_sorted_and_listed_once(tmp_path: Path) -> None:
     assert matching_files([f"{tmp_path}/s*/*"]) == [tmp_path / "sub" / "c.txt", tmp_path / "sub" / "d.md"]
 
 
+def test_all_names_of_a_file_are_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absolute and a relative name, `..` and links to folders once counted twice."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/deep", "other/deep"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "a.txt").write_text("text")
+    Path("data/b.txt").symlink_to("deep/a.txt")
+    Path("link").symlink_to("data")
+    Path("data/far").symlink_to("../other/deep")
+    names = ["link/deep/../deep/*.txt", f"{tmp_path}/data/deep/a.txt", "./data//deep/a.txt"]
+    assert matching_files([names[1]]) == [tmp_path / "data/deep/a.txt"]
+    assert matching_files(names) == [Path("data/deep/a.txt")]
+    # `..` of a link is the folder above its target.
+    assert matching_files(["data/far/../deep/a.txt"]) == [tmp_path / "other/deep/a.txt"]
+    # A link to a file counts like a copy.
+    assert matching_files(["data/b.txt", "data/deep/a.txt"]) == [Path("data/b.txt"), Path("data/deep/a.txt")]
+
+
+def test_a_named_file_is_read_under_each_of_its_names(
+    tmp_path: Path, collect_params: MakeParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text('{"text": "one"}')
+    params = collect_params({"kind": "jsonl", "paths": ("*", f"{tmp_path}/README.md")})
+    assert find_files(params.sources)[1:] == ([["README.md"]], [[]])
+
+
 def test_one_error_names_all_unreadable_files(tmp_path: Path, collect_params: MakeParams) -> None:
     (tmp_path / "good.txt").write_text("text")
     os.mkfifo(tmp_path / "pipe.txt")
