@@ -3,12 +3,13 @@
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 import benchmarks
-from benchmarks import shared_machine
+from benchmarks import nanochat, shared_machine
 from benchmarks.overheads import seconds_to_first_validation
 
 
@@ -45,3 +46,26 @@ def test_a_turn_has_at_least_one_step() -> None:
     steps: list[int] = []
     assert shared_machine.mean_seconds(lambda: steps.append(1), 0.0) > 0
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "lr", "momentum", "weight_decay"),
+    [
+        (0, 0.0, 1 / 40, 0.85, 0.4),  # warm-up
+        (200, 0.2, 1.0, 0.91, 0.2 * (1 + 0.80901699)),  # cos(pi / 5)
+        (500, 0.35, 1.0, 0.97, 0.2 * (1 + 0.45399050)),  # the warm-down starts
+        (500, 0.675, 0.525, 0.935, 0.2 * (1 - 0.52249856)),  # half of it
+        (500, 1.0, 0.05, 0.90, 0.0),
+    ],
+)
+def test_nanochats_schedule_is_that_of_base_train(
+    step: int, progress: float, lr: float, momentum: float, weight_decay: float
+) -> None:
+    """Expected values: its get_lr_multiplier, get_muon_momentum and get_weight_decay at these shares."""
+    muon = {"kind": "muon", "initial_lr": 1.0}
+    adamw = {"kind": "adamw", "initial_lr": 2.0}
+    nanochat.set_schedule(SimpleNamespace(param_groups=[muon, adamw]), step, progress, 0.4)
+    assert muon == pytest.approx(
+        {"kind": "muon", "initial_lr": 1.0, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    )
+    assert adamw == pytest.approx({"kind": "adamw", "initial_lr": 2.0, "lr": 2 * lr})
