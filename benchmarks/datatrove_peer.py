@@ -31,7 +31,8 @@ from loguru import logger
 
 
 def content(document: Document) -> str:
-    return document.text
+    text: str = document.text
+    return text
 
 
 def deduplicate(folder: Path, workers: int) -> None:

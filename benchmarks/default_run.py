@@ -118,7 +118,7 @@ def tutorial_bits_per_byte(project: Path, params: Params, seconds: float) -> tup
     while time.perf_counter() - started < seconds:
         tokens, targets = batches.at(step)
         loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         step += 1

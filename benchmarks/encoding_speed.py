@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pyarrow as pa
@@ -99,8 +100,8 @@ def programs(folder: Path, texts: list[str], encoding: str) -> dict[str, Callabl
         return {"tokens": [tokenizer.encode(text) for text in rows["text"]]}
 
     def tokenize_with(build: Callable[..., Tokenizer]) -> None:
-        encode.build_tokenizer = build
-        encode.tokenize(folder / "raw", folder / "tokens", section, SPLIT, 0)
+        with mock.patch.object(encode, "build_tokenizer", build):
+            encode.tokenize(folder / "raw", folder / "tokens", section, SPLIT, 0)
 
     def training(trainer: Callable[[], object]) -> dict[str, Callable[[], object]]:
         if encoding == "gpt2":

@@ -77,14 +77,16 @@ def compare(name: str, folder: Path, rounds: int) -> None:
 
         def our_turn(prompts: torch.Tensor = prompts) -> list[list[int]]:
             steps = list(generate(model, prompts.tolist(), _NEW, Sampling(temperature=0)))
-            return torch.tensor(steps).T.tolist()
+            rows: list[list[int]] = torch.tensor(steps).T.tolist()
+            return rows
 
         def their_turn(prompts: torch.Tensor = prompts) -> list[list[int]]:
             mask = torch.ones_like(prompts)
             tokens = theirs.generate(
                 prompts, attention_mask=mask, max_new_tokens=_NEW, do_sample=False, pad_token_id=0
             )
-            return tokens[:, _PROMPT:].tolist()
+            rows: list[list[int]] = tokens[:, _PROMPT:].tolist()
+            return rows
 
         assert our_turn() == their_turn()  # also a warm-up
         times = [(seconds(our_turn), seconds(their_turn)) for _ in range(rounds)]

@@ -187,7 +187,7 @@ def train_peer(tokens: npt.NDArray[np.uint16], n_characters: int, seed: int) -> 
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / n_warmup)
         logits = model(windows[:, :-1]).logits
-        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -206,7 +206,7 @@ def validation_loss(model: torch.nn.Module, data: torch.Tensor, context: int) ->
     tokens, targets = data[: n * context].view(n, -1), data[1 : n * context + 1].view(n, -1)
     losses = [
         F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="sum").item()
-        for x, y in zip(tokens.split(64), targets.split(64), strict=True)
+        for x, y in zip(torch.split(tokens, 64), torch.split(targets, 64), strict=True)
     ]
     return sum(losses) / targets.numel()
 

@@ -26,6 +26,7 @@ from gptpipe.model.gpt import GPT
 from gptpipe.model.params import ModelParams
 from gptpipe.params import load_params
 from gptpipe.train import runtime
+from gptpipe.train.batches import Batches
 from gptpipe.train.optim import build_optimizers
 from gptpipe.train.state import TrainState
 from gptpipe.train.step import Plan, optimizer_step
@@ -140,13 +141,13 @@ def inner_width(width: int) -> int:
     return -(-8 * width // 96) * 32
 
 
-class SameBatch:
+class SameBatch(Batches):
     """Replaces the training windows: the same batch at every step."""
 
     def __init__(self, tokens: Tensor, targets: Tensor) -> None:
         self._batch = tokens, targets
 
-    def at(self, step: int, part: slice) -> tuple[Tensor, Tensor]:
+    def at(self, step: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         return self._batch
 
 
@@ -180,7 +181,7 @@ def peer(model: nn.Module, device: torch.device, precision: torch.dtype, compile
             logits = forward(tokens)
             logits = getattr(logits, "logits", logits)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -240,7 +241,8 @@ class PlainBlock(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        mixed: Tensor = self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + mixed
 
 
 class PlainGPT(nn.Module):
