@@ -24,8 +24,13 @@ from typing import Any
 
 from campaign.project import Ended
 
-# These contain times, run ids, or facts about this machine.
-_VARYING = ("reports/report.html", "reports/mlflow_run.json", "reports/metrics.json")
+# These contain times, run ids, or facts about this machine. The card says so if the record did not answer.
+_VARYING = (
+    "reports/report.html",
+    "reports/model_card.md",
+    "reports/mlflow_run.json",
+    "reports/metrics.json",
+)
 _MADE = ("data/raw", "data/tokens", "data/split", "models", "reports")
 _TIMED = "train/tokens_per_second"  # its values differ, its steps do not
 CODES = {"SIGINT": {130, -2}, "SIGTERM": {143, -15}, "SIGKILL": {-9}}

@@ -8,9 +8,9 @@ from campaign.project import STAGES
 
 SEED = 14
 # Number of trials of each kind; fewer for the slow stages.
-QUICK = {"kill": 5, "cut": 4, "fail": 4, "damage": 6, "leftover": 2, "race": 1}
-TRAIN = {"kill": 5, "cut": 2, "fail": 2, "damage": 4, "leftover": 2, "race": 1}
-EVALUATE = {"kill": 4, "cut": 0, "fail": 2, "damage": 5, "leftover": 1, "race": 1}
+QUICK = {"kill": 4, "cut": 3, "fail": 3, "damage": 4, "leftover": 2, "race": 1}
+TRAIN = {"kill": 4, "cut": 2, "fail": 2, "damage": 3, "leftover": 1, "race": 1}
+EVALUATE = {"kill": 3, "cut": 0, "fail": 2, "damage": 3, "leftover": 1, "race": 1}
 COUNTS = {**dict.fromkeys(STAGES, QUICK), "train": TRAIN, "evaluate": EVALUATE}
 
 
