@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="of each training")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of ours and of nanochat's best setting")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32], help="in sequences")
-    parser.add_argument("--lr-scales", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    parser.add_argument("--lr-scales", type=float, nargs="+", default=[4.0, 8.0, 16.0])
     options = parser.parse_args()
     if not (options.clone / "nanochat" / "gpt.py").is_file():
         parser.error(f"{options.clone} has no nanochat/gpt.py; give the folder of a clone of nanochat")
