@@ -87,20 +87,23 @@ def _with_escaped_names(pattern: str) -> str:
 
     In `x[1]/*`, that is the first part, if there is such a folder.
     """
+    if os.path.lexists(pattern):
+        return glob.escape(pattern)
     parts = list(Path(pattern).parts)
-    for i in range(len(parts)):
-        if not os.path.lexists(Path(*parts[: i + 1])):
-            return str(Path(*map(glob.escape, parts[:i]), *parts[i:]))
-    return glob.escape(pattern)
+    n_folders = 0
+    while n_folders < len(parts) and os.path.isdir(Path(*parts[: n_folders + 1])):  # noqa: PTH112  False for a long name
+        n_folders += 1
+    return str(Path(*map(glob.escape, parts[:n_folders]), *parts[n_folders:]))
 
 
 def _links_to_folders(pattern: str) -> list[str]:
     """Links that `**` would follow. With a few links that point upwards, glob would practically never end."""
-    before, recursive, _ = pattern.partition("**")
-    if not recursive:
+    parts = Path(pattern).parts
+    if "**" not in parts:
         return []
+    before = Path(*parts[: parts.index("**")])
     links: list[str] = []
-    for start in sorted(glob.glob(before or ".")):  # noqa: PTH207
+    for start in sorted(glob.glob(str(before))):  # noqa: PTH207
         for folder, names, _ in os.walk(start):
             names[:] = sorted(name for name in names if not name.startswith("."))  # as glob does
             paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118
