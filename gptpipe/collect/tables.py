@@ -404,11 +404,15 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> str:
     return f"{problem}; convert the column, or set collect.encoding_errors to replace"
 
 
+class TooLargeError(InputError):
+    """A file expands to more than it may. The rest of its archive is not read either: it may be a bomb."""
+
+
 def check_growth(name: str, n_out: int, limit: int, max_expansion: int) -> None:
-    """Raise InputError if a file expands to more than `limit` bytes."""
+    """Raise TooLargeError if a file expands to more than `limit` bytes."""
     if n_out > limit:
         problem = f"{name}: grows to more than {max_expansion} times its size"
-        raise InputError(f"{problem}; remove it, or raise collect.max_expansion")
+        raise TooLargeError(f"{problem}; remove it, or raise collect.max_expansion")
 
 
 @contextmanager
