@@ -5,6 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def place_of(name: str) -> str:
     A link to a file is a file of its own, as a copy would be: with `cache.type symlink`, DVC links all equal
     files to one.
     """
-    folder, last = os.path.split(name)
-    return os.path.join(os.path.realpath(folder), last)  # noqa: PTH118
+    folder, last = os.path.split(os.path.join(os.getcwd(), name))  # noqa: PTH109, PTH118
+    return os.path.join(_without_links(folder), last)  # noqa: PTH118
+
+
+@lru_cache(1024)  # a folder may have a million files
+def _without_links(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _simplified(name: str) -> str:
@@ -91,9 +97,13 @@ def _with_escaped_names(pattern: str) -> str:
         return glob.escape(pattern)
     parts = list(Path(pattern).parts)
     n_folders = 0
-    while n_folders < len(parts) and os.path.isdir(Path(*parts[: n_folders + 1])):  # noqa: PTH112  False for a long name
+    while n_folders < len(parts) and _is_folder(parts[: n_folders + 1]):
         n_folders += 1
     return str(Path(*map(glob.escape, parts[:n_folders]), *parts[n_folders:]))
+
+
+def _is_folder(parts: list[str]) -> bool:
+    return os.path.isdir(Path(*parts))  # noqa: PTH112  False for a name that is too long
 
 
 def _links_to_folders(pattern: str) -> list[str]:
