@@ -168,7 +168,8 @@ class _BoundedReads:
 def zip_members(name: str, file: BinaryIO, start: int = 0, end: int | None = None) -> Members:
     """Path and content of each regular file in a zip archive with its header at `start` to `end` - 1.
 
-    An office document, which is a zip archive, has one member, a Rejected with an empty path.
+    An office document, which is a zip archive, has one member, a Rejected with an empty path. A member that
+    cannot be opened is a Rejected, too.
     """
     with seekable(file) as source, unpack_errors(name), zipfile.ZipFile(_BoundedReads(name, source)) as archive:
         if document := _office_document(archive):
@@ -180,17 +181,21 @@ def zip_members(name: str, file: BinaryIO, start: int = 0, end: int | None = Non
             is_in_range = (start == 0 or info.header_offset >= start) and info.header_offset < (end or inf)
             if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or not is_in_range:
                 continue
+            member = f"{name}: {info.filename}"
             if info.compress_type not in _ZIP_METHODS:
                 method = _OTHER_ZIP_METHODS.get(info.compress_type, f"method {info.compress_type}")
-                raise InputError(
-                    f"{name}: {info.filename}: packed with {method}; pack the archive again with deflate"
-                )
+                problem = f"{member}: packed with {method}; pack the archive again with deflate"
+                yield info.filename, Rejected("unreadable", problem)
+                continue
             if info.flag_bits & _ENCRYPTED:
-                raise InputError(
-                    f"{name}: {info.filename}: encrypted; unpack it, and pack it without a password"
-                )
-            with unpack_errors(f"{name}: {info.filename}"), archive.open(info) as content:
-                yield info.filename, content
+                problem = f"{member}: encrypted; unpack it, and pack it without a password"
+                yield info.filename, Rejected("unreadable", problem)
+                continue
+            try:
+                with unpack_errors(member), archive.open(info) as content:
+                    yield info.filename, content
+            except InputError as error:
+                yield info.filename, Rejected("unreadable", str(error))
 
 
 def _office_document(archive: zipfile.ZipFile) -> str | None:

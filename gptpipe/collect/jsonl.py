@@ -1,19 +1,18 @@
 """Texts in JSON lines: one JSON object in each line (https://jsonlines.org)."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from gptpipe.collect.encodings import not_utf8, wide_encoding
+from gptpipe.collect.keys import MISSING, paths_of_keys, value_at
 from gptpipe.collect.params import CollectParams
 from gptpipe.collect.tables import CHUNK
 from gptpipe.collect.texts import Rejected, Texts
 
 _LINE_BYTES = 64 << 20  # of a line, and 16 times `max_document_bytes` more; it is in memory as a whole
 _MAX_KEYS = 10  # of an object, in a message
-_MAX_DEPTH = 4  # of objects in objects whose keys are in a message
 _LINE_ENDS = ("\n", "\r\n")
 _AROUND_VALUES = " \t\r\n\x1e"  # white space, and what starts a record in a JSON text sequence (RFC 7464)
 _JSON = json.JSONDecoder(parse_int=float)  # Python refuses to convert integers of more than 4,300 digits
@@ -96,9 +95,6 @@ class _Keys:
     others: dict[str, None] = field(default_factory=dict)  # the first keys of objects without it, in order
 
 
-_MISSING = object()  # the value of a key that an object does not have
-
-
 def _any_text(line: bytes, place: _Place, keys: _Keys, errors: str) -> str | Rejected | None:
     """The text of a line, or why there is none; None for a blank line."""
     try:
@@ -115,16 +111,16 @@ def _any_text(line: bytes, place: _Place, keys: _Keys, errors: str) -> str | Rej
     is_first, keys.has_value = place.is_numbered and not keys.has_value, True
     if is_first and isinstance(value, list):
         return _array(place)
-    text = _value_at(value, keys.wanted)
+    text = value_at(value, keys.wanted)
     if isinstance(text, str):
         keys.is_found = True
         return text
-    if text is not _MISSING:
+    if text is not MISSING:
         keys.is_found = True
         return Rejected("no_text", f"{place}: `{keys.wanted}` is {_kind(text)}")
     if not isinstance(value, dict):
         return Rejected("no_text", f"{place}: {_kind(value)}, not an object with the key `{keys.wanted}`")
-    first_keys = list(islice(_paths_of_keys(value), _MAX_KEYS))
+    first_keys = list(islice(paths_of_keys(value), _MAX_KEYS))
     if len(keys.others) < _MAX_KEYS:
         keys.others |= dict.fromkeys(first_keys)
     return Rejected(
@@ -157,26 +153,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"
     return "a string" if isinstance(value, str) else "a number"
-
-
-def _paths_of_keys(value: dict[str, Any], depth: int = _MAX_DEPTH) -> Iterator[str]:
-    """The keys of an object; for a key with an object, the keys of that, as in `a.b`."""
-    for key, child in value.items():
-        if isinstance(child, dict) and child and depth:
-            yield from (f"{key}.{path}" for path in _paths_of_keys(child, depth - 1))
-        else:
-            yield key
-
-
-def _value_at(value: Any, key: str) -> Any:
-    """The value of a key, or of the last key of a path of keys; _MISSING if there is none."""
-    if isinstance(value, dict) and key in value:
-        return value[key]
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return _MISSING
-        value = value[part]
-    return value
 
 
 def _skip_line(file: BinaryIO) -> int:

@@ -61,9 +61,8 @@ def warn_about_files(paths: Iterable[list[str]], sources: Iterable[Source], stag
 
 def _is_below(path: str, folder: Path) -> bool:
     """Whether DVC finds a file or dataset folder in `folder`. It follows links to files, not to folders."""
-    real = Path(path).resolve()
-    place = real if real.is_dir() else Path(place_of(path))
-    return place.is_relative_to(folder) or real.is_relative_to(folder)
+    is_inside = Path(place_of(path)).is_relative_to(folder) and not Path(path).is_dir()
+    return is_inside or Path(path).resolve().is_relative_to(folder)
 
 
 def check_bad_records(decider: Decider, params: CollectParams) -> None:

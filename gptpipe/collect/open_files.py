@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from gptpipe.collect import archives, compression, file_kinds
 from gptpipe.collect.file_kinds import Format
 from gptpipe.collect.streams import OnRead, Stream, buffered, drain
-from gptpipe.collect.tables import CHUNK, check_growth, is_remote, read_errors
+from gptpipe.collect.tables import CHUNK, TooLargeError, check_growth, is_remote, read_errors
 from gptpipe.collect.texts import Rejected
 from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import InputError, first_line
@@ -48,10 +48,10 @@ def open_files(
     """Name and content of a file, or of each file in an archive, in order; a Rejected for each one skipped.
 
     An archive is tar or zip; it and its files may be compressed, and it may contain archives, but these no
-    further ones. Rejections name the file: `other_file` for a member that does not match the glob `members` or,
-    without it, the format (`is_other_file`); `nested_archive` for an archive that is too deep; `binary` for PDF
-    and office documents. A path in an archive matches if the glob matches all of it; `*` also matches `/`,
-    and `**/` may match nothing.
+    further ones. Rejections name the file: `unreadable` for a member that cannot be opened; `other_file` for a
+    member that does not match the glob `members` or, without it, the format (`is_other_file`); `nested_archive`
+    for an archive that is too deep; `binary` for PDF and office documents. A path in an archive matches if the
+    glob matches all of it; `*` also matches `/`, and `**/` may match nothing.
 
     `start` and `end` divide a local zip archive: only members are read whose header is at an offset from
     `start` up to, and without, `end` (None: the end of the file). Any other file belongs to the range that
@@ -159,7 +159,12 @@ def _members(name: str, members: archives.Members, rules: _Rules, on_read: OnRea
             yield member, Rejected("other_file", member)
         else:
             file = buffered(member, content, on_read)
-            yield from _unpacked(member, file, rules, depth, is_wanted=rules.is_wanted(path))
+            try:
+                yield from _unpacked(member, file, rules, depth, is_wanted=rules.is_wanted(path))
+            except TooLargeError:
+                raise
+            except InputError as error:
+                yield member, Rejected("unreadable", str(error))
 
 
 def _decompressed(name: str, file: io.BufferedReader, on_read: OnRead) -> io.BufferedReader:

@@ -87,7 +87,7 @@ def _files_of(source: Source) -> tuple[list[str], list[str]]:
     patterns = _local_patterns(source)
     named = {place_of(pattern) for pattern in patterns if is_file_name(pattern)}
     matched = map(str, matching_files(patterns))
-    is_other = {path: place_of(path) not in named and is_other_file(path, source.format) for path in matched}
+    is_other = {path: is_other_file(path, source.format) and place_of(path) not in named for path in matched}
     return [path for path in is_other if not is_other[path]], [path for path in is_other if is_other[path]]
 
 

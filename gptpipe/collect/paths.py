@@ -5,6 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def place_of(name: str) -> str:
     A link to a file is a file of its own, as a copy would be: with `cache.type symlink`, DVC links all equal
     files to one.
     """
-    folder, last = os.path.split(name)
-    return os.path.join(os.path.realpath(folder), last)  # noqa: PTH118
+    folder, last = os.path.split(os.path.join(os.getcwd(), name))  # noqa: PTH109, PTH118
+    return os.path.join(_without_links(folder), last)  # noqa: PTH118
+
+
+@lru_cache(1024)  # a folder may have a million files
+def _without_links(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _simplified(name: str) -> str:
@@ -87,20 +93,27 @@ def _with_escaped_names(pattern: str) -> str:
 
     In `x[1]/*`, that is the first part, if there is such a folder.
     """
+    if os.path.lexists(pattern):
+        return glob.escape(pattern)
     parts = list(Path(pattern).parts)
-    for i in range(len(parts)):
-        if not os.path.lexists(Path(*parts[: i + 1])):
-            return str(Path(*map(glob.escape, parts[:i]), *parts[i:]))
-    return glob.escape(pattern)
+    n_folders = 0
+    while n_folders < len(parts) and _is_folder(parts[: n_folders + 1]):
+        n_folders += 1
+    return str(Path(*map(glob.escape, parts[:n_folders]), *parts[n_folders:]))
+
+
+def _is_folder(parts: list[str]) -> bool:
+    return os.path.isdir(Path(*parts))  # noqa: PTH112  False for a name that is too long
 
 
 def _links_to_folders(pattern: str) -> list[str]:
     """Links that `**` would follow. With a few links that point upwards, glob would practically never end."""
-    before, recursive, _ = pattern.partition("**")
-    if not recursive:
+    parts = Path(pattern).parts
+    if "**" not in parts:
         return []
+    before = Path(*parts[: parts.index("**")])
     links: list[str] = []
-    for start in sorted(glob.glob(before or ".")):  # noqa: PTH207
+    for start in sorted(glob.glob(str(before))):  # noqa: PTH207
         for folder, names, _ in os.walk(start):
             names[:] = sorted(name for name in names if not name.startswith("."))  # as glob does
             paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118

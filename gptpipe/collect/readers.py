@@ -19,7 +19,14 @@ from gptpipe.collect.params import CollectParams, HuggingFace, Jsonl, Parquet, P
 from gptpipe.collect.python_text import python_code, python_docs
 from gptpipe.collect.ranges import is_zip, open_range
 from gptpipe.collect.streams import seekable
-from gptpipe.collect.tables import DatasetName, dataset_rows, dataset_shards, parquet_rows, read_errors
+from gptpipe.collect.tables import (
+    DatasetName,
+    TooLargeError,
+    dataset_rows,
+    dataset_shards,
+    parquet_rows,
+    read_errors,
+)
 from gptpipe.collect.text_files import as_utf8, separator_of, text_documents
 from gptpipe.collect.texts import Piece, Rejected, Texts, contains_rejected, lengths
 from gptpipe.shell.errors import InputError
@@ -91,6 +98,16 @@ def _until_bad(lists: Texts, source: Source) -> Texts:
         yield [Rejected("unreadable", str(error))]
 
 
+def _of_member(lists: Texts) -> Texts:
+    """The texts of a file in an archive. A damaged one ends with a bad record; the others are still read."""
+    try:
+        yield from lists
+    except TooLargeError:
+        raise
+    except InputError as error:
+        yield [Rejected("unreadable", str(error))]
+
+
 def n_dataset_shards(source: HuggingFace) -> int:
     """Number of files of a dataset, each of which can be read alone. Raises InputError, ResourceError."""
     (n_shards,) = map_in_order(
@@ -143,7 +160,10 @@ def _file(
                 end=part.end,
             )
             for name, file in files:
-                yield from [[file]] if isinstance(file, Rejected) else _content(name, file, 0, source, params)
+                if isinstance(file, Rejected):
+                    yield [file]
+                else:
+                    yield from _of_member(_content(name, file, 0, source, params))
         elif isinstance(source, Parquet) or (isinstance(source, Url) and source.format == "parquet"):
             with Path(address).open("rb") as file:
                 yield from _parquet_file(address, file, source, params, part.start, part.end)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from gptpipe.collect.cleaning import cut
 from gptpipe.collect.encodings import SAMPLE_BYTES, looks_binary, wide_encoding
+from gptpipe.collect.keys import MISSING, paths_of_keys, value_at
 from gptpipe.collect.texts import Piece, Rejected, Texts
 from gptpipe.shell.environment import optional_module
 from gptpipe.shell.errors import GptpipeError, InputError, ResourceError, first_line
@@ -111,10 +112,7 @@ def _first_byte(group: Any) -> int:
 
 def _contents(batch: pa.RecordBatch, column: str) -> Any:
     """The texts of a batch as UTF-8, in one buffer. pyarrow does not check that it is UTF-8."""
-    top = column if column in batch.schema.names else column.split(".")[0]
-    values = batch.column(batch.schema.get_field_index(top))
-    for field in _fields(column, top):
-        values = pc.struct_field(values, field)
+    values = _values(batch, column)
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
     if not _is_text(values.type):  # a column of another type, without any value
@@ -122,9 +120,26 @@ def _contents(batch: pa.RecordBatch, column: str) -> Any:
     return values.cast(pa.large_binary())
 
 
-def _fields(column: str, top: str) -> list[str]:
-    """The names of the nested fields below the top-level column."""
-    return column[len(top) :].split(".")[1:]
+def _values(batch: pa.RecordBatch, column: str) -> Any:
+    """A column, or a field of a column of structs."""
+    top, *names = _path(batch.schema, column)
+    values = batch.column(batch.schema.get_field_index(top))
+    for name in names:
+        values = pc.struct_field(values, name)
+    return values
+
+
+def _path(fields: Iterable[pa.Field], column: str) -> list[str]:
+    """The names from a column to the field that `a.b` means; [] if there is none. A name may contain a dot."""
+    fields = list(fields)
+    if any(field.name == column for field in fields):
+        return [column]
+    for field in fields:
+        if pa.types.is_struct(field.type) and column.startswith(f"{field.name}."):
+            path = _path(field.type, column.removeprefix(f"{field.name}."))
+            if path:
+                return [field.name, *path]
+    return []
 
 
 def _texts(name: str, column: str, n_before: int, contents: Any, errors: str, max_bytes: int | None) -> Texts:
@@ -193,36 +208,30 @@ def _pieces(content: memoryview, errors: str, max_bytes: int) -> Texts:
 
 def _check_column(name: str, schema: pa.Schema, column: str, groups: list[Any]) -> None:
     """Raise InputError unless the file has the column once, and it contains text, or no value at all."""
-    top = column if column in schema.names else column.split(".")[0]
+    path = _path(schema, column)
+    top = path[0] if path else column.split(".")[0]
     if schema.names.count(top) > 1:
         raise InputError(f"{name}: {schema.names.count(top)} columns `{top}`; rename all but one")
-    field = _find_field(schema, column, top)
     leaves = Counter(_leaves(schema))
     if leaves[column] > 1 and column not in schema.names:
         raise InputError(f"{name}: {leaves[column]} fields `{column}`; rename all but one")
-    if field is None:
-        names = _first_names(leaves)
-        raise InputError(f"{name}: no column `{column}` among {names}; set text_column of the source")
-    if pa.types.is_struct(field.type):
-        fields = _first_names(f"{column}.{child.name}" for child in field.type)
+    if not path:
+        problem = f"no column `{column}` among {_first_names(leaves)}"
+        type_ = schema.field(top).type if top in schema.names else pa.null()
+        if pa.types.is_nested(type_) and not pa.types.is_struct(type_):  # a list
+            problem = f"column `{top}` contains {type_}, not structs"
+        raise InputError(f"{name}: {problem}; set text_column of the source")
+    type_ = schema.field(top).type
+    for field in path[1:]:
+        type_ = type_.field(field).type
+    if pa.types.is_struct(type_):
+        fields = _first_names(f"{column}.{child.name}" for child in type_)
         raise InputError(
             f"{name}: column `{column}` is a struct; set text_column of the source to one of {fields}"
         )
-    type_ = getattr(field.type, "storage_type", field.type)
+    type_ = getattr(type_, "storage_type", type_)
     if not (_is_text(type_) or pa.types.is_null(type_) or _is_without_values(column, groups)):
         raise InputError(f"{name}: column `{column}` contains {type_}, not text; set text_column of the source")
-
-
-def _find_field(schema: pa.Schema, column: str, top: str) -> Any:
-    """The field of a column, or None."""
-    if top not in schema.names:
-        return None
-    field: Any = schema.field(top)
-    for name in _fields(column, top):
-        if not pa.types.is_struct(field.type) or field.type.get_field_index(name) < 0:
-            return None
-        field = field.type.field(name)
-    return field
 
 
 def _leaves(schema: pa.Schema) -> Iterator[str]:
@@ -290,10 +299,7 @@ def _longest_in_dictionaries(source: BinaryIO, column: str, groups: list[Any]) -
 
 
 def _longest_in_dictionary(file: Any, group: int, column: str) -> int | None:
-    batch = next(file.iter_batches(1, [group], [column]))
-    values = batch.column(0)
-    for field in _fields(column, batch.schema.names[0]):
-        values = pc.struct_field(values, field)
+    values = _values(next(file.iter_batches(1, [group], [column])), column)
     if not pa.types.is_dictionary(values.type):
         return _DICTIONARY_BYTES
     longest: int | None = pc.max(pc.binary_length(values.dictionary.cast(pa.large_binary()))).as_py()
@@ -347,10 +353,10 @@ def dataset_rows(source: DatasetName, column: str, shard: int, n_shards: int) ->
     try:
         with read_errors(source.address), _dataset_errors(source.address):
             for row in _dataset(source).shard(n_shards, shard):
-                if column not in row:
-                    names = _first_names(row)
+                text = value_at(row, column)
+                if text is MISSING:
+                    names = _first_names(paths_of_keys(row))
                     raise InputError(f"{source.dataset}: no column `{column}` among {names}; set text_column")
-                text = row[column]
                 texts.append(text if isinstance(text, str) else Rejected("no_text"))
                 n_characters += len(text) if isinstance(text, str) else 0
                 if len(texts) == _LIST_ROWS or n_characters > CHUNK:
@@ -398,11 +404,15 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> str:
     return f"{problem}; convert the column, or set collect.encoding_errors to replace"
 
 
+class TooLargeError(InputError):
+    """A file expands to more than it may. The rest of its archive is not read either: it may be a bomb."""
+
+
 def check_growth(name: str, n_out: int, limit: int, max_expansion: int) -> None:
-    """Raise InputError if a file expands to more than `limit` bytes."""
+    """Raise TooLargeError if a file expands to more than `limit` bytes."""
     if n_out > limit:
         problem = f"{name}: grows to more than {max_expansion} times its size"
-        raise InputError(f"{problem}; remove it, or raise collect.max_expansion")
+        raise TooLargeError(f"{problem}; remove it, or raise collect.max_expansion")
 
 
 @contextmanager

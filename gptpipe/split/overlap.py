@@ -90,7 +90,7 @@ def report_contamination(
 ) -> list[str]:
     """Write to `path` how many documents of each group are contaminated; `raw` is the corpus.
 
-    Returns a line for each benchmark and task of which an item is contaminated.
+    Returns a line for each benchmark and task of which an item is contaminated, or is not examined.
     Raises InputError if a held-out group has a larger share than `split.max_contamination` or, with this limit,
     an unknown share; and if a benchmark has no text.
     """
@@ -124,7 +124,7 @@ def report_contamination(
         report["benchmarks"] = {group: benchmark.description for group, benchmark in named.items()}
     write_json(path, report)
     _check_shares(report, params)
-    return _overlapping(report, named)
+    return _overlapping(report, named) + _not_examined(report, named, min(MIN_WORDS, params.ngram))
 
 
 def _overlapping(report: dict[str, Any], named: dict[str, Benchmark]) -> list[str]:
@@ -134,6 +134,22 @@ def _overlapping(report: dict[str, Any], named: dict[str, Benchmark]) -> list[st
         for group, benchmark in named.items()
         if group in report["ids"]
     ]
+
+
+def _not_examined(report: dict[str, Any], named: dict[str, Benchmark], min_words: int) -> list[str]:
+    """A line for each benchmark with items that are too short, or have no text at the key.
+
+    In a sample, it is unknown how many are too short.
+    """
+    lines = []
+    for group, benchmark in named.items():
+        n_documents, n_without_text = report[f"{group}_documents"], benchmark.n_rejected
+        n_short = n_documents - report[f"{group}_examined"] if report["every_nth"] == 1 else 0
+        n, n_items = n_short + n_without_text, n_documents + n_without_text
+        if n:
+            reasons = f"{n_short} have fewer than {min_words} words, {n_without_text} have no text"
+            lines.append(f"{n} of {n_items} items of {benchmark.description} are not examined: {reasons}")
+    return lines
 
 
 def _report(groups: list[str], counts: Indices) -> dict[str, Any]:

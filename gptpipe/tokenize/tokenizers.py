@@ -14,7 +14,7 @@ from gptpipe.shell.console import say
 from gptpipe.shell.errors import ConfigError, InputError, IntegrityError, ResourceError, first_line
 from gptpipe.tokenize.params import TokenizeParams
 
-_MANY_CHARACTERS = 10_000_000  # of training text: merging takes more than a few seconds
+_MANY_CHARACTERS = 3_000_000  # of training text; merging takes up to 3 seconds for each million
 # SHA-256 of GPT-2's encoder.json as OpenAI published it; tiktoken pins the same digest.
 _GPT2_DIGEST = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 

@@ -26,7 +26,10 @@ MIB = 1 << 20
 
 @pytest.fixture
 def opened(tmp_path: Path):
-    """Open a file with this content: for each name after the file's own, its content, or `-reason`."""
+    """Open a file with this content: for each name after the file's own, its content, or `-reason`.
+
+    Raises InputError if a member cannot be opened, as a source without `on_bad: skip` does.
+    """
 
     def open_all(
         content: bytes, format_: Format = "text", max_expansion: int = 200, **options
@@ -38,6 +41,8 @@ def opened(tmp_path: Path):
             assert name.startswith(str(path))
             if isinstance(file, Rejected):
                 assert file.detail.startswith(name)
+                if file.reason == "unreadable":
+                    raise InputError(file.detail)
             key = name.removeprefix(f"{path}").removeprefix(": ")
             assert key not in results
             results[key] = f"-{file.reason}" if isinstance(file, Rejected) else file.read().decode()

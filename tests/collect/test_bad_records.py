@@ -1,6 +1,8 @@
 """Bad records: which stop the stage, which are skipped, and what messages and warnings say."""
 
+import gzip
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archives import tar, zip_
 
 from gptpipe.collect import parts
 from gptpipe.collect.collect import collect
@@ -71,6 +74,34 @@ def test_on_bad_skip_leaves_out_a_damaged_parquet_file(tmp_path: Path, collect_p
         collect(collect_params(source), tmp_path / "raw")
     counts = collect(collect_params(source | {"on_bad": "skip", "max_bad": 0.5}), tmp_path / "raw")
     assert (counts["documents"], counts["rejected_unreadable"]) == (2, 1)
+
+
+def test_a_damaged_member_does_not_lose_the_rest_of_its_archive(
+    tmp_path: Path, collect_params: MakeParams
+) -> None:
+    """Packed and damaged text, a damaged archive, an unknown compression, and another encoding."""
+    damaged = gzip.compress(bytes(range(256)) * 99)[:-9]
+    inner = tar({"a.gz": damaged, "b.txt": b"two"})
+    members = {
+        "1.txt": b"one",
+        "2.txt.gz": damaged,
+        "3.zip": zip_({"a.txt": b"lost"})[:-9],
+        "4.7z": b"7z\xbc\xaf\x27\x1c\xff",
+        "5.tar": inner,
+        "6.txt": b"three",
+    }
+    for pack in (tar, zip_):
+        source = write(tmp_path / "a", pack(members), "text", on_bad="skip", max_bad=0.9)
+        counts = collect(collect_params(source), tmp_path / "raw")
+        assert (counts["documents"], counts["rejected_unreadable"]) == (3, 4)
+        assert texts_of(tmp_path / "raw") == ["one", "two", "three"]
+        with pytest.raises(InputError, match=r"a: 2\.txt\.gz: damaged, truncated") as caught:
+            collect(collect_params(source | {"on_bad": "stop"}), tmp_path / "raw")
+        assert "3.zip" not in str(caught.value)
+    packed = zip_({"1.txt": b"one", "2.txt": b"two"}, zipfile.ZIP_LZMA)
+    lzma_first = write(tmp_path / "b", packed, "text", on_bad="skip", max_bad=1.0)
+    with pytest.raises(InputError, match=r"2 unreadable.*packed with LZMA"):
+        collect(collect_params(lzma_first), tmp_path / "raw")
 
 
 def test_one_error_names_the_bad_records_of_all_sources(tmp_path: Path, collect_params: MakeParams) -> None:

@@ -278,7 +278,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     folder = tmp_path / "stories"
     folder.mkdir()
     for part in range(2):
-        lines = [json.dumps({"text": f"story {part} {i}", "body": None}) for i in range(3)]
+        lines = [json.dumps({"text": f"story {part} {i}", "body": {"a": None}}) for i in range(3)]
         (folder / f"train-{part}.jsonl").write_text("\n".join(lines))
     return {"kind": "huggingface", "dataset": str(folder), "revision": "a" * 40}
 
@@ -299,9 +299,9 @@ def test_a_huggingface_source_is_read(
     name = DatasetName("a", dataset["dataset"], None, "train", "a" * 40)
     assert list(chain.from_iterable(dataset_rows(name, "text", 0, 1))) == stories
     assert asked == [{"split": "train", "revision": "a" * 40, "streaming": True}]
-    assert find_files(params.sources).digests == {f"huggingface://{tmp_path}/stories/default/train": "a" * 40}
+    assert list(find_files(params.sources).digests) == [f"huggingface://{tmp_path}/stories/default/train"]
     params = collect_params({**dataset, "text_column": "none"})
-    with pytest.raises(InputError, match="no column `none` among text, body"):
+    with pytest.raises(InputError, match=r"no column `none` among text, body\.a"):
         list(read_source(params))
 
 

@@ -259,6 +259,29 @@ def test_matching_files_are_sorted_and_listed_once(tmp_path: Path) -> None:
     assert matching_files([f"{tmp_path}/s*/*"]) == [tmp_path / "sub" / "c.txt", tmp_path / "sub" / "d.md"]
 
 
+def test_names_that_look_like_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file named `**` once hid all files that `**/*.txt` matches."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("set [1]/a.txt", "set 1/b.txt", "**", "[", "c[1].txt", "c1.txt", "d**e.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("text")
+    Path("link").symlink_to("set 1")
+    for pattern, names in (
+        ("set [1]/*.txt", ["set [1]/a.txt"]),
+        ("**", ["**"]),
+        ("s*/**/*.txt", ["set 1/b.txt", "set [1]/a.txt"]),
+        ("[", ["["]),
+        ("c[1].txt", ["c[1].txt"]),
+        ("c*.txt", ["c1.txt", "c[1].txt"]),
+        ("d**.txt", ["d**e.txt"]),
+    ):
+        assert matching_files([pattern]) == [*map(Path, names)]
+    Path("link").unlink()
+    assert Path("set 1/b.txt") in matching_files(["**/*.txt"])
+    with pytest.raises(InputError, match="no file matches"):
+        matching_files([256 * "x" + "*"])
+
+
 def test_all_names_of_a_file_are_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An absolute and a relative name, `..` and links to folders once counted twice."""
     monkeypatch.chdir(tmp_path)

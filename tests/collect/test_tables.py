@@ -71,6 +71,10 @@ def test_a_field_of_a_struct_is_read() -> None:
     assert rows(file, "a.b") == ["one", "file, row 2", "file, row 3", "two"]
     assert rows(parquet({"a": pa.array([{"b": {"c": "deep"}}])}), "a.b.c") == ["deep"]
     assert rows(parquet({"a": pa.array([{"b": "nested"}]), "a.b": ["flat"]}), "a.b") == ["flat"]
+    assert rows(parquet({"a.b": pa.array([{"c": "one"}])}), "a.b.c") == ["one"]
+    assert rows(parquet({"a": pa.array([{"b.c": "two", "b": {"d": "three"}}])}), "a.b.c") == ["two"]
+    with pytest.raises(InputError, match=r"file: column `a` contains list<.*>, not structs; set text_column"):
+        rows(parquet({"a": pa.array([[{"b": "one"}]])}), "a.b")
     for column, words in (
         ("a", "file: column `a` is a struct; set text_column of the source to one of a.b, a.n"),
         ("a.c", "file: no column `a.c` among n, a.b, a.n; set text_column of the source"),

@@ -262,7 +262,7 @@ def test_a_benchmark_outside_of_data_sources_is_a_warning_of_stage_split(
     report_on([on_side("train", RUN)], benchmarks=(write_benchmark(tmp_path, [" ".join(RUN)]),))
     printed = capsys.readouterr().err
     assert f"split: warning: {tmp_path}/questions.jsonl: outside data/sources" in printed
-    assert "run `dvc repro -f split` after a change" in printed
+    assert "run `dvc repro -f split && dvc repro` after a change" in printed
 
 
 def test_equal_items_of_a_benchmark_all_count(tmp_path: Path, report_on: Callable[..., dict[str, Any]]) -> None:
@@ -361,7 +361,10 @@ def test_tasks_are_benchmarks_and_their_items_that_overlap_are_named(
     assert report["benchmarks"] == {"task-blimp": "task blimp", "task-piqa": "task piqa"}
     split, params = split_params(**FIFTHS), collect_params({"kind": "jsonl", "paths": ("unused",)})
     lines = report_contamination(tmp_path / "raw", tmp_path / "split.json", split, params, SEED, tasks)
-    assert lines == ["1 of 2 examined items of task blimp overlap with train: item 3"]
+    assert lines == [
+        "1 of 2 examined items of task blimp overlap with train: item 3",
+        "1 of 3 items of task blimp are not examined: 1 have fewer than 5 words, 0 have no text",
+    ]
     with pytest.raises(InputError, match="1 of 2 examined documents of task-blimp"):
         report_on(train, tasks=tasks, max_contamination=0.1)
 
