@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from gptpipe.commands.loss_law import relative_loss
+from gptpipe.commands.loss_law import relative_loss, useful_repeats
 from gptpipe.commands.probes import Timing
 from gptpipe.params import Params
 
 MIN_STEPS = 20
-# More passes over the text teach nothing. Above some, dropout is added (Muennighoff et al., 2023).
-MAX_PASSES, PASSES_WITHOUT_DROPOUT, DROPOUT = 16, 4, 0.1
+# Passes over the text after the first, in units of R (`loss_law.py`): after these, a training has learnt 86% of
+# what repetitions can teach.
+_MAX_REPEATS = 2.0
 _N_VALIDATIONS = 5  # and one before the first step
 _N_WORSE = 2  # after so many networks in a row that are worse than the best, larger ones are not tried
 _HEAD_WIDTH = 64
@@ -52,7 +53,6 @@ class Candidate:
     """A network, and what was measured of it."""
 
     shape: Shape
-    dropout: float
     n_multiplied: int  # parameters that are multiplied with every token
     timing: Timing
 
@@ -65,11 +65,13 @@ class Budget:
     n_train_tokens: int  # of the text
     tokens_per_step: int
 
-    def n_steps(self, timing: Timing) -> int:
-        """The number of steps that fit beside the validations, without those that teach nothing."""
+    def n_steps(self, candidate: Candidate) -> int:
+        """The number of steps that fit beside the validations, without those that teach nothing more."""
+        timing = candidate.timing
         seconds = self.seconds - timing.total(0, 1 + _N_VALIDATIONS)
-        n_useful = MAX_PASSES * self.n_train_tokens // self.tokens_per_step
-        return max(0, min(int(seconds / timing.step), n_useful))
+        max_passes = 1 + _MAX_REPEATS * useful_repeats(candidate.n_multiplied, self.n_train_tokens)
+        n_useful = max_passes * self.n_train_tokens / self.tokens_per_step
+        return max(0, int(min(seconds / timing.step, n_useful)))
 
     def n_passes(self, n_steps: int) -> float:
         """The number of passes over the text."""
@@ -77,9 +79,7 @@ class Budget:
 
     def loss(self, candidate: Candidate, n_steps: int) -> float:
         """The loss of the law after a number of steps, for comparisons."""
-        n_tokens = n_steps * self.tokens_per_step
-        has_dropout = candidate.dropout > 0
-        return relative_loss(candidate.n_multiplied, n_tokens, self.n_train_tokens, has_dropout=has_dropout)
+        return relative_loss(candidate.n_multiplied, n_steps * self.tokens_per_step, self.n_train_tokens)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def choices(candidates: Iterable[Candidate], budget: Budget) -> Iterator[Choice]
     """
     lowest, n_worse = math.inf, 0
     for candidate in candidates:
-        n_steps = budget.n_steps(candidate.timing)
+        n_steps = budget.n_steps(candidate)
         if n_steps < MIN_STEPS:
             return
         loss = budget.loss(candidate, n_steps)
@@ -115,21 +115,20 @@ def proposed_batch_size(n_tokens: float, context_length: int) -> int:
     return int(2 ** max(0, round(math.log2(tokens / context_length))))
 
 
-def changes_for(params: Params, candidate: Shape, dropout: float, budget: Budget, n_steps: int) -> Changes:
+def changes_for(params: Params, shape: Shape, budget: Budget, n_steps: int) -> Changes:
     """The values of params.yaml that a training of `n_steps` steps needs.
 
     The learning rate falls with the square root of the width: updates of Muon, whose root mean square does not
     depend on the width, then change a layer's output equally (Yang et al., 2023, arXiv:2310.17813).
     """
-    model, train, width = params.model, params.train, candidate.n_embd
+    model, train, width = params.model, params.train, shape.n_embd
     n_head = width // _HEAD_WIDTH
     changes: Changes = {
-        "model.n_layer": candidate.n_layer,
+        "model.n_layer": shape.n_layer,
         "model.n_head": n_head,
         "model.n_kv_head": n_head,
         "model.n_embd": width,
         "model.n_inner": 4 * width if model.architecture == "gpt2" else 32 * round(width / 12),  # about 8/3
-        "model.dropout": dropout,
         "train.lr": float(f"{train.lr * math.sqrt(model.n_embd / width):.2g}"),
         "train.warmup_steps": min(train.warmup_steps, n_steps // 10),
         "train.batch_size": budget.tokens_per_step // model.context_length,

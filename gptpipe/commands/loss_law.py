@@ -2,25 +2,34 @@
 
     L(N, D') = E + A / N^a + B / D'^b            (Hoffmann et al., 2022, arXiv:2203.15556, eq. 2)
     D' = U + U R (1 - exp(-(D / U - 1) / R))     (Muennighoff et al., 2023, arXiv:2305.16264, eq. 5)
+    R = min(15.4, C (U / N)^c)
 
 N counts the parameters that are multiplied with every token, D the tokens of the training, U those of the text.
 Further passes over the text are worth less and less; R says how many of them are worth about as much as new
-text. docs/parameters.md says from which trainings the constants are.
+text. A large network learns a small text by heart, so R falls with N. docs/parameters.md says from which
+trainings the constants are.
 """
 
 import math
 
 # In bits per byte of the default text. For another text, the law is multiplied by a factor.
-_E = 0.5
-_A, _N_EXPONENT = 30.0, 0.353
-_B, _D_EXPONENT = 100.0, 0.353
-_R, _R_WITH_DROPOUT = 4.0, 15.0
+_E, _A, _B = 0.993, 0.155, 0.509  # N and D in millions
+_EXPONENT = 0.353  # a and b of Muennighoff et al.
+_MAX_R = 15.4  # of Muennighoff et al.
+_C, _C_EXPONENT = 35.0, 1.5
+_MILLION = 1e6
 
 
-def relative_loss(n_parameters: float, n_tokens: float, n_train_tokens: float, *, has_dropout: bool) -> float:
+def relative_loss(n_parameters: float, n_tokens: float, n_train_tokens: float) -> float:
     """L for a text of `n_train_tokens` tokens. Only ratios of its values mean something."""
-    useful = useful_tokens(n_tokens, n_train_tokens, _R_WITH_DROPOUT if has_dropout else _R)
-    return _E + _A * n_parameters**-_N_EXPONENT + _B * useful**-_D_EXPONENT
+    useful = useful_tokens(n_tokens, n_train_tokens, useful_repeats(n_parameters, n_train_tokens))
+    of_size = _A * (n_parameters / _MILLION) ** -_EXPONENT
+    return _E + of_size + _B * (useful / _MILLION) ** -_EXPONENT
+
+
+def useful_repeats(n_parameters: float, n_train_tokens: float) -> float:
+    """R, the number of further passes that are worth about as much as new text."""
+    return min(_MAX_R, _C * (n_train_tokens / n_parameters) ** _C_EXPONENT)
 
 
 def useful_tokens(n_tokens: float, n_different: float, r: float) -> float:

@@ -17,27 +17,32 @@ from gptpipe.commands.choice import (
     choices,
     proposed_batch_size,
 )
-from gptpipe.commands.loss_law import relative_loss, useful_tokens
+from gptpipe.commands.loss_law import relative_loss, useful_repeats, useful_tokens
 from gptpipe.commands.probes import Timing
 from gptpipe.params import Params
 
 MILLION = 1_000_000
 
 
-def candidate(n_multiplied: int, step: float, dropout: float = 0.0, validation: float = 0.0) -> Candidate:
-    return Candidate(Shape(4, 64), dropout, n_multiplied, Timing(0.0, step, validation))
+def candidate(n_multiplied: int, step: float, *, warm_up: float = 0.0, validation: float = 0.0) -> Candidate:
+    return Candidate(Shape(4, 64), n_multiplied, Timing(warm_up, step, validation))
 
 
 def test_steps_fit_into_the_time_beside_compilation_and_validations() -> None:
     budget = Budget(seconds=100, n_train_tokens=MILLION, tokens_per_step=1000)
     # 100 s less 10 s to compile and 6 validations of 5 s are 60 s.
-    assert budget.n_steps(Timing(warm_up=10, step=0.5, validation=5)) == 120
-    assert budget.n_steps(Timing(warm_up=0, step=0.5, validation=20)) == 0
+    assert budget.n_steps(candidate(MILLION, 0.5, warm_up=10, validation=5)) == 120
+    assert budget.n_steps(candidate(MILLION, 0.5, validation=20)) == 0
 
 
-def test_steps_end_when_more_passes_teach_nothing() -> None:
+def test_steps_end_when_more_passes_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptpipe.commands.choice.useful_repeats", lambda *_: 4.0)
     budget = Budget(seconds=1e6, n_train_tokens=10_000, tokens_per_step=1000)
-    assert budget.n_steps(Timing(0, 0.001, 0)) == 160  # 16 passes over 10 steps' worth of text
+    assert budget.n_steps(candidate(MILLION, 0.001)) == 90  # 1 + 2 x 4 passes of 10 steps
+
+
+def test_a_large_network_gains_less_from_repetitions() -> None:
+    assert useful_repeats(4 * MILLION, MILLION) == pytest.approx(useful_repeats(MILLION, MILLION) / 8)
 
 
 def test_useful_tokens_saturate() -> None:
@@ -49,10 +54,10 @@ def test_useful_tokens_saturate() -> None:
 
 def test_law_falls_with_tokens_parameters_and_text() -> None:
     losses = [
-        relative_loss(MILLION, MILLION, MILLION, has_dropout=False),
-        relative_loss(MILLION, 4 * MILLION, MILLION, has_dropout=False),
-        relative_loss(MILLION, 4 * MILLION, 4 * MILLION, has_dropout=False),
-        relative_loss(4 * MILLION, 4 * MILLION, 4 * MILLION, has_dropout=False),
+        relative_loss(MILLION, MILLION, MILLION),
+        relative_loss(MILLION, 4 * MILLION, MILLION),
+        relative_loss(MILLION, 4 * MILLION, 4 * MILLION),
+        relative_loss(4 * MILLION, 4 * MILLION, 4 * MILLION),
     ]
     assert losses == sorted(losses, reverse=True)
 
@@ -112,7 +117,7 @@ def test_every_proposal_is_valid_whatever_params_yaml_has(shape: Shape, architec
         train__max_steps=90,
     )
     budget = Budget(60, 10**6, 16 * 16)
-    proposed = changed(params, changes_for(params, shape, 0.1, budget, 25))
+    proposed = changed(params, changes_for(params, shape, budget, 25))
     checked = Params.model_validate_json(
         proposed.model_dump_json(), context=json.loads(proposed.model_dump_json())
     )
@@ -129,11 +134,11 @@ def test_every_proposal_is_valid_whatever_params_yaml_has(shape: Shape, architec
 
 def test_learning_rate_falls_with_the_square_root_of_the_width() -> None:
     params = tiny.params(model__n_embd=64, train__lr=1e-2)
-    changes = changes_for(params, Shape(4, 256), 0.0, Budget(60, 10**6, 1024), 100)
+    changes = changes_for(params, Shape(4, 256), Budget(60, 10**6, 1024), 100)
     assert changes["train.lr"] == 5e-3
     # A proposal for its own network changes nothing.
     proposed = changed(params, changes)
-    again = changes_for(proposed, Shape(4, 256), 0.0, Budget(60, 10**6, 1024), 100)
+    again = changes_for(proposed, Shape(4, 256), Budget(60, 10**6, 1024), 100)
     assert again == {**changes, **{key: None for key in again if key not in changes}}
 
 
