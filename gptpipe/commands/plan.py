@@ -56,7 +56,10 @@ def describe(params: Params, inputs: Inputs, probe: Probe, timing: Timing) -> Es
         "time": _describe_time(params, n_steps, timing, device, is_compiled=inputs.runtime.is_compiled),
     }
     tokens_per_parameter = n_tokens / model.n_multiplied()
-    warnings = list(_warnings(params, inputs.train, inputs.val, tokens_per_parameter, n_passes))
+    warnings = [
+        *_proportion_warnings(tokens_per_parameter, n_passes),
+        *text_warnings(params, inputs.train, inputs.val),
+    ]
     return Estimate(lines, warnings)
 
 
@@ -90,9 +93,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _warnings(
-    params: Params, train: Stream, val: Stream, tokens_per_parameter: float, n_passes: float
-) -> Iterator[str]:
+def _proportion_warnings(tokens_per_parameter: float, n_passes: float) -> Iterator[str]:
     """Unusual proportions of model, data and training, each with what to change.
 
     `tokens_per_parameter` counts the parameters that are multiplied with every token.
@@ -112,6 +113,10 @@ def _warnings(
             f"{n_passes:.1f} passes over the text: after about {_USEFUL_PASSES}, another pass teaches little; "
             "add text, lower train.max_steps, or set model.dropout to 0.1"
         )
+
+
+def text_warnings(params: Params, train: Stream, val: Stream) -> Iterator[str]:
+    """What about the text is unusual for these parameters, each with what to change."""
     context = params.model.context_length
     mean_length = len(train.tokens) / max(1, len(train.documents))
     if context > 8 * mean_length:

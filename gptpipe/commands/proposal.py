@@ -23,7 +23,7 @@ from gptpipe.commands.choice import (
     choices,
     proposed_batch_size,
 )
-from gptpipe.commands.plan import Estimate, describe
+from gptpipe.commands.plan import Estimate, describe, text_warnings
 from gptpipe.commands.probes import bits_per_byte_after, measure, new_probe
 from gptpipe.params import Params
 from gptpipe.shell.errors import ConfigError, InputError, ResourceError
@@ -120,18 +120,19 @@ def _proposal(params: Params, split: Path, budget: Budget, best: Choice, tried: 
     changes = changes_for(params, chosen.shape, budget, n_steps)
     proposed = changed(params, changes)
     probe = replace(probe, plan=replace(probe.plan, n_steps=n_steps))
-    estimate = describe(proposed, inputs, probe, timing)
     bits = _predicted_bits(proposed, inputs, budget, chosen, n_steps)
     lines = {
         str(choice.candidate.shape): _describe(choice, bits * choice.loss / best.loss, budget)
         for choice in tried
     }
-    lines |= estimate.lines
+    lines |= describe(proposed, inputs, probe, timing).lines
     lines["bits per byte"] = (
         f"about {bits:.2f}, from {bits / (1 + _PREDICTION_ERROR):.2f} to {bits * (1 + _PREDICTION_ERROR):.2f}, "
         "on the validation documents"
     )
-    return Proposal(Estimate(lines, estimate.warnings), as_options(changes))
+    # Not those about proportions: the law has weighed them.
+    warnings = list(text_warnings(proposed, inputs.train, inputs.val))
+    return Proposal(Estimate(lines, warnings), as_options(changes))
 
 
 def _describe(choice: Choice, bits: float, budget: Budget) -> str:

@@ -28,7 +28,9 @@ def test_the_command_prints_a_training_that_dvc_can_run(
     (tmp_path / "data/split").symlink_to(toy_split)
     monkeypatch.chdir(tmp_path)
     _dispatch(["plan", "--minutes", "1"])
-    *lines, command = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    *lines, command = printed.out.splitlines()
+    assert "passes over the text: after about" not in printed.err  # it would advise against its own proposal
     assert command.startswith("dvc exp run -S model.n_layer=")
     options = dict(option.split("=") for option in command.split(" -S ")[1:])
     assert (options["model.n_embd"], options["model.n_head"], options["model.n_inner"]) == ("64", "1", "160")
