@@ -13,7 +13,7 @@ trainings the constants are.
 import math
 
 # In bits per byte of the default text. For another text, the law is multiplied by a factor.
-_E, _A, _B = 0.993, 0.155, 0.509  # N and D in millions
+_E, _A, _B = 0.988, 0.176, 0.499  # N and D in millions
 _EXPONENT = 0.353  # a and b of Muennighoff et al.
 _MAX_R = 15.4  # of Muennighoff et al.
 _C, _C_EXPONENT = 35.0, 1.5

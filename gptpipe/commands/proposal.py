@@ -31,7 +31,7 @@ from gptpipe.train.inputs import Inputs, load_inputs
 
 _N_MEASURED_STEPS = 3
 _SHORT_SHARE, _MIN_SHORT_STEPS = 0.05, 40  # steps of the short training, of those of the whole
-_PREDICTION_ERROR = 0.06  # the largest relative error between two trainings in docs/parameters.md
+_PREDICTION_ERROR = 0.06  # relative; docs/parameters.md has the errors that were measured
 
 
 @dataclass(frozen=True)
