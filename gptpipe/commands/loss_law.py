@@ -23,13 +23,13 @@ _MILLION = 1e6
 def relative_loss(n_parameters: float, n_tokens: float, n_train_tokens: float) -> float:
     """L for a text of `n_train_tokens` tokens. Only ratios of its values mean something."""
     useful = useful_tokens(n_tokens, n_train_tokens, useful_repeats(n_parameters, n_train_tokens))
-    of_size = _A * (n_parameters / _MILLION) ** -_EXPONENT
-    return _E + of_size + _B * (useful / _MILLION) ** -_EXPONENT
+    of_size = _A * math.pow(n_parameters / _MILLION, -_EXPONENT)
+    return _E + of_size + _B * math.pow(useful / _MILLION, -_EXPONENT)
 
 
 def useful_repeats(n_parameters: float, n_train_tokens: float) -> float:
     """R, the number of further passes that are worth about as much as new text."""
-    return min(_MAX_R, _C * (n_train_tokens / n_parameters) ** _C_EXPONENT)
+    return min(_MAX_R, _C * math.pow(n_train_tokens / n_parameters, _C_EXPONENT))
 
 
 def useful_tokens(n_tokens: float, n_different: float, r: float) -> float:

@@ -42,7 +42,8 @@ def test_steps_end_when_more_passes_teach_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_large_network_gains_less_from_repetitions() -> None:
-    assert useful_repeats(4 * MILLION, MILLION) == pytest.approx(useful_repeats(MILLION, MILLION) / 8)
+    assert useful_repeats(4 * MILLION, 100_000) == pytest.approx(useful_repeats(MILLION, 100_000) / 8)
+    assert useful_repeats(1000, MILLION) == 15.4  # whatever the size, no more
 
 
 def test_useful_tokens_saturate() -> None:

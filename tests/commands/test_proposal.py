@@ -22,7 +22,7 @@ def _two_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_prints_a_training_that_dvc_can_run(
     toy_split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptpipe.commands.choice.useful_repeats", lambda *_: 5.0)  # the text is small
+    monkeypatch.setattr("gptpipe.commands.choice.useful_repeats", lambda *_: 2.0)  # the text is small
     shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/split").symlink_to(toy_split)
