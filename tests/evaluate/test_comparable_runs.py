@@ -24,7 +24,8 @@ def test_the_sentence_says_where_the_run_ends(loss: float, place: str) -> None:
 
 
 def test_steps_that_fewer_than_two_runs_reach_are_left_out() -> None:
-    found = range_of([HIGH, LOW], ([20, 30], [2.5, 9.0]))
+    longer = ([0, 30], [5.0, 2.0])  # 3.0 at step 20
+    found = range_of([HIGH, longer], ([20, 30], [3.0, 9.0]))
     assert (found.steps, "At step 20, this run is within" in found.sentence) == ([20], True)
     assert range_of([HIGH, LOW], ([30], [2.5])).sentence.endswith("are as long as this one.")
 
