@@ -14,6 +14,7 @@ def main() -> None:
     params = load_params()  # before the slow imports, so that bad parameters fail early
     from gptpipe.base.finished_training import discard_finished
     from gptpipe.evaluate.champion import compare_with_champion
+    from gptpipe.evaluate.comparable_runs import comparable_runs
     from gptpipe.evaluate.compared_metrics import write_compared_metrics
     from gptpipe.evaluate.evaluate import evaluate_model
     from gptpipe.evaluate.model_card import write_model_card
@@ -33,9 +34,10 @@ def main() -> None:
     write_compared_metrics(reports, evaluation.results, training)
     run_id = training.run_id
     card = write_model_card(reports, model, params.collect.sources, evaluation, training_cost(run_id))
-    charts, collected = draw_charts(reports, training), read_manifest(raw).counts
+    comparable = comparable_runs(params, evaluation.split, run_id, training.losses()["val"])
+    charts, collected = draw_charts(reports, training, comparable), read_manifest(raw).counts
     champion = compare_with_champion(params, evaluation, run_id, training.losses(), model)
-    page = write_report(reports, training, params, evaluation.split, collected, charts, champion)
+    page = write_report(reports, training, params, evaluation.split, collected, charts, champion, comparable)
     outcome = record_evaluation(params, params.evaluate, evaluation, run_id, card, page, charts, model)
 
     # After evaluate, DVC has recorded the outputs of train, so its finished checkpoint is not needed any more.

@@ -6,7 +6,7 @@ Each function imports what it needs, so that `--help` does not wait for torch or
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gptpipe import __version__
@@ -98,7 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=function)
         return command
 
-    add_command("plan", _plan)
+    plan = add_command("plan", _plan)
+    plan.add_argument(
+        "--minutes",
+        type=float,
+        help="propose a network and a training that take this time; without it, "
+        "estimate the training that params.yaml describes",
+    )
 
     data = add_command("data", _data)
     data.add_argument("--seed", type=int, default=0, help="seed that selects the random documents")
@@ -190,11 +196,18 @@ def _model(text: str) -> Path | str:
     return text if text.startswith("models:") else Path(text)
 
 
-def _plan(_: argparse.Namespace) -> None:
-    """Estimate size, memory and time of a training on this machine."""
+def _plan(options: argparse.Namespace) -> None:
+    """Estimate size, memory and time of a training on this machine, or propose one."""
     from gptpipe.params import load_params
 
     params = load_params()
+    if options.minutes is not None:
+        from gptpipe.commands.proposal import propose_training
+
+        proposal = propose_training(params, Path("data/split"), options.minutes)
+        _print_estimate(proposal.estimate.lines, proposal.estimate.warnings)
+        print(f"dvc exp run {proposal.options}")
+        return
     from gptpipe.commands.plan import estimate_training  # late: errors in params.yaml need not wait for torch
     from gptpipe.model.hf_config import with_shape_of
     from gptpipe.record.starting_model import starting_model
@@ -203,9 +216,13 @@ def _plan(_: argparse.Namespace) -> None:
         if start is not None:
             params = params.starting_from(start.name, with_shape_of(params.model, start.folder))
     estimate = estimate_training(params, Path("data/split"))
-    for name, text in estimate.lines.items():
+    _print_estimate(estimate.lines, estimate.warnings)
+
+
+def _print_estimate(lines: Mapping[str, str], warnings: Sequence[str]) -> None:
+    for name, text in lines.items():
         print(printable(f"{name + ':':<22}{text}"))
-    for warning in estimate.warnings:
+    for warning in warnings:
         complain(f"warning: {warning}")
 
 

@@ -1,28 +1,17 @@
 """`gptpipe plan`: what a training will take. Its time is measured in a few steps on this machine."""
 
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from gptpipe.commands.probes import Probe, Timing, measure, new_probe
 from gptpipe.formats.streams import Stream
-from gptpipe.model.gpt import GPT
 from gptpipe.params import Params
-from gptpipe.score.scoring import Scoring, score
-from gptpipe.train.batches import Batches
-from gptpipe.train.inputs import load_inputs
-from gptpipe.train.memory import estimated_bytes, fitting_micro_batch_size, free_bytes
-from gptpipe.train.optim import build_optimizers
-from gptpipe.train.runtime import loss_function
-from gptpipe.train.state import TrainState
-from gptpipe.train.step import Plan, optimizer_step
+from gptpipe.train.inputs import Inputs, load_inputs
 
-_N_WARM_UP_STEPS = 2
 _N_MEASURED_STEPS = 5
-_N_MEASURED_WINDOWS = 32  # of validation
 _COMPUTE_OPTIMAL = 20  # tokens per parameter (Hoffmann et al., 2022, arXiv:2203.15556, table 3)
 # More passes over the same text teach less than new text (Muennighoff et al., 2023, arXiv:2305.16264).
 _USEFUL_PASSES = 4
@@ -36,38 +25,21 @@ class Estimate:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class _Timing:
-    """Measured times in seconds."""
-
-    warm_up: float  # by which the first steps take longer, for example to compile
-    step: float
-    validation: float
-
-
 def estimate_training(params: Params, split: Path) -> Estimate:
     """Take a few steps of the training that params.yaml describes on the split in `split`; writes nothing.
 
     One process takes them, whatever `train.launcher` says. Raises IntegrityError, InputError for too few
     tokens, ConfigError for a device that is not available, ResourceError for too little memory.
     """
-    section = params.train
     inputs = load_inputs(params, split)
-    runtime, n_steps = inputs.runtime, inputs.n_steps
-    device = runtime.device
-    torch.manual_seed(params.seed)
-    model = GPT(params.model, inputs.tokenizer.vocab_size).to(device)
-    model.activation_checkpointing = section.activation_checkpointing
-    free, holds_all_logits = free_bytes(device), runtime.holds_all_logits
-    micro_batch_size = fitting_micro_batch_size(section, model, free, holds_all_logits=holds_all_logits)
-    needed = estimated_bytes(model, micro_batch_size, holds_all_logits=holds_all_logits)
-    loss = loss_function(model, section, inputs.tokenizer.end_of_text, is_compiled=runtime.is_compiled)
-    state = TrainState(model, build_optimizers(model, section), micro_batch_size)
-    plan = Plan(section, n_steps, params.seed, runtime.precision, loss)
+    probe = new_probe(params, inputs, inputs.n_steps)
+    return describe(params, inputs, probe, measure(probe, inputs, _N_MEASURED_STEPS))
 
-    warm_up, step = _measure_steps(state, inputs.batches, plan)
-    timing = _Timing(warm_up, step, _measure_validation(model, inputs.val, inputs.scoring))
 
+def describe(params: Params, inputs: Inputs, probe: Probe, timing: Timing) -> Estimate:
+    """The estimate for a training that was measured as `probe`."""
+    section, device, n_steps = params.train, inputs.runtime.device, probe.plan.n_steps
+    model, memory = probe.state.model, probe.memory
     n_tokens = n_steps * section.batch_size * params.model.context_length
     n_passes = n_tokens / len(inputs.train.tokens)
     flops = n_tokens * model.flops_per_token()
@@ -79,37 +51,16 @@ def estimate_training(params: Params, split: Path) -> Estimate:
         "tokens per parameter": f"{n_tokens / model.n_parameters():.1f} "
         f"(compute-optimal: about {_COMPUTE_OPTIMAL})",
         "compute": f"{flops:.3g} FLOPs, {flops / n_steps / timing.step / 1e9:,.0f} GFLOP/s here",
-        "memory": f"about {needed / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free, "
-        f"micro-batches of {micro_batch_size}",
-        "time": _describe_time(params, n_steps, timing, device, is_compiled=runtime.is_compiled),
+        "memory": f"about {memory.needed / 2**30:.2f} GiB of {memory.free / 2**30:.1f} GiB free, "
+        f"micro-batches of {probe.state.micro_batch_size}",
+        "time": _describe_time(params, n_steps, timing, device, is_compiled=inputs.runtime.is_compiled),
     }
     tokens_per_parameter = n_tokens / model.n_multiplied()
-    warnings = list(_warnings(params, inputs.train, inputs.val, tokens_per_parameter, n_passes))
+    warnings = [
+        *_proportion_warnings(tokens_per_parameter, n_passes),
+        *text_warnings(params, inputs.train, inputs.val),
+    ]
     return Estimate(lines, warnings)
-
-
-def _measure_steps(state: TrainState, batches: Batches, plan: Plan) -> tuple[float, float]:
-    """Seconds by which the first steps together take longer than others, and seconds of another step."""
-    state.model.train()
-    times = []
-    for _ in range(_N_WARM_UP_STEPS + _N_MEASURED_STEPS):
-        started = time.perf_counter()
-        optimizer_step(state, batches, plan)
-        times.append(time.perf_counter() - started)
-    step = statistics.median(times[_N_WARM_UP_STEPS:])
-    warm_up = sum(times[:_N_WARM_UP_STEPS]) - _N_WARM_UP_STEPS * step
-    return max(0.0, warm_up), step
-
-
-def _measure_validation(model: GPT, stream: Stream, scoring: Scoring) -> float:
-    """Seconds of a validation, estimated from the first windows of the stream."""
-    n = min(len(stream.tokens), _N_MEASURED_WINDOWS * model.params.context_length + 1)
-    if n < 2:
-        return 0.0
-    beginning = Stream(stream.tokens[:n], stream.documents)
-    started = time.perf_counter()
-    score(model, beginning, scoring)
-    return (time.perf_counter() - started) * len(stream.tokens) / n
 
 
 def _describe_text(train: Stream, val: Stream) -> str:
@@ -121,11 +72,11 @@ def _describe_text(train: Stream, val: Stream) -> str:
 
 
 def _describe_time(
-    params: Params, n_steps: int, timing: _Timing, device: torch.device, *, is_compiled: bool
+    params: Params, n_steps: int, timing: Timing, device: torch.device, *, is_compiled: bool
 ) -> str:
     section = params.train
     n_validations = 1 + -(-n_steps // section.eval_every)  # one before the first step
-    seconds = timing.warm_up + n_steps * timing.step + n_validations * timing.validation
+    seconds = timing.total(n_steps, n_validations)
     one_process = "" if section.launcher == "python" else f" with one process, not with `{section.launcher}`"
     compilation = f", {timing.warm_up:.0f} s to compile" if is_compiled else ""
     return (
@@ -142,9 +93,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _warnings(
-    params: Params, train: Stream, val: Stream, tokens_per_parameter: float, n_passes: float
-) -> Iterator[str]:
+def _proportion_warnings(tokens_per_parameter: float, n_passes: float) -> Iterator[str]:
     """Unusual proportions of model, data and training, each with what to change.
 
     `tokens_per_parameter` counts the parameters that are multiplied with every token.
@@ -164,6 +113,10 @@ def _warnings(
             f"{n_passes:.1f} passes over the text: after about {_USEFUL_PASSES}, another pass teaches little; "
             "add text, lower train.max_steps, or set model.dropout to 0.1"
         )
+
+
+def text_warnings(params: Params, train: Stream, val: Stream) -> Iterator[str]:
+    """What about the text is unusual for these parameters, each with what to change."""
     context = params.model.context_length
     mean_length = len(train.tokens) / max(1, len(train.documents))
     if context > 8 * mean_length:

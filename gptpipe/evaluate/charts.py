@@ -22,18 +22,30 @@ IntArray = npt.NDArray[np.int64]
 
 
 def line_chart(
-    x: str, y: str, series: Mapping[str, Line], *, diagonal: bool = False, log_x: bool = False
+    x: str,
+    y: str,
+    series: Mapping[str, Line],
+    *,
+    diagonal: bool = False,
+    log_x: bool = False,
+    band: tuple[str, Line, Sequence[float]] | None = None,
 ) -> str:
-    """One line for each of `series`, by its name; `x` and `y` label the axes. `diagonal` also draws x = y."""
+    """One line for each of `series`, by its name; `x` and `y` label the axes. `diagonal` also draws x = y.
+
+    `band` is an area behind the lines: its name, its lower edge, and the y of its upper edge.
+    """
 
     def draw(axes: Axes) -> None:
+        if band is not None:
+            label, (xs, lowest), highest = band
+            axes.fill_between(xs, lowest, highest, label=label, color=_COLOURS[-1], alpha=0.3, linewidth=0)
         for name, (xs, ys) in series.items():
             axes.plot(thinned(xs), thinned(ys), label=name, linewidth=1.2, marker="." if len(xs) < 40 else None)
         if diagonal:
             axes.axline((0, 0), slope=1, color=_INK, linewidth=0.6, linestyle=":")
         if log_x:
             axes.set_xscale("log")
-        if len(series) > 1:
+        if len(series) > 1 or band is not None:
             axes.legend(frameon=False)
 
     return _svg(draw, x, y)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptpipe.base.pages import render_html
 from gptpipe.base.params import Section
 from gptpipe.evaluate.champion import Comparison
 from gptpipe.evaluate.charts import Line, bar_chart, error_bar_chart, line_chart
+from gptpipe.evaluate.comparable_runs import Comparable
 from gptpipe.evaluate.result_rows import result_rows
 from gptpipe.record.store import RUN_FILE, read_run_id, read_training_seconds
 from gptpipe.score.scoring import scoring_in_words
@@ -75,7 +77,7 @@ def read_training_reports(reports: Path, model: Path) -> TrainingReports:
     )
 
 
-def draw_charts(reports: Path, training: TrainingReports) -> dict[str, str]:
+def draw_charts(reports: Path, training: TrainingReports, comparable: Comparable) -> dict[str, str]:
     """Title -> SVG, from the reports of stage train and the tables that stage evaluate wrote to `reports`."""
     positions, sources, calibration, lengths = (
         pd.read_csv(reports / f"eval.{name}.csv") for name in ("positions", "sources", "calibration", "lengths")
@@ -89,7 +91,7 @@ def draw_charts(reports: Path, training: TrainingReports) -> dict[str, str]:
     accuracy_by_confidence = _line_per_split(calibration, "confidence", "accuracy")
     share_by_length = _line_per_split(lengths, "n_tokens", "share")
     return {
-        "Loss": line_chart("step", "nats per token", training.losses()),
+        "Loss": line_chart("step", "nats per token", training.losses(), band=_band(comparable)),
         "Learning rate": line_chart("step", "learning rate", learning_rate),
         "Gradient norm": line_chart("step", "norm before clipping", gradient_norm),
         "Loss by position": _by_position(positions, "loss", "nats per token"),
@@ -98,6 +100,12 @@ def draw_charts(reports: Path, training: TrainingReports) -> dict[str, str]:
         "Calibration": line_chart("confidence", "accuracy", accuracy_by_confidence, diagonal=True),
         "Length of documents": line_chart("tokens, up to", "share of documents", share_by_length, log_x=True),
     }
+
+
+def _band(comparable: Comparable) -> tuple[str, Line, Sequence[float]] | None:
+    if not comparable.steps:
+        return None
+    return "val, other runs", (comparable.steps, comparable.lowest), comparable.highest
 
 
 def _line(table: pd.DataFrame, x: str, y: str) -> Line:
@@ -127,11 +135,12 @@ def write_report(
     collected: dict[str, Any],
     charts: dict[str, str],
     comparison: Comparison,
+    comparable: Comparable,
 ) -> str:
     """Write report.html and return it.
 
     `split` is the manifest of the split, `collected` the counts of stage collect, `charts` is title -> SVG,
-    `comparison` that with the champion.
+    `comparison` that with the champion, `comparable` the range of comparable runs.
     """
     results = json.loads((reports / "eval.json").read_bytes())
     page = render_html(
@@ -144,6 +153,7 @@ def write_report(
         sides=[side for side in ("test", "val") if side in results],
         charts=charts,
         champion=comparison,
+        comparable=comparable,
         after=unescape((reports / "samples.md").read_text(encoding="utf-8")),
         params=params.model_dump(mode="json"),
         collected=collected,

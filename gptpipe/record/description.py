@@ -171,12 +171,17 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def dataset_digest(split: Manifest, side: str) -> str:
+    """What identifies the tokens of one side in MLflow, which takes 36 characters."""
+    return split.files[f"{side}/tokens.npy"].sha256[:36]
+
+
 def _dataset(split: Manifest, side: str) -> dict[str, str]:
     """One side of the split as MLflow describes a data set."""
     counts = {what: split.counts[f"{side}_{what}"] for what in ("documents", "tokens", "bytes")}
     return {
         "name": f"split/{side}",
-        "digest": split.files[f"{side}/tokens.npy"].sha256[:36],
+        "digest": dataset_digest(split, side),
         "source_type": "local",
         "source": f"data/split/{side}/tokens.npy",
         "profile": json.dumps(counts),

@@ -18,7 +18,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the user has not agreed to it
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
@@ -185,6 +185,15 @@ def runs_beginning_with(client: MlflowClient, beginning: str) -> list[str]:
         return []
     runs = client.search_runs([_experiment_id(client)], f"attributes.run_id LIKE '{beginning}%'")
     return [str(run.info.run_id) for run in runs]
+
+
+def finished_runs_on(client: MlflowClient, digest: str, n_runs: int) -> list[Run]:
+    """The newest finished runs that have a data set with this digest."""
+    condition = f"attributes.status = 'FINISHED' AND dataset.digest = '{digest}'"
+    newest_first = ["attributes.start_time DESC"]
+    return list(
+        client.search_runs([_experiment_id(client)], condition, max_results=n_runs, order_by=newest_first)
+    )
 
 
 def _experiment_id(client: MlflowClient) -> str:

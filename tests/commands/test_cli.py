@@ -211,6 +211,15 @@ def test_plan_without_a_split_is_one_line_with_advice(
     assert "dvc repro" in line
 
 
+def test_a_plan_for_no_time_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, line = fails_with_one_line(capsys, "plan", "--minutes", "0")
+    assert (code, "--minutes 0: give a number above 0" in line) == (2, True)
+
+
 def test_commands_work_in_a_subfolder_with_paths_relative_to_it(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,6 @@ def test_raises_errors_of_the_training(
 ) -> None:
     with pytest.raises(IntegrityError):
         estimate_training(tiny.params(), tmp_path)
-    monkeypatch.setattr("gptpipe.commands.plan.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("gptpipe.commands.probes.free_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match="micro-batches of 1 need about"):
         estimate_training(tiny.params(), toy_split)

@@ -15,10 +15,12 @@ from toy_project import Project
 from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate.champion import Comparison
 from gptpipe.evaluate.charts import length_histogram, line_chart, thinned
+from gptpipe.evaluate.comparable_runs import Comparable
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.report import draw_charts, read_training_reports, write_report
 from gptpipe.shell.errors import IntegrityError
 
+OTHERS = Comparable("Two other runs.", [0, 12], [5.0, 4.0], [6.0, 5.5])
 NO_CHAMPION = Comparison("There is no champion yet to compare with.")
 TITLES = [
     "Loss",
@@ -45,7 +47,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory, toy_split: Path) -> Path:
     evaluation = evaluate_model(model, toy_split, folder, params.evaluate, params.seed)
     counts = read_manifest(toy_split.parent / "raw").counts
     training = read_training_reports(folder, model)
-    write_report(folder, training, params, evaluation.split, counts, draw_charts(folder, training), NO_CHAMPION)
+    write_report(
+        folder,
+        training,
+        params,
+        evaluation.split,
+        counts,
+        draw_charts(folder, training, OTHERS),
+        NO_CHAMPION,
+        OTHERS,
+    )
     return folder
 
 
@@ -60,6 +71,8 @@ def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Pa
     assert f"<td>{n_pairs} pairs of {n_documents} documents</td>" in page
     assert "<td>not measured</td><td>no generated document has 50 tokens</td>" in page
     assert page.count("<svg ") == len(TITLES)
+    assert "<p>Two other runs.</p>" in page
+    assert page.count(">val, other runs</text>") == 1
     assert "lower train.lr" in page  # the red flag's words
     assert "so it is untrained: it has the weights from before the first step" in page
     assert "&lt;b&gt;the&lt;/b&gt;" in page  # model text is never markup
@@ -71,7 +84,7 @@ def test_the_page_shows_all_results_and_the_charts_are_deterministic(reports: Pa
     assert f"<h2>Compared with the champion</h2>\n<p>{NO_CHAMPION.headline}</p>\n\n" in page
     assert read_manifest(reports.parent / "models/gpt").made_from["split"] in page
     training = read_training_reports(reports, reports.parent / "models/gpt")
-    assert draw_charts(reports, training) == draw_charts(reports, training)
+    assert draw_charts(reports, training, OTHERS) == draw_charts(reports, training, OTHERS)
 
 
 REPORTS = ["train.json", "train.samples.json", "train.steps.csv", "train.validations.csv"]

@@ -21,6 +21,7 @@ from browser import browser  # noqa: F401  (a fixture)
 from gptpipe.base.files import write_json
 from gptpipe.base.manifest import read_manifest
 from gptpipe.evaluate.champion import Comparison
+from gptpipe.evaluate.comparable_runs import Comparable
 from gptpipe.evaluate.evaluate import evaluate_model
 from gptpipe.evaluate.model_card import write_model_card
 from gptpipe.evaluate.registry import record_evaluation
@@ -69,9 +70,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, toy_split: Path, fresh_st
         run_id = json.loads((reports / "mlflow_run.json").read_bytes())["run_id"]
         evaluation = evaluate_model(model, toy_split, reports, params.evaluate, params.seed)
         training, counts = read_training_reports(reports, model), read_manifest(toy_split.parent / "raw").counts
-        charts = draw_charts(reports, training)
+        alone = Comparable("There is no other run.")
+        charts = draw_charts(reports, training, alone)
         none = Comparison("There is no champion yet to compare with.")
-        page = write_report(reports, training, params, evaluation.split, counts, charts, none)
+        page = write_report(reports, training, params, evaluation.split, counts, charts, none, alone)
         write_json(reports / "split.json", {"share": {}})
         card = write_model_card(reports, model, params.collect.sources, evaluation, training_cost(run_id))
         record_evaluation(params, params.evaluate, evaluation, run_id, card, page, charts, model)
