@@ -197,7 +197,7 @@ def _model(text: str) -> Path | str:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    """Estimate size, memory and time of a training on this machine, or propose one."""
+    """Estimate size, memory and time of a training, or propose one."""
     from gptpipe.params import load_params
 
     params = load_params()
