@@ -9,35 +9,51 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from gptpipe.shell.errors import IntegrityError
 
 _CARD = re.compile(r"---\n(?P<header>.*?)---\n\s*# (?P<name>[^\n]+)\n(?P<body>.*)", re.DOTALL)
+_MAX_HEADER = 1 << 16  # characters
 NOT_STATED = "not stated"
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(strict=True)
+    name: str
+    license: str
+
+
+class _Header(BaseModel):
+    """What is used of a card's header."""
+
+    model_config = ConfigDict(strict=True)
+    tags: list[str] = []
+    pipeline_tag: str = "text-generation"
+    training_data: list[_Source] = []
 
 
 def card_fields(model: Path) -> dict[str, Any]:
     """Keys and values from the card in the model folder, and from the complete one if it is of this model.
 
-    No keys for a folder without a card; none about data without the complete one. Raises IntegrityError for a
-    card that nobody can read.
+    No keys for a folder without a card, or with one that gptpipe has not written; none about data without the
+    complete card.
     """
     path = model / "README.md"
-    if not path.exists():
+    card = _CARD.match(_text(path))
+    if card is None:
         return {}
-    card = _read(path)
-    complete_path = model.resolve().parent.parent / "reports" / "model_card.md"
-    is_of_model = complete_path.exists() and card["body"].strip() in _text(complete_path)
-    header = _header(complete_path if is_of_model else path)
+    complete = _CARD.match(_text(model.resolve().parent.parent / "reports" / "model_card.md"))
+    is_of_model = complete is not None and card["body"].strip() in complete["body"]
+    header = _header((complete if complete and is_of_model else card)["header"])
+    if header is None:
+        return {}
     paragraphs, _, _ = card["body"].partition("\n- ")
     fields: dict[str, Any] = {
         "general.name": card["name"],
         "general.description": html.unescape(" ".join(paragraphs.split())),
-        "general.tags": [*header["tags"], header["pipeline_tag"]],
+        "general.tags": [*header.tags, header.pipeline_tag],
     }
-    return fields | _data_fields(header["training_data"])
+    return fields | _data_fields([source.model_dump() for source in header.training_data])
 
 
 def _data_fields(sources: list[dict[str, str]]) -> dict[str, Any]:
@@ -53,19 +69,15 @@ def _data_fields(sources: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    """The text of a file; an empty one if there is no file."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _read(path: Path) -> re.Match[str]:
-    match = _CARD.match(_text(path))
-    if match is None:
-        raise IntegrityError(f"{path}: not a model card as gptpipe writes it; run `dvc repro` again")
-    return match
-
-
-def _header(path: Path) -> dict[str, Any]:
+def _header(text: str) -> _Header | None:
+    """The values of a header; None if it is not as gptpipe writes it, for example in a model from elsewhere."""
+    if len(text) > _MAX_HEADER:
+        return None
     try:
-        header: dict[str, Any] = YAML(typ="safe").load(_read(path)["header"])
-        return {"tags": [], "pipeline_tag": "text-generation", "training_data": [], **header}
-    except (YAMLError, TypeError) as error:
-        raise IntegrityError(f"{path}: its header is not YAML; run `dvc repro` again") from error
+        return _Header.model_validate(YAML(typ="safe", pure=True).load(text))
+    except Exception:  # ruamel.yaml raises many kinds, also for values with a tag or nested too deeply
+        return None

@@ -15,6 +15,7 @@ from gptpipe.base.manifest import new_folder
 from gptpipe.commands import export as export_module
 from gptpipe.commands import gguf_file
 from gptpipe.commands.cli import _dispatch
+from gptpipe.commands.gguf_card import card_fields
 from gptpipe.commands.gguf_file import GGUFTensor, gguf_tensors, pattern_name, write_gguf
 from gptpipe.commands.llama_cpp_runner import Answer, Request
 from gptpipe.evaluate.difficult_text import difficult_texts
@@ -214,6 +215,24 @@ def test_the_file_carries_the_card(
         "general.dataset.0.name": "text a|b.txt",
         "general.dataset.0.description": "licence: CC0-1.0",
     }
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "# A model from elsewhere\n",
+        "---\ntags: 5\n---\n# gpt\n",
+        "---\ntraining_data: [1]\n---\n# gpt\n",
+        "---\n- list\n---\n# gpt\n",
+        "---\ntags: [\n---\n# gpt\n",
+        "---\ntags: !!python/name:os.system\n---\n# gpt\n",
+        f"---\ntags: {'[' * 1000}{']' * 1000}\n---\n# gpt\n",
+        f"---\ntags: [{'a, ' * 30_000}]\n---\n# gpt\n",
+    ],
+)
+def test_a_card_that_gptpipe_has_not_written_gives_no_keys(tmp_path: Path, readme: str) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    assert card_fields(tmp_path) == {}
 
 
 def test_wrong_use_is_one_line(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
