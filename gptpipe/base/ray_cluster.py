@@ -8,6 +8,7 @@ import atexit
 import importlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,7 +19,7 @@ from gptpipe.shell.errors import GptpipeError, InputError, ResourceError, first_
 
 _RETRIES = 3  # of a task whose worker is lost
 _CONNECT_SECONDS = 10  # to find out whether a Ray cluster answers
-_CANCEL_SECONDS = 10  # until cancelled tasks have ended
+_CANCEL_SECONDS = 60  # until cancelled tasks have ended
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -60,11 +61,12 @@ class RayTasks(Generic[Item, Result]):
 
     def cancel(self) -> None:
         """End the tasks whose results were not read, and wait for that, because they may be writing files."""
-        unread = list(self._unread)
-        for reference in unread:
-            self.ray.cancel(reference, force=True)
-        if unread:
-            self.ray.wait(unread, num_returns=len(unread), timeout=_CANCEL_SECONDS, fetch_local=False)
+        running = list(self._unread)
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        while running and time.monotonic() < deadline:
+            for reference in running:  # again each second: a request that meets a starting worker can be lost
+                self.ray.cancel(reference, force=True)
+            _, running = self.ray.wait(running, num_returns=len(running), timeout=1, fetch_local=False)
         self._unread.clear()
 
 

@@ -130,8 +130,7 @@ def test_the_card_of_another_model_says_nothing_about_the_data(card: str, projec
     path.write_text(card.replace("- Training:", "- Another training:"))
     assert "general.dataset.count" not in card_fields(project.root / "models/gpt")
     path.write_text(card.replace("model-index:", "model-index: ]"))
-    with pytest.raises(IntegrityError, match=r"model_card\.md: its header is not YAML"):
-        card_fields(project.root / "models/gpt")
+    assert card_fields(project.root / "models/gpt") == {}
 
 
 def test_a_missing_or_other_overlap_report_is_an_error(
