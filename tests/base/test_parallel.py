@@ -317,7 +317,7 @@ def test_ray_gives_the_same_results_when_a_machine_is_lost(
     items = [f"({i}, __import__('time').sleep(0.2), {machine})" for i in range(40)]
     results = map_in_order(eval, items)
     first: list[Any] = []
-    while len({machine_of for *_, machine_of in first}) < 2:  # a busy machine starts the second one's worker late
+    while len({machine_of for *_, machine_of in first}) < 2:  # a busy machine starts late
         first.append(next(results))
     ray_cluster.remove_node(ray_cluster.second_machine, allow_graceful=False)
     last = list(results)
