@@ -3,6 +3,7 @@
     python -m benchmarks.data_plane [--datatrove PYTHON]
 
 The text is the docstrings of this machine's Python in JSON lines, in documents of 100 and of 4,000 characters.
+They are pieces that overlap, so nearly each has near-duplicates; with `--words` hardly any has one.
 Each stage runs in a new process on a quarter of the text and on all of it. CPU seconds per GB are the
 difference of both, so starting processes does not count. Wall time is that of the whole text, without imports.
 The best round counts.
@@ -82,6 +83,7 @@ def main() -> None:
         "--megabytes", type=int, default=256, help="of text; 256 or more, for a quarter to have parts"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[100, 4000], help="characters per document")
+    parser.add_argument("--words", action="store_true", help="documents of random words in place of pieces")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--encoding", default="gpt2", help="as tokenize.encoding")
     parser.add_argument("--datatrove", metavar="PYTHON", help="a Python interpreter that has datatrove")
@@ -97,13 +99,14 @@ def main() -> None:
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as name:
             for program, row in measure(Path(name), length, options):
-                print(f"| {length} characters | {program} | {' | '.join(row)} |", flush=True)
+                kind = ", random words" if options.words else ""
+                print(f"| {length} characters{kind} | {program} | {' | '.join(row)} |", flush=True)
 
 
 def measure(folder: Path, length: int, options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Name and cells of each row for one size of documents."""
     folders = [folder / "quarter", folder / "whole"]
-    n_bytes = write_texts(folders, length, options.megabytes * 1_000_000)
+    n_bytes = write_texts(folders, length, options.megabytes * 1_000_000, options.words)
     difference = n_bytes[1] - n_bytes[0]
 
     def compare(command: Callable[[Path], list[str]]) -> tuple[float, Usage, Usage]:
@@ -123,19 +126,24 @@ def measure(folder: Path, length: int, options: argparse.Namespace) -> Iterator[
             yield f"datatrove, {task}", cells(rate, n_bytes[1] / seconds / 1e6, usages, difference)
 
 
-def write_texts(folders: list[Path], length: int, n_bytes: int) -> list[int]:
-    """Pieces of docstrings of `length` characters, chosen with a fixed seed; a quarter in the first folder.
+def write_texts(folders: list[Path], length: int, n_bytes: int, are_words: bool) -> list[int]:
+    """Documents of `length` characters, chosen with a fixed seed; a quarter of them in the first folder.
 
-    Returns the bytes of text in each folder.
+    They are pieces of docstrings, or random words of them. Returns the bytes of text in each folder.
     """
     everything = "\n".join(python_docs())
+    words = everything.split()
     random_ = random.Random(0)
     sizes = [0, 0]
     for folder in folders:
         (folder / TEXTS).mkdir(parents=True)
     for number in range(N_FILES):
-        starts = [random_.randrange(len(everything) - length) for _ in range(n_bytes // length // N_FILES)]
-        texts = [everything[start : start + length] for start in starts]
+        n_documents = n_bytes // length // N_FILES
+        if are_words:
+            texts = [" ".join(random_.choices(words, k=length // 3))[:length] for _ in range(n_documents)]
+        else:
+            starts = [random_.randrange(len(everything) - length) for _ in range(n_documents)]
+            texts = [everything[start : start + length] for start in starts]
         for i in (0, 1) if number < N_FILES // 4 else (1,):
             with (folders[i] / TEXTS / f"{number:02}.jsonl").open("w") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in texts)

@@ -68,6 +68,11 @@ TEMPORARY = os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
 os.environ["HF_DATASETS_CACHE"] = f"{TEMPORARY}/datasets-of-tests"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores, because tests often wait for servers, locks and other processes."""
+    return 1 + (os.cpu_count() or 1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing := [name for name in LONGEST_FILES if not (ROOT / name).is_file()]:
