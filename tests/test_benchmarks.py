@@ -16,7 +16,7 @@ from benchmarks.overheads import seconds_to_first_validation
 def test_benchmarks_limit_busy_waiting_as_commands_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", {})
     importlib.reload(benchmarks)
-    assert os.environ["GOMP_SPINCOUNT"] == "4000"
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
 
 
 def test_the_training_that_measures_start_up_leaves_the_project_alone(

@@ -172,14 +172,14 @@ def test_each_wrong_parameter_is_one_line(project_copy: Path) -> None:
 
 
 def test_a_flipped_bit_stops_the_stage_that_reads_it(project_copy: Path) -> None:
-    stream = project_copy / "data/split/train/tokens.npy"
-    content = bytearray(stream.read_bytes())
+    shard = next((project_copy / "data/tokens").glob("*.parquet"))
+    content = bytearray(shard.read_bytes())
     content[-1] ^= 1
-    stream.unlink()  # it may be a hard link into DVC's cache
-    stream.write_bytes(content)
-    result = run(project_copy, sys.executable, "-m", "stages.train", check=False)
+    shard.unlink()  # it may be a hard link into DVC's cache
+    shard.write_bytes(content)
+    result = run(project_copy, sys.executable, "-m", "stages.split", check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (4, False)
-    assert "data/split/train/tokens.npy" in result.stderr
+    assert f"data/tokens/{shard.name}" in result.stderr
 
 
 def test_tokens_of_another_corpus_are_not_split(project_copy: Path) -> None:

@@ -116,7 +116,8 @@ def _similar_pairs(
 ) -> tuple[Indices, Indices]:
     """Pairs of similar documents that agree in a band whose hash is in a range; runs in a worker process.
 
-    Pairs whose documents are in the same cluster according to the file `clusters` may be missing.
+    Pairs whose documents are in the same cluster according to the file `clusters` may be missing. Of the
+    others, each document is paired with the first of its cluster, because there are fewer such pairs.
     """
     keys, documents = _keys_in_range(parts, *work)
     one, other = _pairs_with_equal_keys(keys, documents)
@@ -130,7 +131,16 @@ def _similar_pairs(
         chunk = slice(start, start + _COMPARED)
         agreement = (signatures[one[chunk]] == signatures[other[chunk]]).mean(axis=1)
         is_similar[chunk] = agreement >= similarity
-    return one[is_similar], other[is_similar]
+    return _with_the_first(one[is_similar], other[is_similar])
+
+
+def _with_the_first(one: Indices, other: Indices) -> tuple[Indices, Indices]:
+    """The first document of each cluster that the pairs make, with each other document of it."""
+    documents, positions = np.unique(np.stack([one, other]), return_inverse=True)
+    first_of_cluster = np.arange(len(documents))
+    _unite(first_of_cluster, *positions.reshape(2, -1))
+    is_later = first_of_cluster != np.arange(len(documents))
+    return documents[first_of_cluster[is_later]], documents[is_later]
 
 
 def _pairs_with_equal_keys(keys: npt.NDArray[np.uint32], documents: Indices) -> tuple[Indices, Indices]:

@@ -69,7 +69,7 @@ def limit_busy_waiting() -> None:
     then holds up all others. Results do not depend on it. Values of the user stay.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # iterations, under 0.1 ms; GNU's runtime
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # iterations, under 0.1 ms; GNU's runtime
         os.environ.setdefault("KMP_BLOCKTIME", "1")  # milliseconds; the runtimes of Intel and LLVM (macOS)
 
 
