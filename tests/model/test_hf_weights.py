@@ -175,32 +175,23 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     assert theirs.model_max_length == 16
 
 
-def their_models() -> list[Any]:
-    common = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
-    modern = {
-        **common,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 16,
-    }
-    gpt2 = {**common, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
-    t = transformers
-    return [
-        pytest.param(t.GPT2LMHeadModel, t.GPT2Config(**gpt2), id="gpt2"),
-        pytest.param(t.LlamaForCausalLM, t.LlamaConfig(**modern), id="llama"),
-        pytest.param(t.LlamaForCausalLM, t.LlamaConfig(**modern, tie_word_embeddings=True), id="llama-tied"),
-        pytest.param(t.Qwen3ForCausalLM, t.Qwen3Config(**modern, head_dim=16), id="qwen3"),
-        pytest.param(
-            t.Qwen3ForCausalLM, t.Qwen3Config(**modern, head_dim=8, tie_word_embeddings=True), id="qwen3-tied"
-        ),
-    ]
+_COMMON = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = {**_COMMON, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+MODERN = {
+    **_COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+}
 
 
-def random_model(kind: Any, config: Any) -> Any:
-    model = kind(config)
+def random_model(model_type: str, values: dict[str, Any]) -> Any:
+    """A model of transformers; the library's classes are slow to import, so parameters of tests name them."""
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
@@ -208,9 +199,21 @@ def random_model(kind: Any, config: Any) -> Any:
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "10KB"])
-@pytest.mark.parametrize(("kind", "config"), their_models())
-def test_we_read_what_transformers_saves(tmp_path: Path, kind: Any, config: Any, shard_size: str) -> None:
-    theirs = random_model(kind, config)
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("gpt2", GPT2),
+        ("llama", MODERN),
+        ("llama", {**MODERN, "tie_word_embeddings": True}),
+        ("qwen3", {**MODERN, "head_dim": 16}),
+        ("qwen3", {**MODERN, "head_dim": 8, "tie_word_embeddings": True}),
+    ],
+    ids=["gpt2", "llama", "llama-tied", "qwen3", "qwen3-tied"],
+)
+def test_we_read_what_transformers_saves(
+    tmp_path: Path, model_type: str, values: dict[str, Any], shard_size: str
+) -> None:
+    theirs = random_model(model_type, values)
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() is (shard_size == "10KB")
     model = load_model(tmp_path)
@@ -222,7 +225,7 @@ def test_we_read_what_transformers_saves(tmp_path: Path, kind: Any, config: Any,
 
 def gpt2_without_prefix(folder: Path) -> Any:
     """Like OpenAI's own upload of GPT-2: without `transformer.`, and with buffers besides the weights."""
-    theirs = random_model(*their_models()[0].values)
+    theirs = random_model("gpt2", GPT2)
     theirs.save_pretrained(folder)
     weights = {
         name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()
