@@ -173,6 +173,12 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(model(tokens), model(tokens))
 
 
+def test_dropout_leaves_attention_its_fast_kernel_on_a_cpu() -> None:
+    model = tiny.network(dropout=0.5).train()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if torch cannot use this kernel
+        model(tiny.token_ids(1, 8))
+
+
 @every_architecture
 def test_a_new_network_gives_all_tokens_the_same_probability(switches: dict[str, Any]) -> None:
     torch.manual_seed(0)
