@@ -57,14 +57,18 @@ def test_the_own_output_is_refused_before_the_stage_trains(project_copy: Path) -
 def test_a_finished_training_is_extended_from_the_state_that_dvc_keeps(
     project_copy: Path, tmp_path: Path
 ) -> None:
-    """Also after the checkpoints are gone and the state has come from DVC. The result is that of a training
-    with the larger number of steps from the start.
+    """Also after the checkpoints are gone and the state has come from a remote. The result is that of a
+    training with the larger number of steps from the start.
     """
     set_params(project_copy, {"train.schedule": "wsd"})
-    run(project_copy, "dvc", "repro", "train")
-    shutil.rmtree(project_copy / ".gptpipe")
+    run(project_copy, "dvc", "repro")
+    assert not list((project_copy / ".gptpipe/checkpoints").glob("[!.]*"))
+    run(project_copy, "dvc", "remote", "add", "-d", "storage", str(tmp_path / "remote"))
+    run(project_copy, "dvc", "push")
+    shutil.rmtree(project_copy / ".dvc/cache")
     shutil.rmtree(project_copy / "models/state")
-    run(project_copy, "dvc", "checkout", "train")
+    shutil.rmtree(project_copy / ".gptpipe/state")
+    run(project_copy, "dvc", "pull")
     direct = tmp_path / "direct"
     copy_project(project_copy, direct)
     shutil.copytree(project_copy / "models/state", project_copy / ".gptpipe/state")

@@ -133,12 +133,13 @@ def test_a_queued_experiment_resumes_bit_for_bit_beside_a_sweep(
     assert (checkpoints / "finished.json").exists()
     runs = finished_runs(project_copy)
     assert len(runs) == 3  # the run of `reproduced`, the resumed one, and that with another learning rate
+    shown = run(project_copy, "dvc", "exp", "show", "--json").stdout
+    # Stage evaluate writes what DVC compares; only stage train of the resumed experiment ran.
+    assert sum(f'"{each[:8]}"' in shown for each in runs) == 2
     dropped = ".*/|Created|Executor|tokens"  # as in docs/experiments.md
     table = run(project_copy, "dvc", "exp", "show", "--only-changed", "--drop", dropped).stdout
     assert max(len(line) for line in table.splitlines()) <= 160
     assert "train.lr" in table
-    # Stage evaluate writes what DVC compares; only stage train of the resumed experiment ran.
-    assert sum(each[:8] in table for each in runs) == 2
     run(project_copy, "dvc", "exp", "apply", "again")
     assert of_stages_up_to_train(digests(project_copy)) == of_stages_up_to_train(in_place.digests)
 

@@ -64,7 +64,7 @@ class RayTasks(Generic[Item, Result]):
         running = list(self._unread)
         deadline = time.monotonic() + _CANCEL_SECONDS
         while running and time.monotonic() < deadline:
-            for reference in running:  # again each second: a request that meets a starting worker can be lost
+            for reference in running:  # again each second, because a busy machine has lost a request
                 self.ray.cancel(reference, force=True)
             _, running = self.ray.wait(running, num_returns=len(running), timeout=1, fetch_local=False)
         self._unread.clear()

@@ -1,8 +1,6 @@
 """Tasks of the harness and of the user: names, errors, and their documents as text."""
 
-import importlib
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,14 +57,9 @@ class TestWithTheHarness:
             task = load_tasks([name], tmp_path / folder)["tasks"][name]
             assert list(task_items(task)) == items
 
-    def test_an_unknown_task_is_an_error_with_similar_names(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.slow  # the harness indexes 14,000 files
+    def test_an_unknown_task_is_an_error_with_similar_names(self, tmp_path: Path) -> None:
         write_task(tmp_path, CHOICE, [])
-        tasks = importlib.import_module("lm_eval.tasks")
-        blimp = Path(tasks.__file__).parent / "blimp"  # to index all 14,000 files takes a quarter of a minute
-        manager = partial(tasks.TaskManager, include_path=str(blimp))
-        monkeypatch.setattr(tasks, "TaskManager", lambda **_: manager(include_defaults=False))
         with pytest.raises(ConfigError) as caught:
             load_tasks(["choise", "blimpp", "qqqqqqqq"], tmp_path)
         first, second, third = str(caught.value).splitlines()

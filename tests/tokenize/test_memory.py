@@ -37,7 +37,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 1 << 19)
     peaks: dict[str, list[int]] = {"tokenize": [], "split": []}
-    for n_documents in (1_500, 15_000):
+    for n_documents in (2_500, 25_000):
         folder = tmp_path / str(n_documents)
         folder.mkdir()
         with (folder / "lines.txt").open("w") as file:
